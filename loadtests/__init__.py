@@ -1,0 +1,1 @@
+"""Load that proves the limits: schedules, predictions, scenarios and their reports."""

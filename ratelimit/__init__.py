@@ -1,0 +1,1 @@
+"""What each caller may take of what the fleet can serve."""

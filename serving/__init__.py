@@ -1,0 +1,1 @@
+"""What the fleet can serve. Knows nothing of tiers, keys or Redis."""
