@@ -1,0 +1,122 @@
+"""The fleet: probes every replica, and tells when one comes, goes or gets stuck."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from time import monotonic
+
+import aiohttp
+import msgspec
+
+from serving.health import Observation, ReplicaHealth, observe
+
+log = logging.getLogger(__name__)
+
+PROBE_INTERVAL_S = 0.5
+PROBE_TIMEOUT_S = 2.0
+
+#: The gauges whose sum is the work a replica holds, and the counters that move when it makes progress.
+HELD_METRICS = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+PROGRESS_METRICS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+
+
+class ReplicaSpec(msgspec.Struct, frozen=True):
+    """One vLLM server to watch: where it is, what it serves, on what, by which profile, and how it is slowed."""
+
+    url: str
+    model: str
+    gpu: str
+    profile: str
+    slowdown: float = 1.0
+    stuck_after_s: float = 5.0
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True):
+    """A watched replica and its health."""
+
+    spec: ReplicaSpec
+    health: ReplicaHealth
+
+
+def sum_metrics(exposition: str, names: Iterable[str]) -> float:
+    """The sum over all label sets of the named metrics in a Prometheus text exposition; 0 where none is found.
+
+    vLLM exposes some 100 kB, mostly histograms, and every replica is read each probe: the lines wanted are picked
+    by their beginning, which is some 50 times cheaper than parsing the whole exposition.
+    """
+    prefixes = tuple(f"{name}{sep}" for name in names for sep in ("{", " "))
+    return sum(float(line.rsplit(" ", 1)[1]) for line in exposition.splitlines() if line.startswith(prefixes))
+
+
+def probe_session() -> aiohttp.ClientSession:
+    """A client for probes: bounded in time, and in connections a replica, so that hanging probes do not pile up."""
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S),
+        connector=aiohttp.TCPConnector(limit=0, limit_per_host=2),
+    )
+
+
+class Fleet:
+    """Watches a set of replicas; ``on_change`` is called whenever one's phase changes. ``watch(())`` ends it."""
+
+    def __init__(self, session: aiohttp.ClientSession, on_change: Callable[[ReplicaStatus], None]) -> None:
+        self._session = session
+        self._on_change = on_change
+        self._statuses: dict[str, ReplicaStatus] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def watch(self, specs: Iterable[ReplicaSpec]) -> None:
+        """Watch exactly these replicas from now on; those already watched keep their health."""
+        wanted = {spec.url: spec for spec in specs}
+        for url in self._tasks.keys() - wanted.keys():
+            self._tasks.pop(url).cancel()
+            del self._statuses[url]
+        for url, spec in wanted.items():
+            known = self._statuses.get(url)
+            self._statuses[url] = ReplicaStatus(spec, known.health if known else ReplicaHealth(since_s=monotonic()))
+            if url not in self._tasks:
+                self._tasks[url] = asyncio.create_task(self._probe_forever(url), name=f"probe {url}")
+
+    def statuses(self) -> Mapping[str, ReplicaStatus]:
+        """Every watched replica by URL."""
+        return dict(self._statuses)
+
+    async def _probe_forever(self, url: str) -> None:
+        while True:
+            seen = await self._probe(url)
+            status = self._statuses[url]
+            health = observe(status.health, seen, status.spec.stuck_after_s)
+            self._statuses[url] = ReplicaStatus(status.spec, health)
+            if health.phase != status.health.phase:
+                log.warning("replica %s (%s): %s -> %s", url, status.spec.gpu, status.health.phase, health.phase)
+                self._on_change(self._statuses[url])
+            await asyncio.sleep(PROBE_INTERVAL_S)
+
+    async def _probe(self, url: str) -> Observation:
+        try:
+            async with self._session.get(f"{url}/health") as response:
+                if response.status != 200:
+                    return Observation(monotonic(), "refused")
+            async with self._session.get(f"{url}/metrics") as response:
+                exposition = await response.text()
+            held, progress = sum_metrics(exposition, HELD_METRICS), sum_metrics(exposition, PROGRESS_METRICS)
+            held = max(held, await self._server_load(url))
+        except TimeoutError:
+            return Observation(monotonic(), "silent")
+        except (aiohttp.ClientError, OSError, ValueError):
+            return Observation(monotonic(), "refused")
+        return Observation(monotonic(), "healthy", held, progress)
+
+    async def _server_load(self, url: str) -> float:
+        """Requests the API server holds; it counts those that a frozen engine has not yet taken up.
+
+        0 where the server does not track its load (``--enable-server-load-tracking``).
+        """
+        async with self._session.get(f"{url}/load") as response:
+            if response.status != 200:
+                return 0.0
+            body = msgspec.json.decode(await response.read())
+        load = body.get("server_load", 0) if isinstance(body, dict) else 0
+        return float(load or 0)

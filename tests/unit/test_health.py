@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.fleet import HELD_METRICS, sum_metrics
+from serving.health import Observation, ReplicaHealth, observe
+
+STUCK_AFTER_S = 5.0
+
+
+def after(observations: Iterable[Observation]) -> ReplicaHealth:
+    health = ReplicaHealth()
+    for seen in observations:
+        health = observe(health, seen, STUCK_AFTER_S)
+    return health
+
+
+def working(at_s: float, tokens: float, held: float = 3.0) -> Observation:
+    return Observation(at_s, "healthy", held, tokens)
+
+
+def test_a_replica_that_has_never_answered_is_starting_not_down() -> None:
+    """Refused connections before the first healthy probe are a start-up, not a failure."""
+    assert after([Observation(t, "refused") for t in range(5)]).phase == "starting"
+
+
+def test_a_refused_connection_takes_a_healthy_replica_down_at_once() -> None:
+    """One refused probe is enough, so that limits fall within one probe interval of a crash."""
+    health = after([working(0.0, 1.0), Observation(0.5, "refused")])
+
+    assert health.phase == "down"
+    assert health.since_s == 0.5
+
+
+def test_one_silent_probe_is_forgiven_and_a_second_is_not() -> None:
+    """A busy server may miss one probe; two in a row take it down."""
+    once = [working(0.0, 1.0), Observation(2.0, "silent")]
+
+    assert after(once).phase == "healthy"
+    assert after([*once, Observation(4.0, "silent")]).phase == "down"
+    assert after([*once, working(2.5, 2.0), Observation(4.5, "silent")]).phase == "healthy"
+
+
+def test_work_without_progress_is_stuck_only_after_the_stated_time() -> None:
+    """Neither counter moving while requests are held makes a replica stuck at ``stuck_after_s``, not before."""
+    history = [working(0.0, 7.0), working(0.5, 7.0), working(4.9, 7.0)]
+
+    assert after(history).phase == "healthy"
+    assert after([*history, working(5.0, 7.0)]).phase == "stuck"
+
+
+def test_an_idle_replica_is_never_stuck_and_its_idle_time_does_not_count() -> None:
+    """Counters that rest while nothing is held prove nothing, also not against the first request after a long rest."""
+    idle = [working(t, 7.0, held=0.0) for t in range(100)]
+
+    assert after(idle).phase == "healthy"
+    assert after([*idle, working(100.0, 7.0)]).phase == "healthy"
+
+
+def test_a_token_that_moves_frees_a_stuck_replica() -> None:
+    """A thawed replica is healthy again from its first progress."""
+    stuck = [working(0.0, 7.0), working(6.0, 7.0)]
+
+    assert after(stuck).phase == "stuck"
+    assert after([*stuck, working(7.0, 8.0)]).phase == "healthy"
+
+
+@given(st.lists(st.tuples(st.sampled_from(["healthy", "refused", "silent"]), st.integers(0, 3), st.integers(0, 3))))
+def test_the_time_in_a_phase_starts_when_the_phase_is_entered(seen: list[tuple[str, int, int]]) -> None:
+    """``since_s`` changes exactly when the phase does, so raise-after timers cannot be reset or inherited."""
+    health = ReplicaHealth()
+    for at_s, (answer, held, tokens) in enumerate(seen, start=1):
+        before = health
+        health = observe(health, Observation(at_s, answer, held, tokens), STUCK_AFTER_S)  # type: ignore[arg-type]  # sampled from the literals
+
+        assert health.since_s == (before.since_s if health.phase == before.phase else at_s)
+
+
+def test_metrics_are_summed_over_their_labels_and_no_others() -> None:
+    """Only the named series count, whatever labels they carry."""
+    exposition = (
+        "# TYPE vllm:num_requests_running gauge\n"
+        'vllm:num_requests_running{engine="0",model_name="m"} 2.0\n'
+        'vllm:num_requests_running{engine="1",model_name="m"} 3.0\n'
+        'vllm:num_requests_waiting{engine="0"} 4.0\n'
+        'vllm:num_requests_waiting_by_reason{reason="capacity"} 99.0\n'
+    )
+
+    assert sum_metrics(exposition, HELD_METRICS) == 9.0
