@@ -125,11 +125,11 @@ def mean_work_s(step_time: StepTimeModel, mix: WorkloadMix) -> float:
     return fsum(work_s(step_time, shape) for shape in mix.shapes) / len(mix.shapes)
 
 
-def replica_seconds(group: ReplicaGroup, shape: RequestShape) -> float:
-    """The share u of a replica-second that one request takes of this kind of replica under its SLO.
+def resource_bounds_s(group: ReplicaGroup, shape: RequestShape) -> tuple[float, float, float, float]:
+    """Replica-seconds one request takes by each of four resources, as if that one alone were scarce.
 
-    The largest of four bounds: the TPOT budget, the scheduler's slots, the KV cache and the tokens of a step.
-    Raises ``InfeasibleSloError`` where even an empty step exceeds the TPOT bound.
+    In order: the TPOT budget, the scheduler's slots, the KV cache, the tokens of a step. Raises
+    ``InfeasibleSloError`` where even an empty step exceeds the TPOT bound.
     """
     step_time, limits, tpot_s = group.step_time, group.limits, group.slo.tpot_s
     if step_time.base_s >= tpot_s:
@@ -138,12 +138,30 @@ def replica_seconds(group: ReplicaGroup, shape: RequestShape) -> float:
     base, outputs = step_time.base_s, shape.output_tokens
     kv_token_steps = outputs * (shape.input_tokens + outputs / 2)
     step_tokens = shape.input_tokens - shape.cached_tokens + outputs
-    return max(
+    return (
         work / (1 - base / tpot_s),
         work + base * outputs / limits.max_num_seqs,
         work + base * kv_token_steps / (USABLE_KV_SHARE * limits.kv_tokens),
         work + base * step_tokens / limits.max_num_batched_tokens,
     )
+
+
+def replica_seconds(group: ReplicaGroup, shape: RequestShape) -> float:
+    """The share u of a replica-second that one request takes of this kind of replica under its SLO.
+
+    The largest of its ``resource_bounds_s``, and raises as they do.
+    """
+    return max(resource_bounds_s(group, shape))
+
+
+def closed_form_requests_per_s(group: ReplicaGroup, mix: WorkloadMix) -> float:
+    """An upper bound on the rate at which one replica of the group serves the mix under its SLO.
+
+    Each resource is shared by all requests, so its bound is taken over the mix before the scarcest is chosen; the mean
+    of ``replica_seconds`` would charge every request by the resource that it alone is shortest of.
+    """
+    bounds = [resource_bounds_s(group, shape) for shape in mix.shapes]
+    return len(bounds) / max(map(fsum, zip(*bounds, strict=True)))
 
 
 def mean_replica_seconds(group: ReplicaGroup, mix: WorkloadMix) -> float:
