@@ -27,7 +27,7 @@ module agree to the bit. At 1 µs a bucket holds up to 150 million tokens, at 1 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
 
@@ -198,8 +198,165 @@ def binding(buckets: Sequence[Bucket], charges: Sequence[Charge], now_us: int) -
     return index, longest if 0 <= longest < EXACT else None
 
 
+def readings(
+    buckets: Sequence[Bucket], charges: Sequence[Charge], now_us: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Room left and time until unused, per charge."""
+    pairs = list(zip(buckets, charges, strict=True))
+    return tuple(remaining(*pair) for pair in pairs), tuple(reset_us(*pair, now_us) for pair in pairs)
+
+
 def check_charges(charges: Sequence[Charge]) -> None:
     """Raises ValueError where a bucket is named twice: one decision needs one cost for each."""
     names = [charge.bucket for charge in charges]
     if len(set(names)) != len(names):
         raise ValueError(f"each bucket may be named once in a call, not {names}")
+
+
+class Cell:
+    """The meters and reservations of one cell, in memory: the reference that the Lua scripts must equal.
+
+    Load tests replay schedules through it. ``now_us`` is the caller's clock and may step back.
+    """
+
+    def __init__(self) -> None:
+        self.rated: dict[str, Bucket] = {}
+        self.gauges: dict[str, Bucket] = {}
+        self.reservations: dict[str, Reservation] = {}
+        self.leases = _Deadlines()
+        self.tombstones = _Deadlines()
+
+    def admit(
+        self, request_id: str, charges: Sequence[Charge], epoch: int, lease_ms: int, now_us: int
+    ) -> Admitted | Denied:
+        """Charge every bucket, or none; the same request id gets the same answer."""
+        check_charges(charges)
+        self.reap(now_us, REAPED_PER_ADMIT)
+        known = self.reservations.get(request_id)
+        if known is not None and (known.remaining or not charges):
+            return Admitted(tuple(known.remaining), tuple(known.reset_us))
+        buckets = [leaked(self._stored(charge), charge, now_us) for charge in charges]
+        for bucket, charge in zip(buckets, charges, strict=True):
+            adopt(bucket, charge, epoch)
+        short = None if known else binding(buckets, charges, now_us)
+        if known is None and short is None:
+            for bucket, charge in zip(buckets, charges, strict=True):
+                bucket.level = shifted(bucket.level, charge.cost * charge.units)
+        room, reset = readings(buckets, charges, now_us)
+        if short is None and known is None:
+            held: tuple[dict[str, int], dict[str, int]] = ({}, {})
+            for charge in charges:
+                held[charge.rate == 0][charge.bucket] = charge.cost
+            self.reservations[request_id] = Reservation(OPEN, list(room), list(reset), *held)
+            self.leases.set(request_id, now_us + lease_ms * 1000)
+        for bucket, charge in zip(buckets, charges, strict=True):
+            self._keep(bucket, charge)
+        if short is None:
+            return Admitted(room, reset)
+        return Denied(charges[short[0]].bucket, short[1], room, reset)
+
+    def extend(self, request_id: str, usage: Sequence[Charge], lease_ms: int, now_us: int) -> bool:
+        """Hold these amounts from now on, and renew the lease; False where the request is unknown or settled."""
+        check_charges(usage)
+        known = self.reservations.get(request_id)
+        if known is None or known.phase == SETTLED:
+            return False
+        if known.phase == REAPED:
+            for gauge, held in known.gauges.items():
+                self._shift(Charge(gauge, 0, 0, 0), held, now_us)
+        for charge in usage:
+            holds = known.rated if charge.rate else known.gauges
+            self._shift(charge, charge.cost - holds.get(charge.bucket, 0), now_us)
+            holds[charge.bucket] = charge.cost
+        known.phase = OPEN
+        self.tombstones.drop(request_id)
+        self.leases.set(request_id, now_us + lease_ms * 1000)
+        return True
+
+    def settle(self, request_id: str, usage: Sequence[Charge], now_us: int) -> bool:
+        """Correct the hold to what was used and give gauges back; False where it was settled before."""
+        check_charges(usage)
+        known = self.reservations.get(request_id, Reservation(REAPED, [], [], {}, {}))
+        if known.phase == SETTLED:
+            return False
+        if known.phase == OPEN:
+            self._give_back(known.gauges, now_us)
+        for charge in usage:
+            if charge.rate:
+                self._shift(charge, charge.cost - known.rated.get(charge.bucket, 0), now_us)
+        self.reservations[request_id] = Reservation(SETTLED, known.remaining, known.reset_us, {}, {})
+        self.leases.drop(request_id)
+        self.tombstones.set(request_id, now_us + TOMBSTONE_US)
+        return True
+
+    def reap(self, now_us: int, most: int = 100) -> int:
+        """End up to ``most`` reservations whose lease is over, forget as many old ones; how many were ended."""
+        for request_id in self.tombstones.due(now_us, most):
+            del self.reservations[request_id]
+        ended = self.leases.due(now_us, most)
+        for request_id in ended:
+            reservation = self.reservations[request_id]
+            self._give_back(reservation.gauges, now_us)
+            reservation.phase = REAPED
+            self.tombstones.set(request_id, now_us + TOMBSTONE_US)
+        return len(ended)
+
+    def peek(self, charges: Sequence[Charge], now_us: int) -> tuple[Reading, ...]:
+        """The buckets as they stand, under the limits that the charges state; nothing is changed."""
+        found = []
+        for charge in charges:
+            bucket = leaked(self._stored(charge), charge, now_us)
+            bucket.rate, bucket.capacity = charge.rate, charge.capacity
+            used = -(-bucket.level // charge.units)
+            found.append(Reading(charge.bucket, used, remaining(bucket, charge), reset_us(bucket, charge, now_us)))
+        return tuple(found)
+
+    def _stored(self, charge: Charge) -> Bucket | None:
+        return (self.rated if charge.rate else self.gauges).get(charge.bucket)
+
+    def _keep(self, bucket: Bucket, charge: Charge) -> None:
+        """Store a bucket; a gauge at 0 says nothing and is dropped."""
+        if charge.rate:
+            self.rated[charge.bucket] = bucket
+        elif bucket.level:
+            self.gauges[charge.bucket] = bucket
+        else:
+            self.gauges.pop(charge.bucket, None)
+
+    def _shift(self, charge: Charge, amount: int, now_us: int) -> None:
+        """Charge or refund without asking. A bucket that is not stored has nothing to refund."""
+        stored = self._stored(charge)
+        if amount == 0 or (stored is None and amount < 0):
+            return
+        bucket = leaked(stored, charge, now_us)
+        bucket.level = shifted(bucket.level, amount * charge.units)
+        self._keep(bucket, charge)
+
+    def _give_back(self, gauges: dict[str, int], now_us: int) -> None:
+        for gauge, held in gauges.items():
+            self._shift(Charge(gauge, 0, 0, 0), -held, now_us)
+
+
+class _Deadlines:
+    """A sorted set of deadlines by request id, as Redis keeps one: earliest first, ties by id."""
+
+    def __init__(self) -> None:
+        self.at: dict[str, int] = {}
+        self._heap: list[tuple[int, str]] = []
+
+    def set(self, request_id: str, deadline_us: int) -> None:
+        self.at[request_id] = deadline_us
+        heappush(self._heap, (deadline_us, request_id))
+
+    def drop(self, request_id: str) -> None:
+        self.at.pop(request_id, None)
+
+    def due(self, now_us: int, most: int) -> list[str]:
+        """Take out up to ``most`` that are over. Entries of the heap that were moved or dropped since are skipped."""
+        found: list[str] = []
+        while self._heap and self._heap[0][0] <= now_us and len(found) < most:
+            deadline_us, request_id = heappop(self._heap)
+            if self.at.get(request_id) == deadline_us:
+                del self.at[request_id]
+                found.append(request_id)
+        return found
