@@ -1,0 +1,1 @@
+"""Everything of one machine under one command: Redis, engines, controller and gateways."""

@@ -1,0 +1,51 @@
+"""Follows a config file: a changed file is taken up whole, or not at all."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from ratelimit.config import Config, ConfigError, load_config
+
+log = logging.getLogger(__name__)
+
+_Signature = tuple[int, int, int]
+
+
+class ConfigWatch:
+    """The last good config of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen = _signature(path)
+        self.config = load_config(path)
+
+    def poll(self) -> Config | None:
+        """The new config if the file has changed to a good one since the last call, else ``None``.
+
+        A file that is wrong is said once in the log, problem by problem; the last good config stays.
+        """
+        signature = _signature(self._path)
+        if signature == self._seen:
+            return None
+        self._seen = signature
+        try:
+            config = load_config(self._path)
+        except ConfigError as error:
+            for problem in error.problems:
+                log.error("config not taken up, the last good one stays: %s", problem)
+            return None
+        if config == self.config:
+            return None
+        if config.gateway.model_copy(update={"enforce": self.config.gateway.enforce}) != self.config.gateway:
+            log.warning("gateway settings other than enforce take effect at the next start")
+        self.config = config
+        return config
+
+
+def _signature(path: Path) -> _Signature | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
