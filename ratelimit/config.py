@@ -1,0 +1,213 @@
+"""``penstock.yaml``: what the operator writes, checked as a whole, every mistake named with its line.
+
+The classes describe the file; ``load_config`` is the door, and ``policy_of`` turns it into the pure ``Policy``.
+Relative paths in the file are relative to the file's folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+
+from ratelimit.configcheck import contradictions, invalid_fields
+from ratelimit.policy import Policy, PoolPolicy, TierPolicy
+from ratelimit.yamlfile import YamlFileError, read_document
+from serving.capacity import Slo
+from serving.mixes import load_mix
+from serving.profile import load_profile
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used. Each of ``problems`` reads "FILE:LINE: where: what is wrong; what is right"."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def _in_folder(value: str | Path, info: ValidationInfo) -> Path:
+    folder = (info.context or {}).get("folder", Path())
+    return Path(folder) / Path(value).expanduser()
+
+
+def _profile_path(value: str, info: ValidationInfo) -> str:
+    """A profile given as a file is found beside the config; a shipped one keeps its name."""
+    return str(_in_folder(value, info)) if value.endswith(".json") or "/" in value else value
+
+
+def _http_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("not an http URL; write one such as http://127.0.0.1:8001")
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError("names more than a server; write only http://HOST:PORT, without /v1")
+    return value.rstrip("/")
+
+
+def _redis_url(value: str) -> str:
+    if value != "embedded" and urlsplit(value).scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("not a Redis; write embedded, redis://HOST:PORT/0 or unix:///PATH")
+    return value
+
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
+ProfileName = Annotated[str, Field(min_length=1), AfterValidator(_profile_path)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+LocalPath = Annotated[Path, AfterValidator(_in_folder)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+
+
+class Section(BaseModel):
+    """A part of the file. Unknown fields are mistakes, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class GatewayConfig(Section):
+    """The gateway's sockets and bounds. Worker i has its metrics and administration on ``admin_port`` + i."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: Port = 8080
+    admin_port: Port = 9090
+    workers: int = Field(default=1, ge=1, le=64)
+    enforce: bool = True
+    request_timeout_s: Positive = 600
+    max_body_bytes: int = Field(default=8 << 20, ge=1024)
+    body_timeout_s: Positive = 20
+
+    def admin_ports(self) -> list[int]:
+        """The admin port of each worker."""
+        return list(range(self.admin_port, self.admin_port + self.workers))
+
+
+class SloConfig(Section):
+    """The bounds on time to first token and time per output token, for a device at full speed."""
+
+    ttft_ms: Positive = 1000
+    tpot_ms: Positive = 50
+    percentile: float = Field(default=95, ge=50, lt=100)
+
+
+class MixConfig(Section):
+    """The traffic a pool is sized for: a named mix, its lengths multiplied by ``scale``."""
+
+    name: str = "chat"
+    scale: Positive = 1.0
+
+
+class EngineConfig(Section):
+    """``count`` replicas that ``penstock up`` starts, on ``port`` and the ports after it."""
+
+    device: Literal["virtual", "cpu", "gpu"]
+    profile: ProfileName
+    port: Port
+    count: int = Field(default=1, ge=0, le=64)
+    slowdown: float = Field(default=1.0, ge=1, allow_inf_nan=False)
+    model_path: str | None = None
+    extra_args: tuple[str, ...] = ()
+
+    def ports(self) -> list[int]:
+        """The port of each replica."""
+        return list(range(self.port, self.port + self.count))
+
+
+class ReplicaConfig(Section):
+    """One vLLM server that runs elsewhere."""
+
+    url: HttpUrl
+    profile: ProfileName
+    slowdown: float = Field(default=1.0, ge=1, allow_inf_nan=False)
+
+
+class PoolConfig(Section):
+    """One model: its promise, its traffic and its replicas."""
+
+    model: ModelName
+    slo: SloConfig = SloConfig()
+    mix: MixConfig = MixConfig()
+    default_max_output: int = Field(default=512, ge=1)
+    spare_replicas: int = Field(default=0, ge=0)
+    raise_after_s: float = Field(default=5.0, ge=0, allow_inf_nan=False)
+    stuck_after_s: Positive = 5.0
+    engines: tuple[EngineConfig, ...] = ()
+    replicas: tuple[ReplicaConfig, ...] = ()
+
+    def profiles(self) -> list[str]:
+        """The profiles that its replicas have, each once."""
+        return sorted({engine.profile for engine in self.engines} | {replica.profile for replica in self.replicas})
+
+
+class TierConfig(Section):
+    """A class of callers; see ``TierPolicy``."""
+
+    name: Name
+    share: Share
+    ceiling: float = Field(default=1.0, gt=0, le=1)
+    priority: int = Field(default=0, ge=0)
+    burst_s: Positive = 5.0
+
+
+class OrgConfig(Section):
+    """An organisation that has keys, and the models they may use; None means all."""
+
+    name: Name
+    models: tuple[ModelName, ...] | None = None
+
+
+class Config(Section):
+    """The whole file."""
+
+    state_dir: LocalPath = Path(".penstock")
+    redis: Annotated[str, AfterValidator(_redis_url), Field(repr=False)] = "embedded"
+    gateway: GatewayConfig = GatewayConfig()
+    pools: tuple[PoolConfig, ...] = Field(min_length=1)
+    tiers: tuple[TierConfig, ...] = Field(min_length=1)
+    orgs: tuple[OrgConfig, ...] = Field(min_length=1)
+
+
+def load_config(path: Path) -> Config:
+    """Read, parse and check a config file, whole. Raises ``ConfigError`` with every problem found."""
+    try:
+        document = read_document(path)
+    except YamlFileError as error:
+        raise ConfigError([f"{path}:{problem.line}: {problem.what}" for problem in error.problems]) from error
+    if not isinstance(document.value, dict):
+        what = "is empty" if document.value is None else f"is not a mapping but {type(document.value).__name__}"
+        raise ConfigError([f"{path}:1: {what}; write pools, tiers and orgs, as in the example penstock.yaml"])
+    try:
+        config = Config.model_validate(document.value, context={"folder": path.absolute().parent})
+    except ValidationError as error:
+        findings = invalid_fields(error, Config)
+    else:
+        findings = contradictions(config)
+        if not findings:
+            return config
+    raise ConfigError([finding.text(path, document) for finding in findings])
+
+
+def policy_of(config: Config) -> Policy:
+    """The rules of a config, as the pure values that limits are derived from."""
+    return Policy(
+        tiers=tuple(TierPolicy(t.name, t.share, t.ceiling, t.priority, t.burst_s) for t in config.tiers),
+        pools=tuple(_pool_policy(pool) for pool in config.pools),
+        enforce=config.gateway.enforce,
+    )
+
+
+def _pool_policy(pool: PoolConfig) -> PoolPolicy:
+    profiles = [load_profile(name) for name in pool.profiles()]
+    return PoolPolicy(
+        model=pool.model,
+        slo=Slo(pool.slo.ttft_ms / 1000, pool.slo.tpot_ms / 1000, pool.slo.percentile),
+        mix=load_mix(pool.mix.name, pool.mix.scale),
+        default_max_output=pool.default_max_output,
+        spare_replicas=pool.spare_replicas,
+        max_model_len=min(profile.limits.max_model_len for profile in profiles),
+        tokens_per_byte=max(profile.tokens_per_byte for profile in profiles),
+    )

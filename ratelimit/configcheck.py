@@ -1,0 +1,217 @@
+"""What can be wrong with a config: fields that do not fit, and parts that contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from ratelimit.yamlfile import Document, Where
+from serving.mixes import MIX_NAMES
+from serving.profile import Profile, ProfileError, load_profile
+
+if TYPE_CHECKING:
+    from ratelimit.config import Config, EngineConfig, PoolConfig, TierConfig
+
+#: Fields whose value may hold a password.
+_SECRET_FIELDS = frozenset({"redis"})
+_LAST_PORT = 65535
+_SHARE_TOLERANCE = 1e-9
+
+
+class Finding(NamedTuple):
+    """One mistake: where it is in the config, and what is wrong and would be right."""
+
+    where: Where
+    what: str
+
+    def text(self, path: Path, document: Document) -> str:
+        """``FILE:LINE: where: what``."""
+        return f"{path}:{document.line(self.where)}: {dotted(self.where) or 'the file'}: {self.what}"
+
+
+def dotted(where: Where) -> str:
+    """``pools[0].engines[1].profile``."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
+    return text.removeprefix(".")
+
+
+def invalid_fields(error: ValidationError, root: type[BaseModel]) -> list[Finding]:
+    """The mistakes that pydantic found, in words."""
+    return [Finding(tuple(detail["loc"]), _what(detail, root)) for detail in error.errors(include_url=False)]
+
+
+def _what(detail: ErrorDetails, root: type[BaseModel]) -> str:
+    where = tuple(detail["loc"])
+    name = str(where[-1]) if where else ""
+    match detail["type"]:
+        case "missing":
+            return f"is missing; every {dotted(where[:-1]) or 'config'} needs {name!r}"
+        case "extra_forbidden":
+            return _unknown_field(name, _fields_at(root, where[:-1]))
+        case "string_pattern_mismatch":
+            return f"{detail['input']!r} is not a name; use letters, digits and . _ - (models also / and :)"
+        case "value_error":
+            problem = str(detail["ctx"]["error"])
+        case _:
+            problem = detail["msg"][0].lower() + detail["msg"][1:]
+    return problem if name in _SECRET_FIELDS else f"{problem} (it is {_short(detail['input'])})"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _unknown_field(name: str, known: list[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    return f"there is no field {name!r}; {hint}"
+
+
+def _fields_at(root: type[BaseModel], where: Where) -> list[str]:
+    """The fields of the section at a path of the config."""
+    section = root
+    for part in where:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, (_section(argument) for argument in get_args(annotation))), None)
+
+
+def contradictions(config: Config) -> list[Finding]:
+    """The mistakes that only show when parts are seen together, in the order of the file."""
+    return [
+        *_ports(config),
+        *_twice("pools", "model", [pool.model for pool in config.pools]),
+        *(finding for i, pool in enumerate(config.pools) for finding in _pool(("pools", i), pool)),
+        *_same_urls(config),
+        *_twice("tiers", "name", [tier.name for tier in config.tiers]),
+        *_tiers(config.tiers),
+        *_twice("orgs", "name", [org.name for org in config.orgs]),
+        *_org_models(config),
+    ]
+
+
+def _twice(section: str, field: str, names: list[str]) -> Iterator[Finding]:
+    for position, name in enumerate(names):
+        first = names.index(name)
+        if first < position:
+            yield Finding((section, position, field), f"{name!r} is {section}[{first}].{field} too; give each its own")
+
+
+def _ports(config: Config) -> Iterator[Finding]:
+    """Ports used twice, among the gateway's data port, its workers' admin ports and the engines."""
+    taken: dict[int, Where] = {}
+    for where, ports in _port_uses(config):
+        if ports and ports[-1] > _LAST_PORT:
+            yield Finding(
+                where, f"the last of {len(ports)} ports would be {ports[-1]}; the highest there is is {_LAST_PORT}"
+            )
+            continue
+        clash = next((port for port in ports if port in taken), None)
+        if clash is not None:
+            span = f" (this takes {ports[0]} to {ports[-1]})" if len(ports) > 1 else ""
+            yield Finding(where, f"port {clash} is taken by {dotted(taken[clash])}{span}; choose another")
+        taken |= {port: where for port in ports if port not in taken}
+
+
+def _port_uses(config: Config) -> Iterator[tuple[Where, list[int]]]:
+    yield ("gateway", "port"), [config.gateway.port]
+    yield ("gateway", "admin_port"), config.gateway.admin_ports()
+    for i, pool in enumerate(config.pools):
+        for j, engine in enumerate(pool.engines):
+            yield ("pools", i, "engines", j, "port"), engine.ports()
+
+
+def _pool(where: Where, pool: PoolConfig) -> Iterator[Finding]:
+    if not pool.engines and not pool.replicas:
+        yield Finding(where, "has neither engines nor replicas; name one (count: 0 keeps a pool without running any)")
+    if pool.mix.name not in MIX_NAMES:
+        yield Finding((*where, "mix", "name"), f"no mix {pool.mix.name!r}; there are {', '.join(MIX_NAMES)}")
+    for j, engine in enumerate(pool.engines):
+        at = (*where, "engines", j)
+        yield from _engine(at, engine)
+        yield from _profile((*at, "profile"), engine.profile, pool)
+    for j, replica in enumerate(pool.replicas):
+        yield from _profile((*where, "replicas", j, "profile"), replica.profile, pool)
+
+
+def _engine(where: Where, engine: EngineConfig) -> Iterator[Finding]:
+    if engine.device == "gpu" and engine.model_path is None:
+        yield Finding((*where, "model_path"), "is missing; a gpu engine needs the model that vLLM is to serve")
+    if engine.device != "gpu" and engine.model_path is not None:
+        yield Finding((*where, "model_path"), f"only a gpu engine has one, this is {engine.device}; take it out")
+    if engine.device != "virtual" and engine.slowdown != 1:
+        yield Finding(
+            (*where, "slowdown"), f"only a virtual engine can be slowed, this is {engine.device}; take it out"
+        )
+
+
+def _profile(where: Where, name: str, pool: PoolConfig) -> Iterator[Finding]:
+    try:
+        profile = load_profile(name)
+    except ProfileError as error:
+        yield Finding(where, str(error))
+    else:
+        yield from _hopeless_slo(where, profile, pool)
+        if pool.default_max_output >= profile.limits.max_model_len:
+            yield Finding(
+                (*where[:2], "default_max_output"),
+                f"{pool.default_max_output} leaves no room for a prompt: the context of {profile.name} has "
+                f"{profile.limits.max_model_len} tokens",
+            )
+
+
+def _hopeless_slo(where: Where, profile: Profile, pool: PoolConfig) -> Iterator[Finding]:
+    """A TPOT bound below an empty step, which no load can meet."""
+    base_ms = profile.step_time.base_s * 1000
+    if base_ms >= pool.slo.tpot_ms:
+        yield Finding(
+            (*where[:2], "slo", "tpot_ms"),
+            f"{pool.slo.tpot_ms:g} ms cannot be met: an empty step of {profile.name} takes {base_ms:.3g} ms",
+        )
+
+
+def _same_urls(config: Config) -> Iterator[Finding]:
+    """Replicas listed twice, or at the address of an engine that is started here."""
+    taken: dict[str, Where] = {}
+    for i, pool in enumerate(config.pools):
+        for j, engine in enumerate(pool.engines):
+            taken |= {f"http://127.0.0.1:{port}": ("pools", i, "engines", j) for port in engine.ports()}
+    for i, pool in enumerate(config.pools):
+        for j, replica in enumerate(pool.replicas):
+            where: Where = ("pools", i, "replicas", j)
+            if replica.url in taken:
+                yield Finding((*where, "url"), f"{replica.url} is {dotted(taken[replica.url])} already; count it once")
+            taken.setdefault(replica.url, where)
+
+
+def _tiers(tiers: Iterable[TierConfig]) -> Iterator[Finding]:
+    shares = [tier.share for tier in tiers]
+    if sum(shares) > 1 + _SHARE_TOLERANCE:
+        said = " + ".join(f"{share:g}" for share in shares)
+        yield Finding(("tiers",), f"the shares add up to {said} = {sum(shares):g}; together they are at most 1")
+    for i, tier in enumerate(tiers):
+        if tier.ceiling < tier.share:
+            yield Finding(
+                ("tiers", i, "ceiling"),
+                f"{tier.ceiling:g} is below the share of {tier.share:g} that is assured; allow at least that",
+            )
+
+
+def _org_models(config: Config) -> Iterator[Finding]:
+    served = [pool.model for pool in config.pools]
+    for i, org in enumerate(config.orgs):
+        for j, model in enumerate(org.models or ()):
+            if model not in served:
+                yield Finding(("orgs", i, "models", j), f"no pool serves {model!r}; there are {', '.join(served)}")

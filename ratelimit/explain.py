@@ -1,0 +1,93 @@
+"""Numbers that explain themselves: a limit is computed from the very factors that are printed.
+
+Measured factors are first rounded down to four significant digits, and only what is printed is multiplied, exactly.
+Whoever multiplies the printed factors by hand therefore finds the enforced number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from decimal import ROUND_DOWN, ROUND_UP, Decimal
+from fractions import Fraction
+from math import ceil, floor
+from typing import Literal, NamedTuple
+
+FACTOR_DIGITS = 4
+SHOWN_DIGITS = 2
+
+#: Results below this are printed with decimals, the others as whole numbers.
+_WHOLE_FROM = 100
+
+
+class Factor(NamedTuple):
+    """One factor of a limit: how it enters, its exact printed value, and what it is."""
+
+    sign: Literal["×", "÷"]
+    value: Decimal
+    what: str
+
+
+def factor_value(value: float) -> Decimal:
+    """A measured value as it is printed: rounded down to four significant digits."""
+    return _round(Decimal(str(value)), FACTOR_DIGITS, ROUND_DOWN)
+
+
+def factor_value_up(value: float) -> Decimal:
+    """As ``factor_value``, for what must not come out too small."""
+    return _round(Decimal(str(value)), FACTOR_DIGITS, ROUND_UP)
+
+
+def product(start: Decimal, factors: Sequence[Factor]) -> Fraction:
+    """``start`` times (or divided by) every factor, exactly."""
+    result = Fraction(start)
+    for factor in factors:
+        result = result * Fraction(factor.value) if factor.sign == "×" else result / Fraction(factor.value)
+    return result
+
+
+def shown(value: Fraction) -> int:
+    """Rounded down to two significant digits, but at least 1: a limit of 0 would be a closed door."""
+    whole = max(1, floor(value))
+    unit = _shown_unit(whole)
+    return whole // unit * unit
+
+
+def shown_up(value: Fraction) -> int:
+    """Rounded up to two significant digits, and at least 1: for the least size a bucket must have."""
+    whole = max(1, ceil(value))
+    unit = _shown_unit(whole)
+    return -(-whole // unit) * unit
+
+
+def number(value: Decimal | float) -> str:
+    """The value in full, with thousands separated and no trailing zeros."""
+    return f"{Decimal(str(value)).normalize():,f}"
+
+
+def formula(start: str, factors: Sequence[Factor], result: Fraction) -> str:
+    """``start × factor … = result``; the result is cut, not rounded, like the number that follows from it."""
+    parts = [start, *(f"{f.sign} {number(f.value)} {f.what}" for f in factors)]
+    return f"{' '.join(parts)} = {approximate(result)}"
+
+
+def approximate(value: Fraction) -> str:
+    """A computed value cut to whole numbers, or to three significant digits where it is small."""
+    if value >= _WHOLE_FROM:
+        return f"{floor(value):,}"
+    return number(_round(Decimal(value.numerator) / Decimal(value.denominator), 3, ROUND_DOWN))
+
+
+def timestamp(epoch_s: float) -> str:
+    """Seconds since 1970 as UTC to the minute: ``2026-11-21T12:00Z``."""
+    return datetime.fromtimestamp(epoch_s, UTC).strftime("%Y-%m-%dT%H:%MZ")
+
+
+def _shown_unit(whole: int) -> int:
+    return int(10 ** max(0, len(str(whole)) - SHOWN_DIGITS))
+
+
+def _round(value: Decimal, digits: int, rounding: str) -> Decimal:
+    if value == 0:
+        return Decimal(0)
+    return value.quantize(Decimal(1).scaleb(value.adjusted() - digits + 1), rounding=rounding)
