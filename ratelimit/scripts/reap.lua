@@ -1,0 +1,3 @@
+-- End reservations whose lease is over. {most} -> how many were ended.
+
+return reap(call[1])
