@@ -33,7 +33,11 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MeasuredPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One steady run of a sweep: the load, and what was seen of it."""
+    """One steady run of a sweep: the load, and what was seen of it.
+
+    ``steps`` are the engine's steps in the run, ``kv_token_steps`` the sum of O·(I + O/2) over its requests: what the
+    fit needs besides the tokens.
+    """
 
     mix: str
     concurrency: int
@@ -41,6 +45,8 @@ class MeasuredPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     requests: int
     input_tokens: int
     output_tokens: int
+    steps: float
+    kv_token_steps: float
     ttft_p50_s: float
     ttft_p95_s: float
     tpot_p50_s: float
