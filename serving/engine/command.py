@@ -1,0 +1,145 @@
+"""The command line and the environment of a vLLM server, for each of the three devices. Pure."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from serving.capacity import EngineLimits
+from serving.engine import environment
+from serving.engine.tiny_model import TinyModel
+from serving.profile import Profile
+
+#: What the tiny model on a CPU is given where no profile says otherwise.
+CPU_LIMITS = EngineLimits(
+    max_num_seqs=32, max_num_batched_tokens=2048, kv_tokens=65536, max_model_len=4096, block_size=32
+)
+_CPU_KV_CACHE_GIB = "1"
+_EXECUTOR = "serving.engine.virtual_gpu.VirtualGpuExecutor"
+_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+
+
+class EngineSpec(msgspec.Struct, frozen=True):
+    """One vLLM server to start.
+
+    ``model`` is the name that it serves under. ``profile`` says what a virtual GPU is, and bounds the batch of the
+    other devices where given. ``slowdown`` is how many times slower than its profile a virtual GPU runs. ``model_path``
+    is what a GPU loads: a folder or a hub's name. ``extra_args`` go to vLLM as they are. ``python`` is an interpreter
+    that has vLLM, ours by default.
+    """
+
+    device: Literal["gpu", "cpu", "virtual"]
+    model: str
+    port: int
+    host: str = "127.0.0.1"
+    profile: Profile | None = None
+    slowdown: float = 1.0
+    model_path: str | None = None
+    extra_args: tuple[str, ...] = ()
+    python: str = sys.executable
+
+    @property
+    def url(self) -> str:
+        """Where the server answers, without a trailing slash."""
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def limits(self) -> EngineLimits | None:
+        """What bounds the batch; None leaves it to vLLM."""
+        if self.profile is not None:
+            return self.profile.limits
+        return CPU_LIMITS if self.device == "cpu" else None
+
+
+class EnginePaths(msgspec.Struct, frozen=True):
+    """The files of one engine."""
+
+    log: Path
+    profile: Path
+    control: Path
+
+
+def engine_argv(spec: EngineSpec, model: TinyModel | None) -> list[str]:
+    """The server's command line; ``model`` is the tiny model of the two devices that need no GPU.
+
+    The server's module takes the options of ``vllm serve`` and, unlike that script, runs with every wheel.
+    """
+    return [
+        spec.python,
+        "-m",
+        _SERVER_MODULE,
+        *("--model", str(model.path) if model else spec.model_path or spec.model),
+        *("--served-model-name", spec.model),
+        *("--host", spec.host, "--port", str(spec.port)),
+        "--enable-prompt-tokens-details",
+        "--enable-prefix-caching",
+        "--disable-uvicorn-access-log",
+        *_limit_options(spec),
+        *_DEVICE_OPTIONS[spec.device],
+        *spec.extra_args,
+    ]
+
+
+def engine_environment(
+    spec: EngineSpec, inherited: Mapping[str, str], paths: EnginePaths, model: TinyModel | None, cores: int
+) -> dict[str, str]:
+    """Our own environment, kept offline, with what the device needs."""
+    result = {**inherited, **environment.PRIVATE}
+    if spec.device == "gpu":
+        return result
+    result |= environment.OFFLINE
+    if spec.device == "cpu":
+        threads = str(max(1, cores - 1))  # one core is left to the API server and to whoever calls it
+        return result | {
+            "VLLM_CPU_KVCACHE_SPACE": _CPU_KV_CACHE_GIB,
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": threads,
+        }
+    return (
+        result
+        | environment.SINGLE_THREADED
+        | {
+            "PYTHONPATH": _with_penstock(inherited.get("PYTHONPATH", "")),
+            environment.PROFILE_VARIABLE: str(paths.profile),
+            environment.SLOWDOWN_VARIABLE: repr(spec.slowdown),
+            environment.CONTROL_VARIABLE: str(paths.control),
+            environment.WORDS_VARIABLE: ",".join(map(str, model.word_ids if model else ())),
+        }
+    )
+
+
+#: What makes each device: a random model on the CPU in eager mode, or the executor that computes nothing.
+_DEVICE_OPTIONS: Mapping[str, Sequence[str]] = {
+    "gpu": (),
+    "cpu": ("--load-format", "dummy", "--enforce-eager"),
+    "virtual": (
+        "--load-format",
+        "dummy",
+        "--enforce-eager",
+        "--no-async-scheduling",
+        "--distributed-executor-backend",
+        _EXECUTOR,
+    ),
+}
+
+
+def _limit_options(spec: EngineSpec) -> list[str]:
+    limits = spec.limits
+    if limits is None:
+        return []
+    options = [
+        *("--max-num-seqs", str(limits.max_num_seqs)),
+        *("--max-num-batched-tokens", str(limits.max_num_batched_tokens)),
+        *("--max-model-len", str(limits.max_model_len)),
+    ]
+    return options if spec.device == "gpu" else [*options, "--block-size", str(limits.block_size)]
+
+
+def _with_penstock(python_path: str) -> str:
+    """The engine imports the executor from here, also when it runs in an environment of its own."""
+    here = str(Path(__file__).parents[2])
+    return f"{here}:{python_path}" if python_path else here

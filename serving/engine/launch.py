@@ -1,0 +1,158 @@
+"""Start, watch and stop real vLLM on a GPU, on the CPU, or on a virtual GPU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import aiohttp
+
+from serving.engine.command import EnginePaths, EngineSpec, engine_argv, engine_environment
+from serving.engine.control import VirtualGpuControl
+from serving.engine.guard import GuardedProcess, GuardError
+from serving.engine.tiny_model import TinyModel, make_tiny_model
+from serving.profile import dump_profile
+
+__all__ = ["Engine", "EngineError", "EngineSpec", "start_engines"]
+
+#: How long a SIGTERM may take. Idle vLLM needs about 2 s; with open streams it hangs, so the guard kills it after this.
+STOP_GRACE_S = 3.0
+START_TIMEOUT_S = 180.0
+
+_HEALTH_INTERVAL_S = 0.2
+_HEALTH_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
+_IMPORT_CHECK_TIMEOUT_S = 30.0
+
+
+class EngineError(RuntimeError):
+    """An engine that cannot start, or did not; says why, and what to do."""
+
+
+class Engine:
+    """One running vLLM server under a guard."""
+
+    def __init__(self, spec: EngineSpec, process: GuardedProcess, control: VirtualGpuControl | None) -> None:
+        self.spec = spec
+        self.url = spec.url
+        self.pid = process.pid
+        self.guard_pid = process.guard_pid
+        self.control = control
+        self._process = process
+
+    @classmethod
+    async def start(cls, spec: EngineSpec, workdir: Path) -> Engine:
+        """Spawn the server and return at once; its files lie under ``workdir``. Raises ``EngineError``."""
+        _check_spec(spec)
+        _check_port(spec)
+        await _check_vllm(spec.python)
+        paths, model = _prepare(spec, workdir)
+        control = VirtualGpuControl(paths.control) if spec.device == "virtual" else None
+        if control:
+            control.reset()
+        env = engine_environment(spec, os.environ, paths, model, os.cpu_count() or 1)
+        try:
+            process = GuardedProcess.start(engine_argv(spec, model), log_path=paths.log, env=env)
+        except GuardError as error:
+            raise EngineError(f"engine {spec.url}: {error}") from error
+        return cls(spec, process, control)
+
+    async def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wait until the server is healthy. Raises ``EngineError`` with the log's tail when it ends or is late."""
+        deadline_s = time.monotonic() + timeout_s
+        async with aiohttp.ClientSession(timeout=_HEALTH_TIMEOUT) as session:
+            while not await self._is_healthy(session):
+                status = self.poll()
+                if status is not None:
+                    raise EngineError(
+                        f"engine {self.url} ended with status {status} while starting:\n{self._process.log_tail()}"
+                    )
+                if time.monotonic() > deadline_s:
+                    raise EngineError(
+                        f"engine {self.url} was not ready after {timeout_s:.0f} s:\n{self._process.log_tail()}"
+                    )
+                await asyncio.sleep(_HEALTH_INTERVAL_S)
+
+    def poll(self) -> int | None:
+        """The server's exit status, None while it runs."""
+        return self._process.poll()
+
+    async def stop(self) -> None:
+        """End the server and all that it started; idempotent."""
+        await self._process.stop(STOP_GRACE_S)
+
+    async def _is_healthy(self, session: aiohttp.ClientSession) -> bool:
+        try:
+            async with session.get(f"{self.url}/health") as response:
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+
+async def start_engines(specs: Sequence[EngineSpec], workdir: Path, timeout_s: float = START_TIMEOUT_S) -> list[Engine]:
+    """Start all engines beside each other and wait until all are ready; one that fails stops the others."""
+    engines: list[Engine] = []
+    try:
+        for spec in specs:
+            engines.append(await Engine.start(spec, workdir))  # noqa: PERF401 - what has started must be stopped
+        async with asyncio.TaskGroup() as group:
+            for engine in engines:
+                group.create_task(engine.wait_ready(timeout_s))
+    except BaseException as error:
+        await asyncio.gather(*(engine.stop() for engine in engines))
+        if isinstance(error, BaseExceptionGroup):
+            raise error.exceptions[0] from None
+        raise
+    return engines
+
+
+def _check_spec(spec: EngineSpec) -> None:
+    if spec.device == "virtual" and spec.profile is None:
+        raise EngineError(f"engine {spec.url}: a virtual GPU needs a profile, such as h100-llama-3.1-8b")
+    if not 0 < spec.slowdown < float("inf"):
+        raise EngineError(f"engine {spec.url}: slowdown is {spec.slowdown}, it must be a positive number")
+    if spec.device != "virtual" and spec.slowdown != 1.0:
+        raise EngineError(f"engine {spec.url}: only a virtual GPU can be slowed down; leave slowdown out")
+
+
+def _check_port(spec: EngineSpec) -> None:
+    family = socket.AF_INET6 if ":" in spec.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((spec.host, spec.port))
+        except OSError as error:
+            raise EngineError(
+                f"cannot start an engine on {spec.host}:{spec.port}: {error.strerror}; "
+                "choose another port, or stop what uses this one"
+            ) from error
+
+
+async def _check_vllm(python: str) -> None:
+    """Raise ``EngineError`` unless that interpreter has vLLM. Importing it would take seconds, so it is only found."""
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    advice = "install penstock[vllm] on a GPU host, or the CPU wheel by `make install`"
+    try:
+        process = await asyncio.create_subprocess_exec(python, "-c", code)
+        async with asyncio.timeout(_IMPORT_CHECK_TIMEOUT_S):
+            status = await process.wait()
+    except OSError as error:
+        raise EngineError(f"cannot run {python}: {error.strerror}; name a Python that has vLLM") from error
+    if status:
+        raise EngineError(f"{python} has no vLLM; {advice}")
+
+
+def _prepare(spec: EngineSpec, workdir: Path) -> tuple[EnginePaths, TinyModel | None]:
+    """Write what the server reads: its profile, and the tiny model for the devices that are no GPU."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    name = f"engine-{spec.port}"
+    folder = workdir.resolve()
+    paths = EnginePaths(folder / f"{name}.log", folder / f"{name}.profile.json", folder / f"{name}.control.json")
+    if spec.profile is not None:
+        paths.profile.write_bytes(dump_profile(spec.profile))
+    if spec.device == "gpu" or spec.limits is None:
+        return paths, None
+    return paths, make_tiny_model(folder / "models", spec.limits.max_model_len)
