@@ -141,7 +141,7 @@ class Controller:
     async def round(self) -> None:
         """Derive from everything as it is now; publish what differs from what is in force."""
         lost_by_redis = self._published is not None and await self._publisher.is_missing()
-        records = tuple(self._keys.list())
+        records = tuple(self._keys.records())
         if records != self._published_keys or lost_by_redis:
             await self._publisher.publish_keys(records)
             self._published_keys = records

@@ -31,6 +31,10 @@ def read_published(state_dir: Path) -> Publication | None:
     return next(iter(published_file(state_dir).read()), None)
 
 
+#: What redis-py takes for a hash's fields and values; its mapping type is invariant.
+_Encodable = bytes | bytearray | memoryview | str | int | float
+
+
 class Publisher:
     """Writes publications and keys to one Redis. Redis errors pass through: the caller tries again."""
 
@@ -58,7 +62,7 @@ class Publisher:
 
     async def publish_keys(self, records: Iterable[KeyRecord]) -> None:
         """Make exactly these API keys the known ones."""
-        fields = {record.digest: msgspec.json.encode(record) for record in records}
+        fields: dict[_Encodable, _Encodable] = {record.digest: msgspec.json.encode(record) for record in records}
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(KEYS_KEY)
             if fields:

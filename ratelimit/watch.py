@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from ratelimit.config import Config, ConfigError, load_config
 
 log = logging.getLogger(__name__)
+
+POLL_INTERVAL_S = 0.25
 
 _Signature = tuple[int, int, int]
 
@@ -41,6 +45,15 @@ class ConfigWatch:
             log.warning("gateway settings other than enforce take effect at the next start")
         self.config = config
         return config
+
+
+async def follow(watch: ConfigWatch, adopt: Callable[[Config], None]) -> None:
+    """Hand every new good config to ``adopt``, until cancelled."""
+    while True:
+        await asyncio.sleep(POLL_INTERVAL_S)
+        config = watch.poll()
+        if config is not None:
+            adopt(config)
 
 
 def _signature(path: Path) -> _Signature | None:

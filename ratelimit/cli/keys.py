@@ -33,9 +33,8 @@ def create(
     settings = read_config(config)
     _check_known(settings, org, tier)
     with failing_clearly(ValueError, StateFileError):
-        now_s = time()
-        expires_at = None if expires is None else now_s + parse_duration(expires)
-        secret, record = KeyFile(settings.state_dir).create(org, tier, name, now_s, expires_at)
+        valid_s = None if expires is None else parse_duration(expires)
+        secret, record = KeyFile(settings.state_dir).create(org=org, tier=tier, name=name, valid_s=valid_s)
     if as_json:
         typer.echo(msgspec.json.encode({"key": secret, "id": record.id, "tier": record.tier}).decode())
         return
@@ -47,7 +46,7 @@ def create(
 def list_keys(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
     """List the keys; never the secrets."""
     with failing_clearly(StateFileError):
-        records = KeyFile(read_config(config).state_dir).list()
+        records = KeyFile(read_config(config).state_dir).records()
     if as_json:
         rows = [
             {"id": r.id, "org": r.org, "tier": r.tier, "name": r.name, "status": status(r, time())} for r in records
@@ -75,7 +74,7 @@ def revoke(
 ) -> None:
     """Revoke a key; every gateway refuses it within 2 s."""
     with failing_clearly(StateFileError, ApiKeyError):
-        KeyFile(read_config(config).state_dir).revoke(key_id, time())
+        KeyFile(read_config(config).state_dir).revoke(key_id)
     stderr.print(f"{key_id} is revoked", markup=False)
 
 

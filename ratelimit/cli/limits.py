@@ -122,7 +122,7 @@ def _tier_named(config: Config, published: Publication, key_or_tier: str | None)
     tiers = {limits.tier for limits in published.tiers}
     if key_or_tier is None or key_or_tier in tiers:
         return key_or_tier
-    for record in KeyFile(config.state_dir).list():
+    for record in KeyFile(config.state_dir).records():
         if record.id == key_or_tier:
             return record.tier
     raise StateFileError(f"{key_or_tier!r} is neither a key's id nor a tier; tiers are {', '.join(sorted(tiers))}")

@@ -11,13 +11,12 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import time
 
 import msgspec
 from redis.asyncio import Redis
-from serving.engine.launch import EngineSpec
 
 from ratelimit.config import Config, EngineConfig, PoolConfig
 from ratelimit.controller import Controller
@@ -27,7 +26,9 @@ from ratelimit.publisher import Publisher
 from ratelimit.statefile import private_folder
 from ratelimit.supervisor.engines import EngineKeeper
 from ratelimit.supervisor.gateways import GatewayWorkers
-from ratelimit.watch import ConfigWatch
+from ratelimit.supervisor.tasks import StoppedError, background, or_stop, until_stopped
+from ratelimit.watch import ConfigWatch, follow
+from serving.engine.launch import EngineSpec
 from serving.fleet import Fleet, probe_session
 from serving.profile import load_profile
 
@@ -96,7 +97,7 @@ async def run_stack(
             redis = await connect(redis_url)
             stack.push_async_callback(redis.aclose)
             parts = _Parts(config, path, redis_url, redis, redis_pids, logs)
-            with contextlib.suppress(_StoppedError):
+            with contextlib.suppress(StoppedError):
                 await _serve(parts, watch, stop, progress, on_ready)
 
 
@@ -121,30 +122,26 @@ async def _serve(
         stack.push_async_callback(engines.stop)
         engines.want(engine_specs(config))
         progress(f"starting {len(engine_specs(config))} engine(s)")
-        await _or_stop(engines.start(), stop)
+        await or_stop(engines.start(), stop)
         publisher = Publisher(parts.redis, config.state_dir)
         controller = Controller(config, lambda changed: Fleet(session, changed), publisher)
-        tasks = await stack.enter_async_context(_background(controller.run(), engines.run()))
+        tasks = await stack.enter_async_context(background(controller.run(), engines.run()))
         progress("deriving the limits")
-        await _or_stop(asyncio.wait_for(_first_limits(controller, config), FIRST_LIMITS_TIMEOUT_S), stop)
+        await or_stop(asyncio.wait_for(_first_limits(controller, config), FIRST_LIMITS_TIMEOUT_S), stop)
         stack.push_async_callback(gateways.stop, DRAIN_S)
         progress("starting the gateway")
         gateways.start()
-        await _or_stop(gateways.wait_ready(), stop)
-        tasks += await stack.enter_async_context(_background(gateways.run(), _follow(watch, controller, engines)))
-        if not stop.is_set():
-            on_ready(_ready(parts, controller, engines, gateways, secret, tier))
-        await _until_stopped(tasks, stop)
+        await or_stop(gateways.wait_ready(), stop)
 
-
-async def _follow(watch: ConfigWatch, controller: Controller, engines: EngineKeeper) -> None:
-    while True:
-        await asyncio.sleep(0.25)
-        config = watch.poll()
-        if config is not None:
+        def adopt(config: Config) -> None:
             # The controller first: a replica that goes stops taking requests before its engine is stopped.
             controller.adopt(config)
             engines.want(engine_specs(config))
+
+        tasks += await stack.enter_async_context(background(gateways.run(), follow(watch, adopt)))
+        if not stop.is_set():
+            on_ready(_ready(parts, controller, engines, gateways, secret, tier))
+        await until_stopped(tasks, stop)
 
 
 async def _first_limits(controller: Controller, config: Config) -> None:
@@ -155,46 +152,6 @@ async def _first_limits(controller: Controller, config: Config) -> None:
         if published is not None and wanted <= {pool.model for pool in published.pools if pool.replicas}:
             return
         await asyncio.sleep(0.05)
-
-
-class _StoppedError(Exception):
-    """The stack was asked to stop before it was up."""
-
-
-async def _or_stop(work: Coroutine[None, None, None], stop: asyncio.Event) -> None:
-    """Await the work, or give it up as soon as ``stop`` is set."""
-    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise _StoppedError
-        working.result()
-    finally:
-        for task in (working, stopping):
-            task.cancel()
-        await asyncio.gather(working, stopping, return_exceptions=True)
-
-
-async def _until_stopped(tasks: list[asyncio.Task[None]], stop: asyncio.Event) -> None:
-    """Wait for ``stop``; a background task that ends before has failed, and its error is raised."""
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        done, _ = await asyncio.wait((*tasks, stopping), return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        stopping.cancel()
-
-
-@contextlib.asynccontextmanager
-async def _background(*coroutines: Coroutine[None, None, None]) -> AsyncIterator[list[asyncio.Task[None]]]:
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    try:
-        yield tasks
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _redis_url(config: Config, stack: contextlib.AsyncExitStack) -> tuple[str, tuple[int, ...]]:
@@ -212,11 +169,10 @@ def _demo_key(config: Config) -> tuple[str, str]:
         return "", ""
     keys = KeyFile(config.state_dir)
     org, tier = config.orgs[0].name, config.tiers[0].name
-    now_s = time()
-    for record in keys.list():
-        if record.name == DEMO_KEY_NAME and status(record, now_s) == "active":
-            keys.revoke(record.id, now_s)
-    secret, _ = keys.create(org, tier, DEMO_KEY_NAME, now_s, now_s + DEMO_KEY_VALID_S)
+    for record in keys.records():
+        if record.name == DEMO_KEY_NAME and status(record, time()) == "active":
+            keys.revoke(record.id)
+    secret, _ = keys.create(org=org, tier=tier, name=DEMO_KEY_NAME, valid_s=DEMO_KEY_VALID_S)
     return secret, tier
 
 

@@ -1,0 +1,78 @@
+"""``penstock gateway`` and ``penstock controller``: one part of the stack each, for hosts that run them apart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from typing import Annotated
+
+import typer
+from redis.exceptions import RedisError
+
+from ratelimit.cli.common import DEFAULT_CONFIG, ConfigOption, failing_clearly, log_to_stderr, read_config
+from ratelimit.config import Config
+from ratelimit.controller import Controller
+from ratelimit.embedded_redis import EmbeddedRedisError, connect
+from ratelimit.gateway.server import GatewayStartError, run_gateway
+from ratelimit.gateway.settings import GatewaySettings
+from ratelimit.publisher import Publisher
+from ratelimit.statefile import StateFileError
+from ratelimit.supervisor.tasks import background, until_stopped
+from ratelimit.watch import ConfigWatch, follow
+from serving.fleet import Fleet, probe_session
+from serving.profile import ProfileError
+
+RedisOption = Annotated[str | None, typer.Option(help="The Redis to use instead of the config's.")]
+
+
+def gateway(
+    config: ConfigOption = DEFAULT_CONFIG,
+    redis: RedisOption = None,
+    worker: Annotated[int, typer.Option(min=0, help="Which of the workers this is; it chooses the admin port.")] = 0,
+) -> None:
+    """Run one gateway worker until SIGTERM; open streams are let finish."""
+    log_to_stderr()
+    settings = read_config(config)
+    with failing_clearly(GatewayStartError, RedisError):
+        run_gateway(_gateway_settings(settings, _redis_url(settings, redis), worker))
+
+
+def controller(config: ConfigOption = DEFAULT_CONFIG, redis: RedisOption = None) -> None:
+    """Watch the config's replicas, derive the limits and publish them, until SIGTERM."""
+    log_to_stderr()
+    settings = read_config(config)
+    with failing_clearly(EmbeddedRedisError, RedisError, ProfileError, StateFileError):
+        asyncio.run(_control(ConfigWatch(config), _redis_url(settings, redis)))
+
+
+async def _control(watch: ConfigWatch, redis_url: str) -> None:
+    stop = asyncio.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    redis = await connect(redis_url)
+    async with contextlib.aclosing(redis), probe_session() as session:
+        publisher = Publisher(redis, watch.config.state_dir)
+        running = Controller(watch.config, lambda changed: Fleet(session, changed), publisher)
+        async with background(running.run(), follow(watch, running.adopt)) as tasks:
+            await until_stopped(tasks, stop)
+
+
+def _redis_url(config: Config, override: str | None) -> str:
+    url = override or config.redis
+    if url == "embedded":
+        raise typer.BadParameter("the embedded Redis belongs to `penstock up`; give redis a URL in the config")
+    return url
+
+
+def _gateway_settings(config: Config, redis_url: str, worker: int) -> GatewaySettings:
+    gateway = config.gateway
+    return GatewaySettings(
+        host=gateway.host,
+        port=gateway.port,
+        admin_port=gateway.admin_ports()[worker],
+        redis_url=redis_url,
+        request_timeout_s=gateway.request_timeout_s,
+        max_body_bytes=gateway.max_body_bytes,
+        body_timeout_s=gateway.body_timeout_s,
+    )
