@@ -1,0 +1,144 @@
+"""The HTTP of the data plane, on bare ASGI: reading a bounded body, noticing that a client left, sending an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from secrets import token_hex
+from typing import Any
+
+from ratelimit.gateway.errors import Rejection, body_too_large, body_too_slow
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+#: What is still read, and thrown away, of a body that was refused: a client that is cut off while it writes never
+#: sees the answer.
+_LINGER_BYTES = 64 * 1024 * 1024
+_LINGER_S = 5.0
+
+
+class ClientLeftError(Exception):
+    """The client closed its connection."""
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """The first header of this (lower-case) name."""
+    return next((value for key, value in scope["headers"] if key == name), None)
+
+
+def request_id_for(scope: Scope, ours: str) -> bytes:
+    """The id to answer with: the client's if it is short and plain, else ours."""
+    given = header(scope, b"x-request-id")
+    return given if given is not None and _SANE_REQUEST_ID.fullmatch(given) else ours.encode()
+
+
+def new_request_id() -> str:
+    """An id that nobody else uses."""
+    return token_hex(16)
+
+
+async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> bytes:
+    """The whole body. Raises ``Rejection`` (413 or 408) or ``ClientLeftError``.
+
+    A body that declares its length is refused before any of it is read; any other as soon as it passes the bound.
+    """
+    declared = header(scope, b"content-length")
+    if declared is not None and declared.isdigit() and int(declared) > max_bytes:
+        raise body_too_large(max_bytes)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _read_parts(receive, max_bytes)
+    except TimeoutError as error:
+        raise body_too_slow(timeout_s) from error
+
+
+async def _read_parts(receive: Receive, max_bytes: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeftError
+        part = message.get("body", b"")
+        size += len(part)
+        if size > max_bytes:
+            raise body_too_large(max_bytes)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def send_rejection(receive: Receive, send: Send, rejection: Rejection, request_id: bytes) -> None:
+    """Answer with a refusal. What is left of a refused body is read and thrown away, within bounds."""
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(rejection.body)),
+        (b"x-request-id", request_id),
+        *rejection.headers,
+    ]
+    await send({"type": "http.response.start", "status": rejection.status, "headers": headers})
+    if rejection.status in (408, 413):
+        await send({"type": "http.response.body", "body": rejection.body, "more_body": True})
+        await _linger(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    else:
+        await send({"type": "http.response.body", "body": rejection.body, "more_body": False})
+
+
+async def _linger(receive: Receive) -> None:
+    left = _LINGER_BYTES
+    try:
+        async with asyncio.timeout(_LINGER_S):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
+async def send_whole(send: Send, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+    """Send an answer that is all there."""
+    told = [(b"content-length", b"%d" % len(body)), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": told})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class ClientWatch:
+    """Cancels the work inside the ``async with`` when the client leaves, and raises ``ClientLeftError`` there.
+
+    Call ``stop`` before the answer's last part is sent: its end looks like a client that left.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._left = False
+
+    async def __aenter__(self) -> ClientWatch:
+        work = asyncio.current_task()
+        if work is None:
+            raise RuntimeError("a ClientWatch needs a task to cancel")
+        self._work = work
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._left = True
+        self._work.cancel()
+
+    def stop(self) -> None:
+        """From now on the client may leave."""
+        self._watcher.cancel()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._watcher.cancel()
+        if self._left and self._work.uncancel() == 0 and kind is asyncio.CancelledError:
+            raise ClientLeftError from error

@@ -1,0 +1,163 @@
+"""What a gateway knows of the world: the newest publication and the API keys, read from Redis and swapped whole.
+
+Changes are announced on a channel; a read every second catches what an announcement missed. While Redis is away the
+last good state stays in force. A document that this version cannot read is counted, logged once and left aside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from time import time
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from ratelimit.gateway.errors import model_not_found, reduced_capacity, unauthorized
+from ratelimit.gateway.headers import policy_header
+from ratelimit.gateway.hold import merged_groups
+from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.keys import KeyRecord, find, status
+from ratelimit.publication import Limit, Publication, PublishedPool
+from ratelimit.publisher import CHANGED_CHANNEL, KEYS_KEY, PUBLICATION_KEY
+from serving.capacity import ReplicaGroup
+
+log = logging.getLogger(__name__)
+
+_RETRY_WHILE_EMPTY_US = 1_000_000
+
+
+class Terms(msgspec.Struct, frozen=True):
+    """On what terms a key is served by a pool; ``groups`` are the pool's, identical ones counted together."""
+
+    epoch: int
+    enforce: bool
+    pool: PublishedPool
+    groups: tuple[ReplicaGroup, ...]
+    limits: tuple[Limit, ...]
+    policy_header: tuple[bytes, bytes]
+
+
+def terms_by_tier(publication: Publication) -> dict[tuple[str, str], Terms]:
+    """The terms of each (tier, model) that has limits on a published pool."""
+    pools = {pool.model: (pool, merged_groups(pool.groups)) for pool in publication.pools}
+    return {
+        (tier.tier, tier.model): Terms(
+            publication.epoch, publication.enforce, *pools[tier.model], tier.limits, policy_header(tier.limits)
+        )
+        for tier in publication.tiers
+        if tier.model in pools and tier.limits
+    }
+
+
+class Directory:
+    """The publication and the keys in force."""
+
+    def __init__(self, redis: Redis, metrics: GatewayMetrics, poll_interval_s: float = 1.0) -> None:
+        self._redis = redis
+        self._metrics = metrics
+        self._poll_interval_s = poll_interval_s
+        self._document: bytes | None = None
+        self._key_documents: Mapping[bytes, bytes] = {}
+        self._keys: dict[str, KeyRecord] = {}
+        self._terms: dict[tuple[str, str], Terms] = {}
+        self._changed = asyncio.Event()
+        self._failed: set[str] = set()
+        self.publication: Publication | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a publication has been read."""
+        return self.publication is not None
+
+    def authenticate(self, authorization: bytes | None) -> KeyRecord:
+        """The active key of an ``Authorization: Bearer`` header; raises ``Rejection`` (401)."""
+        if authorization is None or authorization[:7].lower() != b"bearer ":
+            raise unauthorized()
+        record = find(self._keys, authorization[7:].strip().decode("latin-1"))
+        if record is None or status(record, time()) != "active":
+            raise unauthorized()
+        return record
+
+    def terms(self, record: KeyRecord, model: str) -> Terms:
+        """The terms for a key and a model; raises ``Rejection`` (404, or 503 before the first publication)."""
+        if not self.ready:
+            raise reduced_capacity("The gateway has not read the limits yet.", _RETRY_WHILE_EMPTY_US, "publication")
+        terms = self._terms.get((record.tier, model))
+        if terms is None:
+            raise model_not_found(model)
+        return terms
+
+    def models(self, record: KeyRecord) -> list[str]:
+        """The models that a key may use."""
+        return sorted(model for tier, model in self._terms if tier == record.tier)
+
+    async def refresh(self) -> None:
+        """Read both documents, and swap in what changed. Raises ``RedisError``."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.get(PUBLICATION_KEY)
+            pipe.hgetall(KEYS_KEY)
+            document, key_documents = await pipe.execute()
+        if document is not None and document != self._document:
+            self._document = document
+            self._guarded("publication", lambda: self._swap_publication(document))
+        if key_documents != self._key_documents:
+            self._key_documents = key_documents
+            self._guarded("keys", lambda: self._swap_keys(key_documents))
+
+    def _guarded(self, what: str, swap: Callable[[], None]) -> None:
+        try:
+            swap()
+        except msgspec.MsgspecError as error:
+            self._note_failure(what, error)
+
+    def _swap_publication(self, document: bytes) -> None:
+        publication = msgspec.json.decode(document, type=Publication)
+        self._terms = terms_by_tier(publication)
+        self.publication = publication
+        self._metrics.published(publication)
+
+    def _swap_keys(self, documents: Mapping[bytes, bytes]) -> None:
+        records = [msgspec.json.decode(document, type=KeyRecord) for document in documents.values()]
+        self._keys = {record.digest: record for record in records}
+        self._metrics.keys.set(len(records))
+
+    def _note_failure(self, what: str, error: Exception) -> None:
+        self._metrics.directory_errors.labels(what).inc()
+        if what not in self._failed:
+            log.error("cannot read %s, the last good state stays in force: %s", what, error)
+            self._failed.add(what)
+
+    async def run(self) -> None:
+        """Follow changes until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen())
+            tasks.create_task(self._poll())
+
+    async def _poll(self) -> None:
+        while True:
+            try:
+                await self.refresh()
+                self._failed.discard("redis")
+            except (RedisError, OSError) as error:
+                self._note_failure("redis", error)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), self._poll_interval_s)
+            self._changed.clear()
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with self._redis.pubsub() as pubsub:
+                    await pubsub.subscribe(CHANGED_CHANNEL)
+                    self._failed.discard("announcements")
+                    while True:
+                        message = await pubsub.get_message(timeout=30.0)
+                        if message is not None:
+                            self._changed.set()
+            except (RedisError, OSError) as error:
+                self._note_failure("announcements", error)
+                await asyncio.sleep(self._poll_interval_s)

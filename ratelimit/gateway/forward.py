@@ -1,0 +1,131 @@
+"""Finding a replica that answers: routing, retries on other replicas, and what each replica has outstanding.
+
+A request moves on to another replica as long as its client has seen nothing:
+
+- a replica that cannot be reached, or answers 503 (its own queue is full), was not asked to do anything, so every other
+  one is tried;
+- a replica that broke off may have been brought down by this very request, so only one other is tried after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping
+from time import perf_counter
+
+from ratelimit.gateway.directory import Terms
+from ratelimit.gateway.errors import Rejection, reduced_capacity, timed_out
+from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.gateway.upstream import Upstream, UpstreamAnswer, UpstreamError
+from serving.routing import choose
+
+#: Replicas that one request may break off on.
+MAX_BROKEN = 2
+_RETRY_US = 1_000_000
+
+
+class Call:
+    """A request on one replica that has begun to answer: all of the body, or a stream's first part, is in ``first``.
+
+    ``close`` it in any case: it ends the outstanding cost, and aborts what has not ended.
+    """
+
+    __slots__ = ("_cost", "_outstanding", "_url", "answer", "first")
+
+    def __init__(self, outstanding: defaultdict[str, float], url: str, cost: float) -> None:
+        self._outstanding = outstanding
+        self._url = url
+        self._cost = cost
+        self.answer: UpstreamAnswer
+        self.first = b""
+        outstanding[url] += cost
+
+    def close(self) -> None:
+        """Let go of the replica."""
+        if answer := getattr(self, "answer", None):
+            answer.close()
+        left = self._outstanding[self._url] - self._cost
+        self._cost = 0.0
+        if left > 0:
+            self._outstanding[self._url] = left
+        else:
+            del self._outstanding[self._url]
+
+
+class Forwarder:
+    """Sends requests to replicas, and knows what each of them has outstanding from this process."""
+
+    def __init__(self, upstream: Upstream, metrics: GatewayMetrics, first_byte_timeout_s: float) -> None:
+        self._upstream = upstream
+        self._metrics = metrics
+        self._first_byte_timeout_s = first_byte_timeout_s
+        self._outstanding: defaultdict[str, float] = defaultdict(float)
+
+    async def call(
+        self,
+        terms: Terms,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        cost: float,
+        timeout_s: float,
+        stream: bool,
+    ) -> Call:
+        """The first replica's answer that came; raises ``Rejection`` (503, or 504 after ``timeout_s``)."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._call_any(terms, path, body, headers, cost, stream)
+        except TimeoutError as error:
+            raise timed_out(timeout_s) from error
+
+    async def _call_any(
+        self, terms: Terms, path: str, body: bytes, headers: Mapping[str, str], cost: float, stream: bool
+    ) -> Call:
+        tried: set[str] = set()
+        broken = 0
+        model = terms.pool.model
+        while broken < MAX_BROKEN and (replica := choose(terms.pool.replicas, self._outstanding, tried)):
+            tried.add(replica.url)
+            call = Call(self._outstanding, replica.url, cost)
+            try:
+                started = perf_counter()
+                await self._begin(call, replica.url.rstrip("/") + path, body, headers, stream)
+            except UpstreamError as error:
+                call.close()
+                self._metrics.upstream_failures.labels(model, error.reason).inc()
+                broken += error.reached
+            except BaseException:
+                call.close()
+                raise
+            else:
+                self._metrics.upstream_latency_of(model).observe(perf_counter() - started)
+                return call
+        raise no_replica(len(tried))
+
+    async def _begin(self, call: Call, url: str, body: bytes, headers: Mapping[str, str], stream: bool) -> None:
+        if not stream:
+            answer = call.answer = await self._upstream.open(url, body, headers)
+            self._check_accepted(answer)
+            call.first = await answer.read_all()
+            return
+        try:
+            async with asyncio.timeout(self._first_byte_timeout_s):
+                answer = call.answer = await self._upstream.open(url, body, headers)
+                self._check_accepted(answer)
+                call.first = await (answer.read_some() if answer.status == 200 else answer.read_all())
+        except TimeoutError as error:
+            raise UpstreamError("first byte timeout", reached=True) from error
+        if answer.status == 200 and not call.first:
+            raise UpstreamError("empty", reached=True)
+
+    @staticmethod
+    def _check_accepted(answer: UpstreamAnswer) -> None:
+        if answer.status == 503:
+            raise UpstreamError("busy", reached=False)
+
+
+def no_replica(tried: int) -> Rejection:
+    """503: every replica that was asked failed, or there is none."""
+    detail = f"None of {tried} replicas took the request." if tried else "No replica serves this model at the moment."
+    return reduced_capacity(detail + " Please try again.", _RETRY_US, "replicas")

@@ -1,0 +1,79 @@
+"""How much a request holds of each bucket at admission, and what it owes in the end. Pure.
+
+Output is held at its maximum: what the request sets, else the pool's ``default_max_output``, times the choices asked
+for, each bounded by the context length. The prompt is held at its bytes times the model's tokens per byte, corrected as
+soon as the engine reports its true length. The pool is charged in replica-microseconds of cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+import msgspec
+
+from ratelimit.gateway.errors import context_length_exceeded
+from ratelimit.gateway.wire import TOKENS_PER_MESSAGE, ParsedRequest
+from ratelimit.publication import PublishedPool
+from serving.capacity import ReplicaGroup, RequestShape, fleet_cost_s
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of a request over all its prompts and choices; ``cached_tokens`` were in the prefix cache."""
+
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def input_tokens(self) -> int:
+        """What counts against a caller's input limit."""
+        return max(0, self.prompt_tokens - self.cached_tokens)
+
+
+def estimate(request: ParsedRequest, pool: PublishedPool) -> Usage:
+    """The usage to hold for a request; raises ``Rejection`` (400) where it exceeds the context for certain."""
+    check_context(request, pool.max_model_len)
+    if request.prompt_tokens is not None:
+        prompt = request.prompt_tokens
+    else:
+        prompt = ceil(request.prompt_bytes * pool.tokens_per_byte) + TOKENS_PER_MESSAGE * request.messages
+    bound = pool.max_model_len
+    output = min(pool.default_max_output if request.max_output is None else request.max_output, bound)
+    return Usage(max(1, min(prompt, bound * request.prompts)), max(1, output * request.choices))
+
+
+def check_context(request: ParsedRequest, max_model_len: int) -> None:
+    """Refuse what no load could make fit: too large an output alone, or with a prompt whose length is exact."""
+    output = request.max_output or 0
+    if output > max_model_len:
+        raise context_length_exceeded(max_model_len, f"{output} tokens in the completion")
+    if request.prompt_tokens is not None and request.prompts == 1 and request.prompt_tokens + output > max_model_len:
+        total = request.prompt_tokens + output
+        asked = f"{total} tokens ({request.prompt_tokens} in the prompt, {output} in the completion)"
+        raise context_length_exceeded(max_model_len, asked)
+
+
+def merged_groups(groups: Sequence[ReplicaGroup]) -> tuple[ReplicaGroup, ...]:
+    """The same fleet with identical groups counted together, so that a cost takes one term per kind of replica."""
+    counts: dict[tuple[object, ...], int] = {}
+    kinds: dict[tuple[object, ...], ReplicaGroup] = {}
+    for group in groups:
+        kind = (
+            msgspec.structs.astuple(group.step_time),
+            msgspec.structs.astuple(group.limits),
+            msgspec.structs.astuple(group.slo),
+        )
+        counts[kind] = counts.get(kind, 0) + group.count
+        kinds[kind] = group
+    return tuple(msgspec.structs.replace(kinds[kind], count=count) for kind, count in counts.items())
+
+
+def pool_cost_us(groups: Sequence[ReplicaGroup], usage: Usage, choices: int, prompts: int) -> int:
+    """Replica-microseconds of a request: each prompt is computed once, its further choices find it in the cache."""
+    prompt, output = ceil(usage.prompt_tokens / prompts), ceil(usage.output_tokens / choices)
+    first = fleet_cost_s(groups, RequestShape(prompt, output, min(prompt, usage.cached_tokens // prompts)))
+    cost_s = prompts * first
+    if choices > prompts:
+        cost_s += (choices - prompts) * fleet_cost_s(groups, RequestShape(prompt, output, prompt))
+    return max(1, ceil(cost_s * 1e6))

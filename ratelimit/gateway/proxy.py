@@ -1,0 +1,256 @@
+"""The data plane: one request from its headers to its settlement. A raw ASGI endpoint.
+
+The order is fixed: key, body, shape, admission, replica, relay, settlement. Whatever happens after admission, the
+account is settled; whatever happens after a replica was called, the call is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from time import perf_counter
+
+import msgspec
+
+from ratelimit.gateway.accounting import Account, Ledger, Limiter
+from ratelimit.gateway.admission import Durations, answer_headers, refusal
+from ratelimit.gateway.asgi import (
+    ClientLeftError,
+    ClientWatch,
+    Receive,
+    Scope,
+    Send,
+    header,
+    new_request_id,
+    read_body,
+    request_id_for,
+    send_rejection,
+    send_whole,
+)
+from ratelimit.gateway.directory import Directory, Terms
+from ratelimit.gateway.errors import Headers, Rejection, reduced_capacity, stream_error
+from ratelimit.gateway.forward import Call, Forwarder
+from ratelimit.gateway.hold import estimate
+from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.gateway.settings import GatewaySettings
+from ratelimit.gateway.sse import EventTooLargeError, StreamFilter, answer_usage
+from ratelimit.gateway.upstream import UpstreamError
+from ratelimit.gateway.wire import ParsedRequest, Route, parse_request, upstream_body
+from ratelimit.keys import KeyRecord
+from ratelimit.meter import Admitted, Denied
+from ratelimit.store import StoreUnavailableError
+
+_PATHS: Mapping[Route, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+_CLIENT_LEFT_STATUS = 499
+_STORE_RETRY_US = 1_000_000
+_DONE_EVENT = b"data: [DONE]\n\n"
+#: Chunks between two looks at a stream's usage, for output beyond what was held.
+_CHUNKS_PER_LOOK = 128
+#: Lets an answer wait for the other choices' finishing chunks, after a failure, no longer than this.
+_UNKNOWN = ""
+
+
+class _Exchange(msgspec.Struct):
+    """One request as far as it is known; the metrics want it however it ends."""
+
+    route: Route
+    scope: Scope
+    send: Send
+    reservation_id: str
+    request_id: bytes
+    started: float
+    model: str = _UNKNOWN
+    tier: str = _UNKNOWN
+    status: int = 500
+
+
+class Proxy:
+    """Serves the routes that reach an engine."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        directory: Directory,
+        limiter_for: Callable[[str], Limiter],
+        forwarder: Forwarder,
+        ledger: Ledger,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._limiter_for = limiter_for
+        self._forwarder = forwarder
+        self._ledger = ledger
+        self._metrics = metrics
+        self._durations = Durations()
+
+    async def serve(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        reservation_id = new_request_id()
+        exchange = _Exchange(route, scope, send, reservation_id, request_id_for(scope, reservation_id), perf_counter())
+        self._metrics.open_requests.inc()
+        try:
+            await self._serve(exchange, receive)
+        except Rejection as rejection:
+            exchange.status = rejection.status
+            if rejection.denied_by:
+                self._metrics.denied(exchange.model, exchange.tier, rejection.denied_by)
+            await send_rejection(receive, send, rejection, exchange.request_id)
+        except ClientLeftError:
+            exchange.status = _CLIENT_LEFT_STATUS
+        finally:
+            self._metrics.open_requests.dec()
+            self._metrics.finished(route, exchange.model, exchange.tier, exchange.status)
+
+    async def _serve(self, exchange: _Exchange, receive: Receive) -> None:
+        settings = self._settings
+        record = self._directory.authenticate(header(exchange.scope, b"authorization"))
+        exchange.tier = record.tier
+        body = await read_body(exchange.scope, receive, settings.max_body_bytes, settings.body_timeout_s)
+        received = perf_counter()
+        request = parse_request(exchange.route, body)
+        terms = self._directory.terms(record, request.model)
+        exchange.model = terms.pool.model
+        held = estimate(request, terms.pool)
+        if not terms.groups:
+            raise reduced_capacity("No replica serves this model at the moment.", _STORE_RETRY_US, "replicas")
+        limiter = self._limiter_for(terms.pool.model) if terms.enforce else None
+        account = Account(self._ledger, limiter, exchange.reservation_id, record, terms, request, held)
+        async with ClientWatch(receive) as watch:
+            headers = (
+                (b"x-request-id", exchange.request_id),
+                *answer_headers(terms, await self._admit(account, record, terms)),
+            )
+            self._metrics.added_latency_of(terms.pool.model).observe(perf_counter() - received)
+            try:
+                await self._answer(exchange, account, record, terms, request, headers, watch)
+            finally:
+                account.settle_unserved()  # does nothing where a more exact settlement came before
+        self._durations.note(terms.pool.model, perf_counter() - received)
+
+    async def _admit(self, account: Account, record: KeyRecord, terms: Terms) -> Admitted | None:
+        try:
+            answer = await account.admit()
+        except StoreUnavailableError as error:
+            detail = "The rate limiter cannot be reached. Please try again."
+            raise reduced_capacity(detail, _STORE_RETRY_US, "store") from error
+        if isinstance(answer, Denied):
+            raise refusal(terms, record.tier, answer, self._durations.mean_us(terms.pool.model))
+        return answer
+
+    async def _answer(
+        self,
+        exchange: _Exchange,
+        account: Account,
+        record: KeyRecord,
+        terms: Terms,
+        request: ParsedRequest,
+        headers: Headers,
+        watch: ClientWatch,
+    ) -> None:
+        upstream_headers = {"Content-Type": "application/json", "X-Request-Id": exchange.reservation_id}
+        body = upstream_body(request, cache_salt_of(record.org))
+        deadline = asyncio.get_running_loop().time() + self._settings.request_timeout_s
+        try:
+            call = await self._forwarder.call(
+                terms, _PATHS[exchange.route], body, upstream_headers, account.cost_us,
+                self._settings.request_timeout_s, request.stream,
+            )  # fmt: skip
+        except asyncio.CancelledError:
+            if request.stream:
+                account.settle_used(None)
+            else:
+                account.settle_as_held()
+            raise
+        try:
+            exchange.status = call.answer.status
+            headers = ((b"content-type", call.answer.content_type), *headers)
+            if request.stream and call.answer.status == 200:
+                stream = StreamFilter(request.shown_usage, request.choices, request.prompts)
+                await self._relay(exchange, account, call, stream, headers, watch, deadline)
+            else:
+                self._settle_whole(account, call)
+                watch.stop()
+                await send_whole(exchange.send, call.answer.status, headers, call.first)
+        finally:
+            call.close()
+
+    @staticmethod
+    def _settle_whole(account: Account, call: Call) -> None:
+        if call.answer.status < 400:
+            usage = answer_usage(call.first)
+            if usage is None:
+                account.settle_as_held()
+            else:
+                account.settle_used(usage)
+        elif call.answer.status < 500:
+            account.settle_refused()
+        else:
+            account.settle_unserved()
+
+    async def _relay(
+        self,
+        exchange: _Exchange,
+        account: Account,
+        call: Call,
+        stream: StreamFilter,
+        headers: Headers,
+        watch: ClientWatch,
+        deadline: float,
+    ) -> None:
+        """Pass a stream on as it comes; its end is kept back until the account is settled."""
+        send = exchange.send
+        broken = ""
+        try:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    out = stream.feed(call.first)
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                    if usage := stream.usage:
+                        account.correct(usage)
+                    await self._pump(account, call, stream, send, out)
+            except UpstreamError as error:
+                broken = error.reason
+            except (EventTooLargeError, msgspec.DecodeError, UnicodeDecodeError):
+                broken = "garbled"
+            except TimeoutError:
+                broken = "timeout"
+        finally:
+            account.settle_used(stream.usage)
+        watch.stop()
+        last = self._ending(exchange.model, stream, broken)
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    @staticmethod
+    async def _pump(account: Account, call: Call, stream: StreamFilter, send: Send, out: bytes) -> None:
+        read, feed = call.answer.read_some, stream.feed
+        look_in = _CHUNKS_PER_LOOK
+        while True:
+            if out:
+                await send({"type": "http.response.body", "body": out, "more_body": True})
+            data = await read()
+            if not data:
+                return
+            out = feed(data)
+            look_in -= 1
+            if not look_in:
+                look_in = _CHUNKS_PER_LOOK
+                if usage := stream.usage:
+                    account.correct(usage)
+
+    def _ending(self, model: str, stream: StreamFilter, broken: str) -> bytes:
+        """The last bytes of a stream: its end, or an error event and no ``[DONE]`` where it is not complete."""
+        rest = stream.flush()
+        if stream.error_seen:
+            self._metrics.broken_streams.labels(model, "engine error").inc()
+            return rest
+        if stream.complete:
+            return rest + _DONE_EVENT if stream.done else rest
+        reason = broken or "unfinished"
+        self._metrics.broken_streams.labels(model, reason).inc()
+        return stream_error(f"The answer broke off before it was complete ({reason}).")
+
+
+def cache_salt_of(org: str) -> str:
+    """The prefix-cache salt of an org: only requests of one org share cached prompts."""
+    return f"org:{org}"

@@ -1,0 +1,144 @@
+"""One gateway process: its sockets, its servers, its wiring, its orderly end. The only place that wires the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import AsyncIterator, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import lru_cache
+
+import uvicorn
+import uvloop
+from redis.asyncio import Redis
+
+from ratelimit.embedded_redis import EmbeddedRedisError, connect
+from ratelimit.gateway.accounting import Ledger
+from ratelimit.gateway.admin import admin_app
+from ratelimit.gateway.app import DataApp
+from ratelimit.gateway.directory import Directory
+from ratelimit.gateway.forward import Forwarder
+from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.gateway.proxy import Proxy
+from ratelimit.gateway.settings import GatewaySettings
+from ratelimit.gateway.upstream import AiohttpUpstream
+from ratelimit.store import Store
+
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 75
+_ADMIN_DRAIN_S = 1
+#: For settlements that are under way when the last request has ended.
+_SETTLE_DRAIN_S = 5.0
+
+
+class GatewayStartError(RuntimeError):
+    """The gateway cannot start; the message says what is in the way."""
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that leaves the process's signals alone: two of them run here, and one decides."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def listening_socket(host: str, port: int, shared: bool) -> socket.socket:
+    """A bound TCP socket; a ``shared`` port may be bound by several gateways. Raises ``GatewayStartError``."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((host, port))
+        listener.setblocking(False)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise GatewayStartError(
+            f"cannot listen on {host}:{port}: {error}. Free the port, or set another one under `gateway:`."
+        ) from error
+    return listener
+
+
+def _server(app: object, drain_s: float) -> _Server:
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]  # uvicorn wants its own ASGI types; ours are wider
+        loop="none",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(drain_s)),
+    )
+    return _Server(config)
+
+
+def run_gateway(settings: GatewaySettings) -> None:
+    """Serve until SIGTERM or SIGINT, then let open requests finish and settle.
+
+    Raises ``GatewayStartError`` for a busy port and for a Redis that does not answer.
+    """
+    uvloop.run(serve_gateway(settings))
+
+
+async def serve_gateway(settings: GatewaySettings) -> None:
+    """The same inside a running event loop, whose SIGTERM and SIGINT it takes over."""
+    with (
+        listening_socket(settings.host, settings.port, shared=True) as data_socket,
+        listening_socket(settings.host, settings.admin_port, shared=False) as admin_socket,
+    ):
+        try:
+            redis = await connect(settings.redis_url)
+        except EmbeddedRedisError as error:
+            raise GatewayStartError(str(error)) from error
+        try:
+            async with _wired(settings, redis) as (data, admin):
+                await _serve(_server(data, settings.drain_s), data_socket, _server(admin, _ADMIN_DRAIN_S), admin_socket)
+        finally:
+            await redis.aclose()
+
+
+@asynccontextmanager
+async def _wired(settings: GatewaySettings, redis: Redis) -> AsyncIterator[tuple[DataApp, object]]:
+    metrics = GatewayMetrics()
+    directory = Directory(redis, metrics, settings.poll_interval_s)
+    ledger = Ledger(metrics, settings.request_timeout_s)
+    limiter_for = lru_cache(1024)(lambda model: Store(redis, model, settings.store_timeout_s))
+    async with AiohttpUpstream(settings.connect_timeout_s, settings.chunk_timeout_s) as upstream:
+        forwarder = Forwarder(upstream, metrics, settings.first_byte_timeout_s)
+        proxy = Proxy(settings, directory, limiter_for, forwarder, ledger, metrics)
+        await directory.refresh()
+        following = asyncio.create_task(directory.run())
+        try:
+            yield DataApp(proxy, directory, limiter_for), admin_app(directory, metrics)
+            await ledger.drain(_SETTLE_DRAIN_S)
+        finally:
+            following.cancel()
+            with suppress(asyncio.CancelledError):
+                await following
+
+
+async def _serve(data: _Server, data_socket: socket.socket, admin: _Server, admin_socket: socket.socket) -> None:
+    """Run both servers; a signal ends the data server first, and the admin port answers until it has drained."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        data.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    admin_task = asyncio.create_task(admin.serve([admin_socket]))
+    try:
+        await data.serve([data_socket])
+    finally:
+        admin.should_exit = True
+        await admin_task
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,28 @@
+"""What one gateway process is told to do."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Addresses, bounds and timeouts of one gateway process.
+
+    Several processes may share ``port``; each has an ``admin_port`` of its own. ``request_timeout_s`` bounds a request
+    from its admission to its last byte. ``first_byte_timeout_s`` bounds the wait for a stream's first chunk on one
+    replica, ``chunk_timeout_s`` the silence between two chunks. On SIGTERM open requests get ``drain_s`` to finish.
+    """
+
+    redis_url: str
+    host: str = "127.0.0.1"
+    port: int = 8080
+    admin_port: int = 9090
+    request_timeout_s: float = 600.0
+    max_body_bytes: int = 8 * 1024 * 1024
+    body_timeout_s: float = 20.0
+    connect_timeout_s: float = 2.0
+    first_byte_timeout_s: float = 120.0
+    chunk_timeout_s: float = 60.0
+    drain_s: float = 20.0
+    store_timeout_s: float = 1.0
+    poll_interval_s: float = 1.0

@@ -1,0 +1,231 @@
+r"""Reading and filtering an engine's event stream as it passes through. Pure: bytes in, bytes out.
+
+The gateway asks an engine for its usage on every chunk (``wire``). This filter reads that usage and gives the client
+the stream that the engine would have sent it directly, byte for byte:
+
+- the ``usage`` member of a chunk goes, unless the client asked for it on every chunk;
+- the last chunk, which carries usage and no choices, goes unless the client asked for it;
+- ``system_fingerprint``, which vLLM puts on the finishing chunk, or on the usage chunk where there is one, moves back.
+  (With several choices, on the chunk that finishes the last of them.)
+
+A chunk as vLLM writes it, compact and with its usage, is handled by a few searches in its bytes and never parsed. All
+else (several events in one read, several choices, another engine's spacing, the end of the stream) takes the general
+way, event by event. Events end with a blank line, ``\n\n``.
+
+An answer is complete when every choice has a ``finish_reason``. ``[DONE]`` alone proves nothing: an engine whose core
+was killed still sends it.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from ratelimit.gateway.hold import Usage
+from ratelimit.gateway.wire import ShownUsage
+
+_EVENT_END = b"\n\n"
+_DONE_EVENT = b"data: [DONE]\n\n"
+_FINISHED = b'"finish_reason":"'
+_USAGE = b',"usage":{'
+_NO_CHOICES = b"[]"
+
+#: An unescaped ``"usage"`` can only be a member's name: inside a JSON string its quotes would be escaped. Its value
+#: holds numbers, nulls and objects of those. (The comma goes with it; a chunk never begins with its usage.)
+_USAGE_MEMBER = re.compile(rb',\s*"usage"\s*:\s*(?:null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class WireUsage(msgspec.Struct):
+    """``usage`` as an engine reports it."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int | None = 0
+    prompt_tokens_details: _PromptDetails | None = None
+
+    def usage(self) -> Usage:
+        """The same in the gateway's terms."""
+        details = self.prompt_tokens_details
+        cached = (details.cached_tokens or 0) if details else 0
+        return Usage(self.prompt_tokens, self.completion_tokens or 0, cached)
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: WireUsage | None = None
+    system_fingerprint: msgspec.Raw | None = None
+    error: msgspec.Raw | None = None
+
+
+class _Answer(msgspec.Struct):
+    usage: WireUsage | None = None
+
+
+_chunk_decoder = msgspec.json.Decoder(_Chunk)
+_answer_decoder = msgspec.json.Decoder(_Answer)
+
+
+class EventTooLargeError(ValueError):
+    """An event grew past the bound without ending."""
+
+
+def answer_usage(body: bytes) -> Usage | None:
+    """The usage in an answer that is not streamed; ``None`` where it has none or is not such an answer."""
+    try:
+        usage = _answer_decoder.decode(body).usage
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return usage.usage() if usage else None
+
+
+class StreamFilter:
+    """The state of one stream. ``choices`` answers are expected in all, over ``prompts`` prompts."""
+
+    __slots__ = (
+        "_by_choice",
+        "_choices",
+        "_final",
+        "_held",
+        "_latest",
+        "_max_event_bytes",
+        "_per_prompt",
+        "_shown",
+        "_tail",
+        "done",
+        "error_seen",
+        "finished",
+    )
+
+    def __init__(
+        self, shown: ShownUsage, choices: int = 1, prompts: int = 1, max_event_bytes: int = 16 * 1024 * 1024
+    ) -> None:
+        self._shown = shown
+        self._choices = choices
+        self._per_prompt = max(1, choices // prompts)
+        self._max_event_bytes = max_event_bytes
+        self._tail = b""  # an event that has not ended
+        self._held: bytes | None = None  # the finishing chunk, until the fingerprint is known
+        self._latest = b""  # the newest event that told a single choice's usage, not parsed
+        self._by_choice: dict[int, WireUsage] = {}
+        self._final: Usage | None = None
+        self.finished = 0
+        self.done = False
+        self.error_seen = False
+
+    @property
+    def complete(self) -> bool:
+        """Every choice has a finish reason."""
+        return self.finished >= self._choices
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the engine has reported so far."""
+        if self._final is not None:
+            return self._final
+        if self._latest:
+            reported = _chunk_decoder.decode(self._latest[5:]).usage
+            return reported.usage() if reported else None
+        if not self._by_choice:
+            return None
+        prompts = {index // self._per_prompt: each.prompt_tokens for index, each in self._by_choice.items()}
+        output = sum(each.completion_tokens or 0 for each in self._by_choice.values())
+        return Usage(sum(prompts.values()), output)
+
+    def feed(self, data: bytes) -> bytes:
+        """The bytes to pass on for the bytes that came; ``[DONE]`` is kept back, and ``done`` set.
+
+        Raises ``EventTooLargeError``, and ``msgspec.DecodeError`` for an event that is not JSON.
+        """
+        end = data.find(_EVENT_END)
+        if end == len(data) - 2 and not self._tail and self._held is None and self._choices == 1:
+            at = data.rfind(_USAGE)
+            if at > 0 and data[at - 2 : at] != _NO_CHOICES and _FINISHED not in data:
+                self._latest = data
+                if self._shown == "every chunk":
+                    return data
+                close = data.find(b"}", at)
+                if data.find(b"{", at + len(_USAGE), close) < 0:
+                    return data[:at] + data[close + 1 :]
+        return self._general(data)
+
+    def flush(self) -> bytes:
+        """What is still held when the stream ends."""
+        return self._release() + self._take_tail()
+
+    def _take_tail(self) -> bytes:
+        tail, self._tail = self._tail, b""
+        return tail
+
+    def _general(self, data: bytes) -> bytes:
+        data = self._take_tail() + data
+        cut = data.rfind(_EVENT_END) + 2
+        if cut < 2:
+            cut = 0
+        self._tail = data[cut:]
+        if len(self._tail) > self._max_event_bytes:
+            raise EventTooLargeError(f"an event is larger than {self._max_event_bytes} bytes")
+        passed = [self._event(event + _EVENT_END) for event in data[:cut].split(_EVENT_END)[:-1]]
+        return b"".join(passed)
+
+    def _event(self, event: bytes) -> bytes:
+        if event == _DONE_EVENT:
+            self.done = True
+            return self._release()
+        if not event.startswith(b"data:"):
+            return self._release() + event
+        chunk = _chunk_decoder.decode(event[5:])
+        if chunk.error is not None:
+            self.error_seen = True
+        if not chunk.choices and chunk.usage is not None:
+            return self._usage_event(event, chunk, chunk.usage)
+        if chunk.usage is not None:
+            self._note_usage(event, chunk, chunk.usage)
+        self.finished += sum(choice.finish_reason is not None for choice in chunk.choices)
+        released = self._release()
+        if self._shown == "none" and self.complete and chunk.usage is not None and chunk.system_fingerprint is None:
+            self._held = event
+            return released
+        return released + self._stripped(event, chunk)
+
+    def _note_usage(self, event: bytes, chunk: _Chunk, usage: WireUsage) -> None:
+        if self._choices == 1:
+            self._latest = event
+        else:
+            for choice in chunk.choices:
+                self._by_choice[choice.index] = usage
+
+    def _stripped(self, event: bytes, chunk: _Chunk) -> bytes:
+        if self._shown == "every chunk" or (self._shown == "final" and chunk.usage is None):
+            return event
+        return _replace_usage(event, b"")
+
+    def _usage_event(self, event: bytes, chunk: _Chunk, usage: WireUsage) -> bytes:
+        self._final = usage.usage()
+        if self._shown != "none":
+            return self._release() + event
+        fingerprint = chunk.system_fingerprint
+        return self._release(b'"system_fingerprint":' + bytes(fingerprint) if fingerprint else b"")
+
+    def _release(self, fingerprint: bytes = b"") -> bytes:
+        """The held chunk, with the fingerprint where its usage was: that is where vLLM writes it."""
+        held, self._held = self._held, None
+        if held is None:
+            return b""
+        return _replace_usage(held, b"," + fingerprint if fingerprint else b"")
+
+
+def _replace_usage(event: bytes, member: bytes) -> bytes:
+    found = list(_USAGE_MEMBER.finditer(event))
+    if not found:
+        return event
+    last = found[-1]  # what comes before may be a member of a choice
+    return event[: last.start()] + member + event[last.end() :]
