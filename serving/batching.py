@@ -108,11 +108,12 @@ class BatchingReplica:
             self._join_decodes(request)
 
     def _make_room(self) -> bool:
-        """Preempt the latest admitted until this step's decodes have their KV blocks. True if any was."""
+        """Give this step's decodes their KV blocks, preempting the latest admitted until they suffice. True if any."""
         preempted = False
         while self._free_blocks < self._block_due[self._step % self._limits.block_size]:
             self._preempt()
             preempted = True
+        self._free_blocks -= self._block_due[self._step % self._limits.block_size]
         return preempted
 
     def _preempt(self) -> None:
@@ -185,14 +186,14 @@ class BatchingReplica:
 
     def _decode(self, steps: int) -> None:
         """Run that many steps of decodes alone; their contexts grow by one token each step."""
+        self._free_blocks -= self._later_blocks(steps)
         growing_context = self._decodes * (steps * (steps + 1) // 2)
         self._now_s += steps * self._step_time.step_s(0, self._decodes, self._decode_context)
         self._now_s += self._step_time.kv_token_s * growing_context
         self._count_steps(steps)
 
     def _count_steps(self, steps: int) -> None:
-        """Every decode has emitted ``steps`` tokens: account for their blocks and finish those that are done."""
-        self._free_blocks -= self._blocks_due(steps)
+        """Every decode has emitted ``steps`` tokens: finish those that are done."""
         self._decode_context += self._decodes * steps
         self._step += steps
         while self._finishes and self._finishes[0][0] <= self._step:
@@ -206,7 +207,7 @@ class BatchingReplica:
         steps = self._next_finish_step() - self._step
         if self._arrived < len(self._requests):
             steps = min(steps, self._steps_until(self._requests[self._arrived].arrival_s))
-        while steps > 1 and self._blocks_due(steps) > self._free_blocks:
+        while steps > 1 and self._later_blocks(steps) > self._free_blocks:
             steps //= 2
         return max(1, steps)
 
@@ -223,11 +224,11 @@ class BatchingReplica:
         linear = first_s - growth_s / 2
         return ceil(2 * left_s / (linear + sqrt(linear * linear + 2 * growth_s * left_s)))
 
-    def _blocks_due(self, steps: int) -> int:
-        """KV blocks that the decodes take in the next ``steps`` steps."""
+    def _later_blocks(self, steps: int) -> int:
+        """KV blocks that the decodes take in the next ``steps`` steps but the first, which has its own."""
         block_size = self._limits.block_size
-        cycles, rest = divmod(steps, block_size)
-        start = self._step
+        cycles, rest = divmod(steps - 1, block_size)
+        start = self._step + 1
         return cycles * self._decodes + sum(self._block_due[(start + k) % block_size] for k in range(rest))
 
     def _held_context(self, request: SimulatedRequest) -> int:
