@@ -20,7 +20,11 @@ CPU_LIMITS = EngineLimits(
 )
 _CPU_KV_CACHE_GIB = "1"
 _EXECUTOR = "serving.engine.virtual_gpu.VirtualGpuExecutor"
-_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+_SERVER_MODULES = {
+    "gpu": "vllm.entrypoints.openai.api_server",
+    "cpu": "vllm.entrypoints.openai.api_server",
+    "virtual": "serving.engine.virtual_server",
+}
 
 
 class EngineSpec(msgspec.Struct, frozen=True):
@@ -66,17 +70,19 @@ class EnginePaths(msgspec.Struct, frozen=True):
 def engine_argv(spec: EngineSpec, model: TinyModel | None) -> list[str]:
     """The server's command line; ``model`` is the tiny model of the two devices that need no GPU.
 
-    The server's module takes the options of ``vllm serve`` and, unlike that script, runs with every wheel.
+    The server's module takes the options of ``vllm serve`` and, unlike that script, runs with the CPU wheel too.
     """
     return [
         spec.python,
         "-m",
-        _SERVER_MODULE,
+        _SERVER_MODULES[spec.device],
         *("--model", str(model.path) if model else spec.model_path or spec.model),
         *("--served-model-name", spec.model),
         *("--host", spec.host, "--port", str(spec.port)),
         "--enable-prompt-tokens-details",
         "--enable-prefix-caching",
+        # Its count of open requests tells of work that a frozen engine has not taken up.
+        "--enable-server-load-tracking",
         "--disable-uvicorn-access-log",
         *_limit_options(spec),
         *_DEVICE_OPTIONS[spec.device],

@@ -38,7 +38,7 @@ _CRASH_STATUS = 70
 _PR_SET_PDEATHSIG = 1
 
 
-class VirtualGpuExecutor(Executor):  # type: ignore[misc]  # vLLM is not part of the type check
+class VirtualGpuExecutor(Executor):
     """One virtual device; vLLM calls it from the engine core's one thread."""
 
     def _init_executor(self) -> None:
@@ -53,7 +53,7 @@ class VirtualGpuExecutor(Executor):  # type: ignore[misc]  # vLLM is not part of
         self._clock = StepClock()
         self._switch = _Switch(VirtualGpuControl(Path(os.environ[CONTROL_VARIABLE])))
 
-    def execute_model(
+    def execute_model(  # type: ignore[override]  # vLLM's is two overloads of the same
         self, scheduler_output: SchedulerOutput, non_block: bool = False
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput]:
         """One step: the tokens that the schedule lets requests emit, when the profile says that it is over."""
@@ -113,7 +113,7 @@ class VirtualGpuExecutor(Executor):  # type: ignore[misc]  # vLLM is not part of
     def set_kv_cache_layout(self, layout_name: str) -> None:
         """No cache, no layout."""
 
-    def sample_tokens(
+    def sample_tokens(  # type: ignore[override]  # vLLM's is two overloads of the same
         self, grammar_output: GrammarOutput | None, non_block: bool = False
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput]:
         """Never needed: ``execute_model`` has sampled already."""
@@ -125,9 +125,9 @@ class VirtualGpuExecutor(Executor):  # type: ignore[misc]  # vLLM is not part of
     def collective_rpc(
         self,
         method: str | Callable[..., Any],
-        timeout: float | None = None,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        timeout: float | None = None,  # noqa: ARG002 - vLLM's signature
+        args: tuple[Any, ...] = (),  # noqa: ARG002 - vLLM's signature
+        kwargs: dict[str, Any] | None = None,  # noqa: ARG002 - vLLM's signature
         non_block: bool = False,
     ) -> Any:
         """Answers of the one worker that is not there; None to what only a real device would do."""
