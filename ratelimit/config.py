@@ -40,7 +40,7 @@ def _profile_path(value: str, info: ValidationInfo) -> str:
 
 def _http_url(value: str) -> str:
     parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError("not an http URL; write one such as http://127.0.0.1:8001")
     if parts.path not in ("", "/") or parts.query or parts.fragment:
         raise ValueError("names more than a server; write only http://HOST:PORT, without /v1")
@@ -166,9 +166,9 @@ class Config(Section):
     state_dir: LocalPath = Path(".penstock")
     redis: Annotated[str, AfterValidator(_redis_url), Field(repr=False)] = "embedded"
     gateway: GatewayConfig = GatewayConfig()
-    pools: tuple[PoolConfig, ...] = Field(min_length=1)
-    tiers: tuple[TierConfig, ...] = Field(min_length=1)
-    orgs: tuple[OrgConfig, ...] = Field(min_length=1)
+    pools: tuple[PoolConfig, ...]
+    tiers: tuple[TierConfig, ...]
+    orgs: tuple[OrgConfig, ...]
 
 
 def load_config(path: Path) -> Config:

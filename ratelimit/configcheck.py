@@ -91,6 +91,7 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 def contradictions(config: Config) -> list[Finding]:
     """The mistakes that only show when parts are seen together, in the order of the file."""
     return [
+        *_empty(config),
         *_ports(config),
         *_twice("pools", "model", [pool.model for pool in config.pools]),
         *(finding for i, pool in enumerate(config.pools) for finding in _pool(("pools", i), pool)),
@@ -100,6 +101,12 @@ def contradictions(config: Config) -> list[Finding]:
         *_twice("orgs", "name", [org.name for org in config.orgs]),
         *_org_models(config),
     ]
+
+
+def _empty(config: Config) -> Iterator[Finding]:
+    for section, entries in (("pools", config.pools), ("tiers", config.tiers), ("orgs", config.orgs)):
+        if not entries:
+            yield Finding((section,), "is empty; name at least one")
 
 
 def _twice(section: str, field: str, names: list[str]) -> Iterator[Finding]:

@@ -121,17 +121,17 @@ def _overridden(limit: Limit, model: str, tier: TierPolicy, overrides: Sequence[
     for override in reversed(overrides):
         frozen, value = override.freezes(model, limit.name), override.sets(model, limit.name)
         if frozen is not None:
-            return _replaced(limit, frozen.per_minute, frozen.burst, "frozen", override)
+            return _replaced(limit, frozen.per_minute, frozen.burst, "frozen at", override)
         if value is not None and limit.name == "concurrency":
-            return _replaced(limit, 0, value, "set", override)
+            return _replaced(limit, 0, value, "set to", override)
         if value is not None:
-            return _replaced(limit, value, shown(burst_of(Fraction(value), tier.burst_s)), "set", override)
+            return _replaced(limit, value, shown(burst_of(Fraction(value), tier.burst_s)), "set to", override)
     return limit
 
 
 def _replaced(limit: Limit, per_minute: int, burst: int, verb: str, override: Override) -> Limit:
     value = f"{per_minute:,}/min, burst {burst:,}" if per_minute else f"{burst:,} in flight"
-    said = f"{verb} to {value} by operator until {timestamp(override.until)}: {override.reason}"
+    said = f"{verb} {value} by operator until {timestamp(override.until)}: {override.reason}"
     return Limit(limit.name, per_minute, burst, f"{said}\nwithout it: {limit.explanation}")
 
 

@@ -45,8 +45,8 @@ class KeyRecord(msgspec.Struct, frozen=True):
 
 
 def digest(secret: str) -> str:
-    """SHA-256 of a secret, in hex."""
-    return hashlib.sha256(secret.encode()).hexdigest()
+    """SHA-256 of a secret, in hex; of any text at all, for callers present what they like."""
+    return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()
 
 
 def new_key(

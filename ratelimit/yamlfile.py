@@ -71,21 +71,20 @@ def read_document(path: Path) -> Document:
 
 def parse_document(text: str) -> Document:
     """Parse one YAML document. Raises ``YamlFileError``."""
-    loader = _PlainLoader(text)
     try:
-        node = loader.get_single_node()
+        loader = _PlainLoader(text)
         reading = _Reading(loader)
+        node = loader.get_single_node()
         value = None if node is None else reading.value(node, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise YamlFileError([YamlProblem(line, f"is not valid YAML: {error.problem or error.context}")]) from error
-    except yaml.YAMLError as error:
-        raise YamlFileError([YamlProblem(1, f"is not valid YAML: {error}")]) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlFileError([YamlProblem(line, f"is not valid YAML: {error.reason}")]) from error
     except RecursionError as error:
         raise YamlFileError([YamlProblem(1, "is nested too deeply")]) from error
-    finally:
-        loader.dispose()
     if reading.problems:
         raise YamlFileError(reading.problems)
     return Document(value, MappingProxyType(reading.lines))

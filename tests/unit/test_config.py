@@ -1,0 +1,333 @@
+"""A config is taken whole or refused with every mistake, its line, and what would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ratelimit.config import ConfigError, load_config, policy_of
+from ratelimit.policy import TierPolicy
+from serving.capacity import Slo
+from serving.profile import load_profile, shipped_profiles
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = """\
+pools:
+  - model: llama-3.1-8b
+    engines:
+      - {device: virtual, profile: h100-llama-3.1-8b, port: 8100}
+tiers:
+  - {name: pro, share: 0.6}
+orgs:
+  - {name: acme}
+"""
+
+
+def problems(folder: Path, text: str | bytes) -> list[str]:
+    """What ``load_config`` says about this text, with the path cut off."""
+    path = folder / "penstock.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert all(problem.startswith(f"{path}:") for problem in caught.value.problems)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return [problem.removeprefix(f"{path}:") for problem in caught.value.problems]
+
+
+def problem(folder: Path, old: str, new: str) -> str:
+    """The one mistake that replacing ``old`` makes of the minimal config."""
+    assert old in MINIMAL
+    (only,) = problems(folder, MINIMAL.replace(old, new))
+    return only
+
+
+def test_the_example_at_the_root_is_valid() -> None:
+    """The config that the README names loads, and is one virtual H100 at a tenth of its speed for two tiers."""
+    config = load_config(ROOT / "penstock.yaml")
+    (engine,) = config.pools[0].engines
+    assert (engine.device, engine.profile, engine.slowdown) == ("virtual", "h100-llama-3.1-8b", 10)
+    assert [tier.name for tier in config.tiers] == ["pro", "free"]
+    assert config.state_dir == ROOT / ".penstock"
+
+
+def test_defaults(tmp_path: Path) -> None:
+    """A config of nine lines is complete: everything else has its documented default."""
+    (tmp_path / "penstock.yaml").write_text(MINIMAL)
+    config = load_config(tmp_path / "penstock.yaml")
+    assert config.state_dir == tmp_path / ".penstock"
+    assert config.redis == "embedded"
+    assert (config.gateway.host, config.gateway.port, config.gateway.admin_port) == ("127.0.0.1", 8080, 9090)
+    assert (config.gateway.workers, config.gateway.enforce, config.gateway.request_timeout_s) == (1, True, 600)
+    assert (config.gateway.max_body_bytes, config.gateway.body_timeout_s) == (8_388_608, 20)
+    pool, tier = config.pools[0], config.tiers[0]
+    assert (pool.slo.ttft_ms, pool.slo.tpot_ms, pool.slo.percentile) == (1000, 50, 95)
+    assert (pool.default_max_output, pool.spare_replicas, pool.raise_after_s, pool.stuck_after_s) == (512, 0, 5, 5)
+    assert (tier.ceiling, tier.priority, tier.burst_s) == (1.0, 0, 5)
+    assert config.orgs[0].models is None
+
+
+def test_a_full_config(tmp_path: Path) -> None:
+    """Every section and field is read; ports count up from the first."""
+    path = tmp_path / "penstock.yaml"
+    path.write_text("""\
+state_dir: /var/lib/penstock
+redis: redis://:secret@cache:6379/0
+gateway: {host: 0.0.0.0, port: 80, admin_port: 9000, workers: 2, enforce: false, request_timeout_s: 30}
+pools:
+  - model: meta-llama/Llama-3.1-8B
+    slo: {ttft_ms: 500, tpot_ms: 30, percentile: 99}
+    mix: {name: decode-heavy, scale: 0.5}
+    default_max_output: 256
+    spare_replicas: 1
+    raise_after_s: 0
+    stuck_after_s: 2.5
+    engines:
+      - {device: virtual, profile: h100-llama-3.1-8b, count: 2, slowdown: 10, port: 8100, extra_args: [--seed, "8"]}
+      - {device: gpu, profile: h100-llama-3.1-8b, port: 8102, model_path: meta-llama/Llama-3.1-8B}
+    replicas: [{url: "http://gpu1:8001/", profile: h100-llama-3.1-8b}]
+tiers:
+  - {name: pro, share: 0.6, ceiling: 0.9, priority: 1, burst_s: 2}
+  - {name: batch, share: 0, ceiling: 0.5}
+orgs: [{name: acme, models: [meta-llama/Llama-3.1-8B]}]
+""")
+    config = load_config(path)
+    assert config.state_dir == Path("/var/lib/penstock")
+    assert config.gateway.admin_ports() == [9000, 9001]
+    engine = config.pools[0].engines[0]
+    assert (engine.ports(), engine.extra_args) == ([8100, 8101], ("--seed", "8"))
+    assert config.pools[0].replicas[0].url == "http://gpu1:8001"
+    assert "secret" not in repr(config)
+
+
+def test_policy_of_a_config(tmp_path: Path) -> None:
+    """The pure policy has the tiers, the SLO in seconds, the scaled mix and what the profiles say."""
+    path = tmp_path / "penstock.yaml"
+    path.write_text(MINIMAL.replace("    engines:", "    mix: {name: chat, scale: 0.125}\n    engines:"))
+    policy = policy_of(load_config(path))
+    (pool,) = policy.pools
+    profile = load_profile("h100-llama-3.1-8b")
+    assert policy.tiers == (TierPolicy("pro", 0.6, 1.0, 0, 5.0),)
+    assert (pool.model, pool.slo) == ("llama-3.1-8b", Slo(1.0, 0.05, 95.0))
+    assert pool.mix.name == "chat"
+    assert 100 < pool.mix.mean_input_tokens < 200
+    assert (pool.max_model_len, pool.tokens_per_byte) == (profile.limits.max_model_len, profile.tokens_per_byte)
+    assert policy.enforce
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """State folder and profile files are found beside the config, wherever the command is run."""
+    folder = tmp_path / "etc"
+    folder.mkdir()
+    shipped = ROOT / "serving" / "profiles" / "h100-llama-3.1-8b.json"
+    (folder / "ours.json").write_bytes(shipped.read_bytes())
+    text = MINIMAL.replace("h100-llama-3.1-8b", "ours.json") + "state_dir: state\n"
+    (folder / "penstock.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(Path("etc/penstock.yaml"))
+    assert config.state_dir == folder / "state"
+    assert config.pools[0].engines[0].profile == str(folder / "ours.json")
+
+
+def test_a_pool_scaled_to_zero_stays(tmp_path: Path) -> None:
+    """An engine with count 0 takes no port and leaves the pool known."""
+    path = tmp_path / "penstock.yaml"
+    path.write_text(MINIMAL.replace("port: 8100", "port: 8080, count: 0"))
+    assert load_config(path).pools[0].engines[0].ports() == []
+    assert policy_of(load_config(path)).pools[0].max_model_len > 0
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    """A path that is not there is named."""
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml:1: cannot be read: No such file or directory"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "1: is empty; write pools, tiers and orgs"),
+        ("# nothing\n", "1: is empty"),
+        ("- a\n", "1: is not a mapping but list"),
+        ("pools\n", "1: is not a mapping but str"),
+        ("pools: [\n", "2: is not valid YAML: "),
+        ("a: 1\nb: 'x\n", "3: is not valid YAML: "),
+        ("a: 1\n\tb: 2\n", "2: is not valid YAML: "),
+        ("a: 1\n---\nb: 2\n", "2: is not valid YAML: but found another document"),
+        ("a: &x 1\nb: *x\n", "2: is not valid YAML: aliases are not supported; write it out"),
+        ("a: !!python/object:os.system x\n", "1: is not valid YAML: could not determine a constructor"),
+        ("a: 1\nb: {c: 1, c: 2}\n", "2: 'c' is given twice, first on line 2; keep one"),
+        ("tiers: []\norgs: []\ntiers: []\n", "3: 'tiers' is given twice, first on line 1; keep one"),
+        ("? [a]\n: 1\n", "1: a name must be plain text"),
+        ("a: 2026-13-45\n", "1: '2026-13-45': month must be in 1..12; quote it"),
+        (b"a: 1\nb: \xff\n", "2: is not UTF-8 text"),
+        ("a: \x00\n", "1: is not valid YAML"),
+        ("[" * 5000, "1: is nested too deeply"),
+        ("#" * (1 << 20) + "\n", "1: is larger than 1048576 bytes"),
+    ],
+)
+def test_what_is_not_one_plain_mapping(tmp_path: Path, text: str | bytes, said: str) -> None:
+    """Text that is no config is refused on its line, before any field is looked at."""
+    (only,) = problems(tmp_path, text)
+    assert only.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("engines:", "engine:", "3: pools[0].engine: there is no field 'engine'; did you mean 'engines'?"),
+        ("share:", "shair:", "6: tiers[0].shair: there is no field 'shair'; did you mean 'share'?"),
+        ("orgs:", "state-dir: x\norgs:", "7: state-dir: there is no field 'state-dir'; did you mean 'state_dir'?"),
+        (
+            "port: 8100",
+            "port: 8100, gpus: 4",
+            "4: pools[0].engines[0].gpus: there is no field 'gpus'; there are device",
+        ),
+    ],
+)
+def test_unknown_fields(tmp_path: Path, old: str, new: str, said: str) -> None:
+    """A field that does not exist is met with the nearest that does."""
+    assert any(each.startswith(said) for each in problems(tmp_path, MINIMAL.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            ", profile: h100-llama-3.1-8b",
+            "",
+            "4: pools[0].engines[0].profile: is missing; every pools[0].engines[0] needs",
+        ),
+        (
+            "h100-llama-3.1-8b",
+            "h1000",
+            f"4: pools[0].engines[0].profile: no shipped profile 'h1000'; there are {', '.join(shipped_profiles())}",
+        ),
+        ("h100-llama-3.1-8b", "./none.json", "4: pools[0].engines[0].profile: cannot read profile "),
+        (
+            "device: virtual",
+            "device: tpu",
+            "4: pools[0].engines[0].device: input should be 'virtual', 'cpu' or 'gpu' (it is",
+        ),
+        (
+            "device: virtual",
+            "device: gpu",
+            "4: pools[0].engines[0].model_path: is missing; a gpu engine needs the model",
+        ),
+        ("port: 8100", "port: 8100, model_path: x", "4: pools[0].engines[0].model_path: only a gpu engine has one"),
+        (
+            "device: virtual",
+            "device: cpu, slowdown: 2",
+            "4: pools[0].engines[0].slowdown: only a virtual engine can be slowed, this is cpu",
+        ),
+        ("port: 8100", "port: 0", "4: pools[0].engines[0].port: input should be greater than or equal to 1 (it is 0)"),
+        ("port: 8100", "port: 65535, count: 2", "4: pools[0].engines[0].port: the last of 2 ports would be 65536"),
+        (
+            "port: 8100",
+            "port: 8079, count: 3",
+            "4: pools[0].engines[0].port: port 8080 is taken by gateway.port (this takes 8079 to 8081); choose another",
+        ),
+        (
+            "orgs:",
+            "gateway: {port: 80, admin_port: 80}\norgs:",
+            "7: gateway.admin_port: port 80 is taken by gateway.port",
+        ),
+        (
+            "orgs:",
+            "gateway: {port: 9091, workers: 2}\norgs:",
+            "7: gateway.admin_port: port 9091 is taken by gateway.port (this takes 9090 to 9091)",
+        ),
+        ("orgs:", "gateway: {workers: none}\norgs:", "7: gateway.workers: input should be a valid integer"),
+        ("share: 0.6", "share: 1.2", "6: tiers[0].share: input should be less than or equal to 1 (it is 1.2)"),
+        ("share: 0.6", "share: .nan", "6: tiers[0].share: input should be"),
+        (
+            "share: 0.6",
+            "share: 0.6, ceiling: 0.5",
+            "6: tiers[0].ceiling: 0.5 is below the share of 0.6 that is assured",
+        ),
+        ("share: 0.6", "share: 0.6, burst_s: 0", "6: tiers[0].burst_s: input should be greater than 0 (it is 0)"),
+        (
+            "orgs:",
+            "  - {name: free, share: 0.5}\norgs:",
+            "5: tiers: the shares add up to 0.6 + 0.5 = 1.1; together they are at most 1",
+        ),
+        (
+            "orgs:",
+            "  - {name: pro, share: 0.1}\norgs:",
+            "7: tiers[1].name: 'pro' is tiers[0].name too; give each its own",
+        ),
+        ("name: pro", "name: the pros", "6: tiers[0].name: 'the pros' is not a name; use letters"),
+        (
+            "name: acme",
+            "name: acme, models: [llama-70b]",
+            "8: orgs[0].models[0]: no pool serves 'llama-70b'; there are llama",
+        ),
+        ("  - {name: acme}", "  []", "7: orgs: is empty; name at least one"),
+        (
+            "    engines:\n      - {device: virtual, profile: h100-llama-3.1-8b, port: 8100}\n",
+            "",
+            "2: pools[0]: has neither engines nor replicas; name one (count: 0 keeps a pool without running any)",
+        ),
+        (
+            "    engines:",
+            "    mix: {name: chats}\n    engines:",
+            "3: pools[0].mix.name: no mix 'chats'; there are chat, ",
+        ),
+        (
+            "    engines:",
+            "    slo: {ttft_ms: 1000, tpot_ms: 0.1}\n    engines:",
+            "3: pools[0].slo.tpot_ms: 0.1 ms cannot be met: an empty step of h100-llama-3.1-8b takes",
+        ),
+        (
+            "    engines:",
+            "    default_max_output: 10000000\n    engines:",
+            "3: pools[0].default_max_output: 10000000 leaves no room for a prompt: the context of h100",
+        ),
+        (
+            "    engines:",
+            "    replicas: [{url: gpu1, profile: h100-llama-3.1-8b}]\n    engines:",
+            "3: pools[0].replicas[0].url: not an http URL; write one such as http://127.0.0.1:8001 (it is 'gpu1')",
+        ),
+        (
+            "    engines:",
+            "    replicas: [{url: 'http://gpu1:1/v1', profile: h100-llama-3.1-8b}]\n    engines:",
+            "3: pools[0].replicas[0].url: names more than a server; write only http://HOST:PORT, without /v1",
+        ),
+        (
+            "    engines:",
+            "    replicas: [{url: 'http://gpu1:99999', profile: h100-llama-3.1-8b}]\n    engines:",
+            "3: pools[0].replicas[0].url: Port out of range 0-65535",
+        ),
+        (
+            "    engines:",
+            "    replicas: [{url: 'http://127.0.0.1:8100', profile: h100-llama-3.1-8b}]\n    engines:",
+            "3: pools[0].replicas[0].url: http://127.0.0.1:8100 is pools[0].engines[0] already; count it once",
+        ),
+        ("orgs:", "redis: localhost:6379\norgs:", "7: redis: not a Redis; write embedded, redis://HOST:PORT/0"),
+        ("llama-3.1-8b\n", "8\n", "2: pools[0].model: input should be a valid string (it is 8)"),
+        ("llama-3.1-8b\n", "'{x}'\n", "2: pools[0].model: '{x}' is not a name"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line_and_its_remedy(tmp_path: Path, old: str, new: str, said: str) -> None:
+    """One mistake gives one problem: line, place, what is wrong, what would be right."""
+    assert problem(tmp_path, old, new).startswith(said)
+
+
+def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
+    """Nobody has to mend a file one error message at a time."""
+    text = MINIMAL.replace("share: 0.6", "share: 2").replace("port: 8100", "port: -1").replace("orgs:", "org:")
+    found = problems(tmp_path, text)
+    assert sorted(each.split(":")[0] for each in found) == ["1", "4", "6", "7"]
+
+
+def test_a_redis_password_is_not_repeated(tmp_path: Path) -> None:
+    """A wrong Redis URL is not shown, for it may hold a password."""
+    assert "hunter2" not in problem(tmp_path, "orgs:", "redis: http://:hunter2@cache\norgs:")
+
+
+def test_two_pools_for_one_model_are_refused(tmp_path: Path) -> None:
+    """A model has one pool; a second one is shown where the first is."""
+    text = MINIMAL.replace(
+        "tiers:", "  - {model: llama-3.1-8b, replicas: [{url: 'http://a:1', profile: h100-llama-3.1-8b}]}\ntiers:"
+    )
+    assert problems(tmp_path, text) == ["5: pools[1].model: 'llama-3.1-8b' is pools[0].model too; give each its own"]

@@ -1,0 +1,359 @@
+"""Limits follow from capacity and policy, hold what they promise, and say where they come from."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from fractions import Fraction
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ratelimit.derive import POOL_BURST_FACTOR, ReplicaSupply, derive
+from ratelimit.explain import shown
+from ratelimit.keylimits import REQUEST_HEADROOM
+from ratelimit.overrides import FrozenLimit, Override, active
+from ratelimit.policy import Policy, PoolPolicy, TierPolicy
+from ratelimit.publication import Limit, Publication, PublishedReplica
+from serving.capacity import EngineLimits, ReplicaGroup, RequestShape, Slo, StepTimeModel, WorkloadMix, fleet_cost_s
+from serving.stepsim import Knee
+
+MODEL = "llama-3.1-8b"
+SLO = Slo(1.0, 0.05)
+STEP_TIME = StepTimeModel(0.0045, 2.2e-5, 2.5e-5, 4e-8)
+LIMITS = EngineLimits(1024, 8192, 450_000, 32_768)
+KNEE = Knee(14.2, 0.9, 0.5, 0.049, "tpot")
+MIX = WorkloadMix("test", tuple(RequestShape(20 * k, 5 * k) for k in range(1, 21)))
+PRO = TierPolicy("pro", 0.6, 1.0, 0, 5.0)
+FREE = TierPolicy("free", 0.3, 1.0, 1, 5.0)
+
+
+def supply(requests_per_s: float = 14.2, slowdown: float = 1.0, gpu: str = "H100") -> ReplicaSupply:
+    return ReplicaSupply(
+        PublishedReplica("http://127.0.0.1:8100", gpu, f"{gpu}-8b", slowdown, requests_per_s),
+        ReplicaGroup(1, STEP_TIME.slowed(slowdown), LIMITS, SLO.slowed(slowdown)),
+        KNEE,
+        f"{gpu}-8b, estimated 2026-11-21",
+    )
+
+
+def policy(*tiers: TierPolicy, mix: WorkloadMix = MIX, spare_replicas: int = 0) -> Policy:
+    pool = PoolPolicy(MODEL, SLO, mix, 512, spare_replicas, 32_768, 0.25)
+    return Policy(tiers or (PRO, FREE), (pool,), enforce=True)
+
+
+def published(
+    *supplies: ReplicaSupply,
+    rules: Policy | None = None,
+    keys: dict[str, int] | None = None,
+    overrides: tuple[Override, ...] = (),
+) -> Publication:
+    counts = {"pro": 3, "free": 3} if keys is None else keys
+    return derive(7, "2026-11-21T10:00:00Z", "test", rules or policy(), {MODEL: supplies}, counts, overrides)
+
+
+def limits(publication: Publication, tier: str = "pro") -> dict[str, Limit]:
+    return {limit.name: limit for limit in publication.limits(tier, MODEL)}
+
+
+#: On a shared machine a single example may be slow; pytest's timeout bounds the whole.
+unhurried = settings(deadline=None, max_examples=50)
+
+rates = st.floats(0.01, 5000, allow_nan=False)
+fleets = st.lists(rates, min_size=1, max_size=6)
+mixes = st.lists(st.builds(RequestShape, st.integers(1, 30_000), st.integers(1, 4_000)), min_size=1, max_size=8).map(
+    lambda shapes: WorkloadMix("drawn", tuple(shapes))
+)
+
+
+def test_limits_of_a_plain_fleet() -> None:
+    """The four limits of a fleet small enough to compute by hand are those numbers."""
+    derived = limits(published(supply(), supply()))
+    # 28.4 requests/s × 0.6 ÷ 3 = 5.68 a key; mean input 210, mean output 52.5
+    assert {name: limit.per_minute for name, limit in derived.items()} == {
+        "requests": 680,
+        "input_tokens": 71_000,
+        "output_tokens": 17_000,
+        "concurrency": 0,
+    }
+    # 5 s of 5.68 requests/s; Little: 5.68 × (1 s + 52.5 × 0.05 s) × 4
+    assert derived["output_tokens"].burst == 1_400
+    assert derived["requests"].burst == 56
+    assert derived["concurrency"].burst == 82
+
+
+def test_explanation_names_every_factor_and_its_source() -> None:
+    """A limit tells count, device, speed, supply, provenance, SLO, share and keys."""
+    text = limits(published(supply(1.42, 10), supply(1.42, 10)))["output_tokens"].explanation
+    assert text == (
+        "2 × H100 (1:10 speed) × 1.42 requests/s [H100-8b, estimated 2026-11-21; knee at p95 TTFT ≤ 10 s, "
+        "TPOT ≤ 500 ms] = 2.84 usable requests/s\n"
+        "2.84 requests/s × 0.6 tier share ÷ 3 active keys × 52.5 output tokens × 60 s = 1,789 → 1,700/min; "
+        "burst 140: 5 s of it, at least 110 (1.905 mean requests, the p99)"
+    )
+
+
+def recomputed(limit: Limit) -> int:
+    """The limit as someone with the explanation and a calculator finds it, the supply line included."""
+    supply_line, formula = re.sub(r"\([^()]*\)|\[[^]]*\]", "", limit.explanation).split("\n")
+    supplied, usable = supply_line.split(" = ")
+    supplied, _, spare = supplied.partition(" − ")
+    kinds = [re.findall(r"(?:^|× )([\d.,]+)", kind) for kind in supplied.split(" + ")]
+    total = sum(Fraction(count.replace(",", "")) * Fraction(rate.replace(",", "")) for count, rate in kinds)
+    total -= Fraction((re.findall(r"[\d.,]+", spare) or ["0"])[0].replace(",", ""))
+    assert total == Fraction(usable.split()[0].replace(",", ""))
+    for sign, value in re.findall(r"([×÷]) ([\d.,]+)", formula.split(" = ")[0]):
+        factor = Fraction(value.replace(",", ""))
+        total = total * factor if sign == "×" else total / factor
+    return shown(total)
+
+
+@unhurried
+@given(fleet=fleets, mix=mixes, keys=st.integers(1, 500), share=st.floats(0.01, 1), spare=st.integers(0, 3))
+def test_printed_factors_give_the_enforced_number(
+    fleet: list[float], mix: WorkloadMix, keys: int, share: float, spare: int
+) -> None:
+    """Multiplying what the explanation prints gives exactly the limit that is enforced."""
+    rules = policy(TierPolicy("pro", share, 1.0, 0, 5.0), mix=mix, spare_replicas=spare)
+    derived = limits(published(*map(supply, fleet), rules=rules, keys={"pro": keys}))
+    for limit in derived.values():
+        enforced = limit.per_minute or limit.burst
+        assert recomputed(limit) == enforced or (limit.name == "concurrency" and recomputed(limit) < enforced)
+        assert f"→ {enforced:,}" in limit.explanation
+
+
+@unhurried
+@given(fleet=fleets, more=rates, keys=st.integers(1, 50), spare=st.integers(0, 4))
+def test_another_replica_never_lowers_a_limit(fleet: list[float], more: float, keys: int, spare: int) -> None:
+    """Adding a replica of any size leaves every rate and burst at least where it was, spares or not."""
+    rules = policy(spare_replicas=spare)
+    before = limits(published(*map(supply, fleet), rules=rules, keys={"pro": keys}))
+    after = limits(published(*map(supply, fleet), supply(more), rules=rules, keys={"pro": keys}))
+    for name, limit in before.items():
+        assert after[name].per_minute >= limit.per_minute
+        assert after[name].burst >= limit.burst
+
+
+@unhurried
+@given(fleet=fleets, factor=st.floats(1, 20))
+def test_faster_replicas_never_lower_a_limit(fleet: list[float], factor: float) -> None:
+    """The same replicas with more requests/s each leave every limit at least where it was."""
+    before = limits(published(*map(supply, fleet)))
+    after = limits(published(*(supply(rate * factor) for rate in fleet)))
+    assert all(after[name].per_minute >= before[name].per_minute for name in before)
+    assert all(after[name].burst >= before[name].burst for name in before)
+
+
+@unhurried
+@given(
+    fleet=fleets,
+    mix=mixes,
+    parts=st.lists(st.integers(1, 100), min_size=1, max_size=5),
+    counts=st.lists(st.integers(0, 100), min_size=5, max_size=5),
+)
+def test_assured_tokens_never_exceed_the_usable_capacity(
+    fleet: list[float], mix: WorkloadMix, parts: list[int], counts: list[int]
+) -> None:
+    """Summed over all keys of all assured tiers, token limits stay within capacity, but for the floor of 1 per key."""
+    tiers = [TierPolicy(f"t{i}", part / sum(parts), 1.0, 0, 5.0) for i, part in enumerate(parts)]
+    rules = policy(*tiers, mix=mix)
+    keys = {tier.name: count for tier, count in zip(tiers, counts, strict=False)}
+    publication = published(*map(supply, fleet), rules=rules, keys=keys)
+    usable_per_minute = {
+        "input_tokens": publication.pools[0].usable_input_tokens_per_s * 60,
+        "output_tokens": publication.pools[0].usable_output_tokens_per_s * 60,
+    }
+    for name, usable in usable_per_minute.items():
+        promised = [(limits(publication, t.name)[name].per_minute, max(1, keys[t.name])) for t in tiers]
+        above_floor = sum(per_minute * count for per_minute, count in promised if per_minute > 1)
+        assert above_floor <= usable * (1 + 1e-9)
+
+
+@unhurried
+@given(fleet=fleets, factor=st.sampled_from([10, 100, 1000]))
+def test_token_limits_scale_with_the_lengths(fleet: list[float], factor: int) -> None:
+    """Requests ten times as long get ten times the tokens a minute, and the same number of requests."""
+    longer = tuple(RequestShape(s.input_tokens * factor, s.output_tokens * factor) for s in MIX.shapes)
+    before = limits(published(*map(supply, fleet)))
+    after = limits(published(*map(supply, fleet), rules=policy(mix=WorkloadMix("longer", longer))))
+    for name in ("input_tokens", "output_tokens"):
+        # Both are cut to two digits, and small ones to whole tokens.
+        assert before[name].per_minute * factor <= after[name].per_minute < (before[name].per_minute * 1.1 + 1) * factor
+    assert after["requests"].per_minute == before["requests"].per_minute
+
+
+@unhurried
+@given(others=st.integers(0, 1000))
+def test_a_tier_is_not_changed_by_the_keys_of_another(others: int) -> None:
+    """However many keys another tier has, none included, the limits of this one stay."""
+    assert limits(published(supply(), keys={"pro": 4})) == limits(published(supply(), keys={"pro": 4, "free": others}))
+
+
+def test_a_tier_without_keys_is_shown_what_its_first_key_would_get() -> None:
+    """With no active key the share is divided by one, not by zero."""
+    assert limits(published(supply(), keys={})) == limits(published(supply(), keys={"pro": 1}))
+
+
+def test_requests_do_not_bind_before_tokens_in_the_mix() -> None:
+    """At the rate at which the mix uses up its tokens, half of the request limit is free, of rate and burst."""
+    derived = limits(published(supply()))
+    requests_by_tokens = derived["output_tokens"].per_minute / MIX.mean_output_tokens
+    assert derived["requests"].per_minute >= requests_by_tokens * REQUEST_HEADROOM * 0.9
+    assert derived["concurrency"].burst >= derived["requests"].burst
+
+
+@unhurried
+@given(rate=rates, mix=mixes, burst_s=st.floats(0.001, 60))
+def test_a_burst_admits_a_p99_request_of_the_mix(rate: float, mix: WorkloadMix, burst_s: float) -> None:
+    """However short the burst, its buckets have room for the largest ordinary request."""
+    rules = policy(TierPolicy("pro", 0.5, 1.0, 0, burst_s), mix=mix)
+    derived = limits(published(supply(rate), rules=rules))
+    assert derived["input_tokens"].burst >= max(s.input_tokens for s in mix.shapes)
+    assert derived["output_tokens"].burst >= max(s.output_tokens for s in mix.shapes)
+    assert derived["requests"].burst >= 1
+
+
+@unhurried
+@given(rate=st.floats(1e-9, 1e-3), keys=st.integers(1, 100_000))
+def test_no_limit_is_zero_while_a_replica_is_healthy(rate: float, keys: int) -> None:
+    """However little there is to share, nobody is shut out by a limit of 0."""
+    derived = limits(published(supply(rate), keys={"pro": keys}))
+    assert all(limit.burst >= 1 for limit in derived.values())
+    assert all(limit.per_minute >= 1 for name, limit in derived.items() if name != "concurrency")
+
+
+def test_no_healthy_replica() -> None:
+    """Without replicas the pool stays known but has no budget, and its tiers have no limits."""
+    publication = published()
+    pool = publication.pool(MODEL)
+    assert pool is not None
+    assert (pool.replicas, pool.groups, pool.budget_per_minute, pool.budget_burst) == ((), (), 0, 0)
+    assert (pool.max_model_len, pool.tokens_per_byte) == (32_768, 0.25)
+    assert pool.explanation.startswith("no replica is healthy = 0 usable requests/s")
+    assert publication.limits("pro", MODEL) == ()
+
+
+def test_spares_are_the_largest_replicas_but_never_the_last() -> None:
+    """The largest are kept free, as far as the worth of one replica is still given out."""
+    fleet = (supply(30.0), supply(20.0), supply(10.0))
+    usable = [published(*fleet, rules=policy(spare_replicas=n)).pools[0].usable_requests_per_s for n in (0, 1, 2, 3)]
+    assert usable == [60.0, 30.0, 30.0, 30.0]
+    assert (
+        "− 30 kept spare (spare_replicas: 1)" in published(*fleet, rules=policy(spare_replicas=1)).pools[0].explanation
+    )
+
+
+def test_pool_budget_is_the_cost_of_the_usable_requests() -> None:
+    """The budget's rate lets the usable rate of the mix through, and no more."""
+    pool = published(supply(), supply()).pools[0]
+    mean_cost_s = sum(fleet_cost_s(pool.groups, shape) for shape in MIX.shapes) / len(MIX.shapes)
+    assert pool.budget_per_minute == pytest.approx(28.4 * mean_cost_s * 60e6, rel=1e-6)
+    assert pool.groups == (ReplicaGroup(2, STEP_TIME, LIMITS, SLO),)
+
+
+@unhurried
+@given(fleet=fleets, mix=mixes, burst_s=st.floats(0.1, 60))
+def test_pool_burst_holds_every_keys_burst(fleet: list[float], mix: WorkloadMix, burst_s: float) -> None:
+    """Callers who all use their whole burst at once, with the mix's requests, fill only half of the pool's bucket."""
+    rules = policy(TierPolicy("pro", 0.7, 1.0, 0, burst_s), TierPolicy("batch", 0.0, 0.4, 2, burst_s), mix=mix)
+    publication = published(*map(supply, fleet), rules=rules, keys={"pro": 4, "batch": 2})
+    pool = publication.pools[0]
+    cost_us = sum(fleet_cost_s(pool.groups, shape) for shape in mix.shapes) / len(mix.shapes) * 1e6
+    brought = sum(
+        tier.active_keys * limit.burst / mix.mean_output_tokens * cost_us
+        for tier in publication.tiers
+        for limit in tier.limits
+        if limit.name == "output_tokens"
+    )
+    assert pool.budget_burst >= POOL_BURST_FACTOR * brought * (1 - 1e-6) - 1
+
+
+def test_best_effort_tier_is_limited_by_its_ceiling() -> None:
+    """A tier with share 0 gets its ceiling of the pool, and the explanation says so."""
+    batch = TierPolicy("batch", 0.0, 0.2, 9, 5.0)
+    derived = limits(published(supply(), rules=policy(batch), keys={"batch": 2}), "batch")
+    assert derived["output_tokens"].per_minute == shown(Fraction("14.2") * Fraction("0.2") / 2 * Fraction("52.5") * 60)
+    assert "× 0.2 best-effort ceiling ÷ 2 active keys" in derived["output_tokens"].explanation
+
+
+def test_unlike_replicas_are_listed_apart() -> None:
+    """Each kind of replica has its own count, supply and source in the explanation."""
+    publication = published(supply(14.2), supply(20.5, gpu="H200"), supply(14.2))
+    assert publication.pools[0].usable_requests_per_s == float(Decimal("48.9"))
+    text = limits(publication)["requests"].explanation
+    assert "2 × H100 × 14.2 requests/s [H100-8b, " in text
+    assert " + 1 × H200 × 20.5 requests/s [H200-8b, " in text
+
+
+def test_set_override_is_enforced_and_visible() -> None:
+    """A limit that an operator set has that number, and says who, until when, why, and what it would be."""
+    until = 1_795_262_400.0
+    override = Override("pro", None, "output_tokens", 5_000, until, "incident 12")
+    plain, derived = limits(published(supply())), limits(published(supply(), overrides=(override,)))
+    assert (derived["output_tokens"].per_minute, derived["output_tokens"].burst) == (5_000, 410)
+    assert derived["output_tokens"].explanation.startswith(
+        "set to 5,000/min, burst 410 by operator until 2026-11-21T12:00Z: incident 12\nwithout it: 1 × H100"
+    )
+    assert derived["input_tokens"] == plain["input_tokens"]
+
+
+def test_set_concurrency_means_requests_in_flight() -> None:
+    """An override of concurrency sets the number in flight, not a rate."""
+    derived = limits(published(supply(), overrides=(Override("pro", MODEL, "concurrency", 3, 1e10, "calm"),)))
+    assert (derived["concurrency"].per_minute, derived["concurrency"].burst) == (0, 3)
+    assert derived["concurrency"].explanation.startswith("set to 3 in flight by operator until ")
+
+
+def test_overrides_reach_only_their_tier_and_model() -> None:
+    """Another tier, or another model, is not touched."""
+    other_model = Override("pro", "other", "requests", 1, 1e10, "x")
+    other_tier = Override("free", MODEL, "requests", 1, 1e10, "x")
+    assert limits(published(supply(), overrides=(other_model, other_tier))) == limits(published(supply()))
+
+
+def test_the_later_override_wins() -> None:
+    """Of two overrides about one limit the one made last is enforced."""
+    first, second = (Override("pro", None, "requests", n, 1e10, "x") for n in (10, 20))
+    assert limits(published(supply(), overrides=(first, second)))["requests"].per_minute == 20
+
+
+def test_frozen_limits_stay_while_the_fleet_changes() -> None:
+    """A freeze keeps rate and burst as they were, in an explanation that gives today's derivation too."""
+    frozen = tuple(
+        FrozenLimit(MODEL, limit.name, limit.per_minute, limit.burst) for limit in limits(published(supply())).values()
+    )
+    override = Override("pro", None, None, None, 1e10, "migration", frozen)
+    derived = limits(published(supply(), supply(), overrides=(override,)))
+    assert [(f.per_minute, f.burst) for f in frozen] == [(x.per_minute, x.burst) for x in derived.values()]
+    assert derived["requests"].explanation.startswith("frozen at 340/min, burst 28 by operator until ")
+    assert "without it: 2 × H100" in derived["requests"].explanation
+
+
+def test_an_override_gives_nothing_where_there_is_no_replica() -> None:
+    """Frozen limits do not outlive the last replica: there is nothing behind them."""
+    override = Override("pro", None, "requests", 100, 1e10, "x")
+    assert published(overrides=(override,)).limits("pro", MODEL) == ()
+
+
+@unhurried
+@given(now_s=st.floats(0, 2e9), until=st.floats(0, 2e9))
+def test_overrides_expire(now_s: float, until: float) -> None:
+    """An override changes limits before its end and not from then on."""
+    override = Override("pro", None, "requests", 1, until, "x")
+    derived = limits(published(supply(), overrides=active([override], now_s)))
+    assert (derived["requests"].per_minute == 1) == (now_s < until)
+
+
+def test_publication_survives_json() -> None:
+    """What the controller writes, a gateway reads back equal."""
+    publication = published(supply(), supply(20.0, 10, "H200"))
+    assert msgspec.json.decode(msgspec.json.encode(publication), type=Publication) == publication
+
+
+def test_shown_numbers_have_two_significant_digits() -> None:
+    """Every published rate is cut to two digits, never raised."""
+    for limit in limits(published(supply(14.27), supply(3.333))).values():
+        value = limit.per_minute or limit.burst
+        assert value == shown(Fraction(value))

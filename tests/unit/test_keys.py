@@ -1,0 +1,184 @@
+"""Keys are random, kept as digests, checked by time, and their file survives what happens to files."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from ratelimit.keys import ApiKeyError, KeyFile, KeyRecord, active_keys, digest, find, new_key, status
+from ratelimit.statefile import StateFileError
+
+
+class Clock:
+    """A clock that stands until it is moved."""
+
+    def __init__(self, now_s: float) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def key(tier: str = "pro", expires_at: float | None = None, revoked_at: float | None = None) -> KeyRecord:
+    return KeyRecord("k_00000000", "0" * 64, "acme", tier, "test", 0.0, expires_at, revoked_at)
+
+
+def test_secret_has_256_random_bits() -> None:
+    """A secret is the prefix and 43 characters that are safe in a URL, different each time."""
+    made = [new_key("acme", "pro", "test", 0.0)[0] for _ in range(20)]
+    assert all(re.fullmatch(r"pn-[A-Za-z0-9_-]{43}", secret) for secret in made)
+    assert len(set(made)) == 20
+
+
+def test_record_keeps_the_digest_and_not_the_secret() -> None:
+    """What is stored identifies the secret by SHA-256 and does not contain it."""
+    secret, record = new_key("acme", "pro", "test", 5.0, 9.0)
+    assert record.digest == hashlib.sha256(secret.encode()).hexdigest()
+    assert secret.removeprefix("pn-") not in repr(record)
+    assert re.fullmatch(r"k_[0-9a-f]{8}", record.id)
+    assert (record.org, record.tier, record.name, record.created_at, record.expires_at) == ("acme", "pro", "test", 5, 9)
+
+
+def test_find_by_secret() -> None:
+    """A presented secret finds its record; any other finds none."""
+    secret, record = new_key("acme", "pro", "test", 0.0)
+    by_digest = {record.digest: record}
+    assert find(by_digest, secret) is record
+    assert find(by_digest, secret + "x") is None
+    assert find(by_digest, record.digest) is None
+    assert find(by_digest, "kéy \udcff") is None
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (key(), "active"),
+        (key(expires_at=100.1), "active"),
+        (key(expires_at=100.0), "expired"),
+        (key(revoked_at=99.0), "revoked"),
+        (key(expires_at=50.0, revoked_at=99.0), "revoked"),
+    ],
+)
+def test_status(record: KeyRecord, expected: str) -> None:
+    """A key is active until it expires or is revoked, to the instant."""
+    assert status(record, 100.0) == expected
+
+
+def test_active_keys_are_counted_by_tier() -> None:
+    """Only keys that may be used share in a tier."""
+    records = [key("pro"), key("pro"), key("pro", revoked_at=1.0), key("free", expires_at=1.0), key("batch")]
+    assert active_keys(records, 100.0) == {"pro": 2, "batch": 1}
+
+
+def test_create_list_revoke(tmp_path: Path) -> None:
+    """A created key is listed by another reader of the file, and a revoked one stays listed as such."""
+    clock = Clock(1000.0)
+    keys = KeyFile(tmp_path / "state", clock)
+    assert keys.records() == []
+    secret, record = keys.create(org="acme", tier="pro", name="ci", valid_s=60)
+    assert record.expires_at == 1060.0
+    other = keys.create(org="acme", tier="free", name="app")[1]
+    assert KeyFile(tmp_path / "state").records() == [record, other]
+    clock.now_s = 1030.0
+    assert keys.revoke(record.id).revoked_at == 1030.0
+    clock.now_s = 1040.0
+    assert keys.revoke(record.id).revoked_at == 1030.0
+    assert [status(each, 1040.0) for each in keys.records()] == ["revoked", "active"]
+    assert find({each.digest: each for each in keys.records()}, secret) is not None
+
+
+def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+    """The folder has mode 0700 and the file 0600, and no file holds the secret."""
+    secret, _ = KeyFile(tmp_path / "state").create(org="acme", tier="pro", name="ci")
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
+    for file in (tmp_path / "state").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert secret not in file.read_text()
+
+
+def test_a_folder_open_to_writers_is_refused(tmp_path: Path) -> None:
+    """Keys are not kept where another user could add some."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state").chmod(0o777)
+    with pytest.raises(StateFileError, match=r"other users may write .* chmod 700"):
+        KeyFile(tmp_path / "state").create(org="acme", tier="pro", name="ci")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"records": []}',
+        b'{"schema_version": 1}',
+        b'{"schema_version": 1, "records": [{"id": 5}]}',
+        b"\xff",
+    ],
+)
+def test_a_damaged_file_is_reported_and_kept(tmp_path: Path, content: bytes) -> None:
+    """A file that cannot be understood stops reading and writing, and stays as it was, byte for byte."""
+    (tmp_path / "keys.json").write_bytes(content)
+    keys = KeyFile(tmp_path)
+    with pytest.raises(StateFileError, match=r"keys\.json is damaged"):
+        keys.records()
+    with pytest.raises(StateFileError, match="left as it is"):
+        keys.create(org="acme", tier="pro", name="ci")
+    assert (tmp_path / "keys.json").read_bytes() == content
+
+
+def test_a_file_of_another_version_is_reported_and_kept(tmp_path: Path) -> None:
+    """A newer Penstock's keys are neither misread nor overwritten by this one."""
+    (tmp_path / "keys.json").write_text('{"schema_version": 2, "keys": {}}')
+    with pytest.raises(StateFileError, match="schema_version 2, this Penstock reads 1"):
+        KeyFile(tmp_path).create(org="acme", tier="pro", name="ci")
+    assert "keys" in (tmp_path / "keys.json").read_text()
+
+
+def test_unknown_key_and_senseless_validity(tmp_path: Path) -> None:
+    """Revoking what is not there, or making what has expired, says what would be right."""
+    keys = KeyFile(tmp_path)
+    with pytest.raises(ApiKeyError, match=r"no key 'k_nothere'.*penstock keys list"):
+        keys.revoke("k_nothere")
+    with pytest.raises(ApiKeyError, match="time above 0"):
+        keys.create(org="acme", tier="pro", name="ci", valid_s=0)
+
+
+def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
+    """Keys created at the same time by several writers are all there."""
+
+    def create_some() -> None:
+        keys = KeyFile(tmp_path)
+        for _ in range(5):
+            keys.create(org="acme", tier="pro", name=threading.current_thread().name)
+
+    threads = [threading.Thread(target=create_some) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len({record.id for record in KeyFile(tmp_path).records()}) == 20
+
+
+def test_a_failed_write_keeps_the_old_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the new file cannot be put in place, the old one is still whole."""
+    keys = KeyFile(tmp_path)
+    kept = keys.create(org="acme", tier="pro", name="ci")[1]
+
+    def full_disk(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(StateFileError, match="No space left on device; the old file is unchanged"):
+        keys.create(org="acme", tier="pro", name="second")
+    assert keys.records() == [kept]
+
+
+def test_digest_is_hex_sha256() -> None:
+    """The digest is the one any tool computes."""
+    assert digest("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
