@@ -25,8 +25,8 @@ from serving.mixes import MIX_NAMES, load_mix
 from serving.profile import MeasuredPoint, Profile, Provenance
 from serving.stepsim import percentile
 
-#: Ids that every vocabulary has and that are ordinary tokens in byte-level ones: special tokens come first or last.
-_TOKEN_IDS = range(300, 1000)
+#: Ids that even a tiny vocabulary has, and that are ordinary tokens: the special ones come first or last.
+_TOKEN_IDS = range(300, 800)
 _SMALLEST_SCALE = 1 / 64
 
 
