@@ -8,7 +8,7 @@ simulator: the requests that one round admits are simulated on the fleet, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
 
@@ -16,7 +16,9 @@ import msgspec
 
 from loadtests.results import share
 from loadtests.schedule import PlannedRequest, Schedule
-from ratelimit.gateway.hold import Usage, merged_groups, pool_cost_us
+from ratelimit.gateway.charges import charges_for
+from ratelimit.gateway.directory import Terms, terms_by_tier
+from ratelimit.gateway.hold import Usage, pool_cost_us
 from ratelimit.meter import Admitted, Cell, Charge
 from ratelimit.publication import Publication, PublishedPool
 from serving.capacity import ReplicaGroup, RequestShape
@@ -70,7 +72,12 @@ def predict(
 
 def replay_schedule(schedule: Schedule, publication: Publication, pool: PublishedPool, held_input: HeldInput) -> Replay:
     """Admit and simulate in turns until the stays that decide admissions are those that follow from them."""
-    asked = [_charges(request, schedule, publication, pool, held_input) for request in schedule.requests]
+    terms = terms_by_tier(publication)
+    tier_of_key = {load.key: load.tier for load in schedule.loads}
+    asked = [
+        _Asked(*(_charges(r, tier_of_key[r.key], terms, pool.model, n) for n in (held_input(r), r.input_tokens)))
+        for r in schedule.requests
+    ]
     stays: Sequence[Stay | None] = [_slo_stay(request, pool.groups[0]) for request in schedule.requests]
     replay = Replay((), ())
     for _ in range(ROUNDS):
@@ -135,27 +142,12 @@ class _Asked(NamedTuple):
 
 
 def _charges(
-    request: PlannedRequest, schedule: Schedule, publication: Publication, pool: PublishedPool, held_input: HeldInput
-) -> _Asked:
-    tier = next(load.tier for load in schedule.loads if load.key == request.key)
-    limits = publication.limits(tier, pool.model)
-    groups = merged_groups(pool.groups)
-
-    def charges(input_tokens: int) -> tuple[Charge, ...]:
-        costs = {
-            "requests": 1,
-            "input_tokens": input_tokens,
-            "output_tokens": request.output_tokens,
-            "concurrency": 1,
-        }
-        cost_us = pool_cost_us(groups, Usage(input_tokens, request.output_tokens), 1, 1)
-        own = (
-            Charge(f"k:{request.key}:{limit.name}", costs[limit.name], limit.burst, limit.per_minute)
-            for limit in limits
-        )
-        return (*own, Charge("pool", cost_us, pool.budget_burst, pool.budget_per_minute, tick_us=1000))
-
-    return _Asked(charges(held_input(request)), charges(request.input_tokens))
+    request: PlannedRequest, tier: str, terms: Mapping[tuple[str, str], Terms], model: str, input_tokens: int
+) -> tuple[Charge, ...]:
+    """What the gateway would charge; a key is known by its name here."""
+    usage = Usage(input_tokens, request.output_tokens)
+    of_tier = terms[tier, model]
+    return charges_for(request.key, of_tier, usage, pool_cost_us(of_tier.groups, usage, 1, 1))
 
 
 def _admit(schedule: Schedule, asked: Sequence[_Asked], stays: Sequence[Stay | None], epoch: int) -> list[str | None]:

@@ -7,7 +7,7 @@ Refused requests have no usage, so shares count planned tokens throughout; goodp
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import fsum
+from math import ceil, fsum
 from typing import Literal
 
 import msgspec
@@ -120,13 +120,12 @@ def figures(schedule: Schedule, run: LoadRun, slo: Slo) -> Figures:
     )
 
 
-def tokens_per_s(requests: Iterable[PlannedRequest], window: Window, bin_s: float) -> tuple[list[float], list[float]]:
-    """Planned tokens per second by bin of scheduled time, from 0 to the window's end: bin starts and rates."""
-    count = round(window.end_s / bin_s)
-    totals = [0.0] * count
+def tokens_per_s(requests: Iterable[PlannedRequest], window: Window, bin_s: float) -> tuple[float, ...]:
+    """Planned tokens per second in each bin of scheduled time, from the start of the load to the window's end."""
+    totals = [0.0] * ceil(window.end_s / bin_s)
     for request in requests:
-        totals[min(count - 1, int(request.time_s / bin_s))] += request.tokens
-    return [k * bin_s for k in range(count)], [total / bin_s for total in totals]
+        totals[int(request.time_s / bin_s)] += request.tokens
+    return tuple(total / bin_s for total in totals)
 
 
 def _planned_input_error(admitted: Sequence[tuple[PlannedRequest, RequestRecord]]) -> float:
