@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ratelimit.cli import app
+from tests.support.stack import write_config
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path)
+
+
+def test_check_accepts_the_example() -> None:
+    """The config that the README starts from is good."""
+    assert runner.invoke(app, ["check", str(Path(__file__).parents[2] / "penstock.yaml")]).exit_code == 0
+
+
+def test_check_says_what_is_wrong_where_and_what_would_be_right(config: Path) -> None:
+    """A misspelt profile is refused with file, line, place, and the names there are."""
+    config.write_text(config.read_text().replace("h100-llama-3.1-8b", "h100-lama"))
+
+    result = runner.invoke(app, ["check", str(config)])
+
+    assert result.exit_code == 1
+    assert f"{config}:" in result.output
+    assert "h100-lama" in result.output
+    assert "h100-llama-3.1-8b" in result.output
+
+
+def test_a_key_is_shown_once_and_its_secret_is_kept_nowhere(config: Path) -> None:
+    """`keys create` prints the key; neither the state folder nor `keys list` holds it."""
+    made = runner.invoke(app, ["keys", "create", "--org", "acme", "--tier", "pro", "--json", "--config", str(config)])
+    key = json.loads(made.stdout)
+
+    listed = runner.invoke(app, ["keys", "list", "--json", "--config", str(config)])
+
+    assert [row["id"] for row in json.loads(listed.stdout)] == [key["id"]]
+    state = config.parent / "state"
+    assert state.stat().st_mode & 0o777 == 0o700
+    assert all(key["key"] not in path.read_text() for path in state.iterdir())
+
+
+def test_keys_of_unknown_tiers_and_orgs_are_refused(config: Path) -> None:
+    """A key that could never be used is not made; the message names the tiers there are."""
+    result = runner.invoke(app, ["keys", "create", "--org", "acme", "--tier", "gold", "--config", str(config)])
+
+    assert result.exit_code == 1
+    assert "pro, free, tiny" in result.output
+
+
+def test_a_wrong_expiry_is_refused_with_the_form_that_is_right(config: Path) -> None:
+    """Durations are numbers with a unit; the message shows some."""
+    options = ["--org", "acme", "--tier", "pro", "--expires", "soon", "--config", str(config)]
+
+    result = runner.invoke(app, ["keys", "create", *options])
+
+    assert result.exit_code == 1
+    assert "2h" in result.output
+
+
+def test_explaining_before_anything_is_published_says_so(config: Path) -> None:
+    """Without a publication there is nothing to explain, and the message says what to start."""
+    result = runner.invoke(app, ["limits", "explain", "--config", str(config)])
+
+    assert result.exit_code == 1
+    assert "penstock up" in result.output
+
+
+def test_revoking_an_unknown_key_names_where_ids_are_shown(config: Path) -> None:
+    """An id that does not exist is an error with a way on."""
+    result = runner.invoke(app, ["keys", "revoke", "k_00000000", "--config", str(config)])
+
+    assert result.exit_code == 1
+    assert "penstock keys list" in result.output
