@@ -53,7 +53,7 @@ class _Usage(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[msgspec.Raw] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: object = None
 
 
 class Endpoint:
@@ -76,7 +76,7 @@ class Endpoint:
 
     async def facts(self, model: str | None = None) -> EndpointFacts:
         """Ask ``/v1/models``, ``/version`` and ``/metrics``. The last two may be missing; the first may not."""
-        listed = msgspec.json.decode(await self._get("/v1/models")).get("data", [])
+        listed = _json_or_empty((await self._get("/v1/models")).decode()).get("data", [])
         cards: dict[str, dict[str, Any]] = {card["id"]: card for card in listed}
         name = model or next(iter(cards), None)
         if name not in cards:
@@ -129,6 +129,8 @@ class Endpoint:
             raise EndpointError(f"{self.url} did not finish an answer in {self._timeout.total:g} s") from error
         except aiohttp.ClientError as error:
             raise EndpointError(f"{self.url} broke off: {error}") from error
+        except msgspec.MsgspecError as error:
+            raise EndpointError(f"{self.url} streams what is not an OpenAI completion: {error}") from error
 
     async def _get(self, path: str) -> bytes:
         try:
@@ -159,7 +161,7 @@ async def _timed(response: aiohttp.ClientResponse, start_s: float) -> Answer:
             continue
         chunk = msgspec.json.decode(line[6:], type=_Chunk)
         if chunk.error is not None:
-            raise EndpointError(f"{response.url} failed within an answer: {bytes(chunk.error).decode()[:300]}")
+            raise EndpointError(f"{response.url} failed within an answer: {str(chunk.error)[:300]}")
         if chunk.choices:
             last_token_s = monotonic()
             first_token_s = first_token_s or last_token_s

@@ -27,7 +27,7 @@ from serving.stepsim import percentile
 
 #: Ids that even a tiny vocabulary has, and that are ordinary tokens: the special ones come first or last.
 _TOKEN_IDS = range(300, 800)
-_SMALLEST_SCALE = 1 / 64
+_SMALLEST_SCALE = 1 / 256
 
 
 class MeasureTarget(msgspec.Struct, frozen=True):
