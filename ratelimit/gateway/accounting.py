@@ -20,9 +20,9 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol
 
 from ratelimit.gateway.charges import charges_for, used_charges
-from ratelimit.gateway.directory import Terms
 from ratelimit.gateway.hold import Usage, pool_cost_us
 from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.gateway.terms import Terms
 from ratelimit.gateway.wire import ParsedRequest
 from ratelimit.keys import KeyRecord
 from ratelimit.meter import Admitted, Charge, Denied, Reading

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ratelimit.gateway.charges import POOL_BUCKET, rooms
-from ratelimit.gateway.directory import Terms
 from ratelimit.gateway.errors import Headers, Rejection, over_limit, reduced_capacity
 from ratelimit.gateway.headers import limit_headers
+from ratelimit.gateway.terms import Terms
 from ratelimit.meter import Admitted, Denied
 from ratelimit.publication import Limit
 

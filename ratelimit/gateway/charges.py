@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ratelimit.gateway.directory import Terms
 from ratelimit.gateway.headers import Room
 from ratelimit.gateway.hold import Usage
+from ratelimit.gateway.terms import Terms
 from ratelimit.meter import Admitted, Charge, Denied
 from ratelimit.publication import LimitName
 

@@ -16,41 +16,18 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from ratelimit.gateway.charges import charges_for
 from ratelimit.gateway.errors import model_not_found, reduced_capacity, unauthorized
-from ratelimit.gateway.headers import policy_header
-from ratelimit.gateway.hold import merged_groups
+from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.gateway.terms import Terms, terms_by_tier
 from ratelimit.keys import KeyRecord, find, status
-from ratelimit.publication import Limit, Publication, PublishedPool
+from ratelimit.publication import Publication
 from ratelimit.publisher import CHANGED_CHANNEL, KEYS_KEY, PUBLICATION_KEY
-from serving.capacity import ReplicaGroup
 
 log = logging.getLogger(__name__)
 
 _RETRY_WHILE_EMPTY_US = 1_000_000
-
-
-class Terms(msgspec.Struct, frozen=True):
-    """On what terms a key is served by a pool; ``groups`` are the pool's, identical ones counted together."""
-
-    epoch: int
-    enforce: bool
-    pool: PublishedPool
-    groups: tuple[ReplicaGroup, ...]
-    limits: tuple[Limit, ...]
-    policy_header: tuple[bytes, bytes]
-
-
-def terms_by_tier(publication: Publication) -> dict[tuple[str, str], Terms]:
-    """The terms of each (tier, model) that has limits on a published pool."""
-    pools = {pool.model: (pool, merged_groups(pool.groups)) for pool in publication.pools}
-    return {
-        (tier.tier, tier.model): Terms(
-            publication.epoch, publication.enforce, *pools[tier.model], tier.limits, policy_header(tier.limits)
-        )
-        for tier in publication.tiers
-        if tier.model in pools and tier.limits
-    }
 
 
 class Directory:
@@ -111,12 +88,15 @@ class Directory:
     def _guarded(self, what: str, swap: Callable[[], None]) -> None:
         try:
             swap()
-        except msgspec.MsgspecError as error:
+        except ValueError as error:  # msgspec's are ValueErrors too
             self._note_failure(what, error)
 
     def _swap_publication(self, document: bytes) -> None:
         publication = msgspec.json.decode(document, type=Publication)
-        self._terms = terms_by_tier(publication)
+        by_tier = terms_by_tier(publication)
+        for terms in by_tier.values():
+            charges_for("any", terms, Usage(0, 0), 0)  # limits that cannot be counted are found here, not by a caller
+        self._terms = by_tier
         self.publication = publication
         self._metrics.published(publication)
 

@@ -142,6 +142,11 @@ def timed_out(timeout_s: float) -> Rejection:
     return Rejection(504, error_body(f"The model gave no answer within {timeout_s:g} s.", "server_error", "timeout"))
 
 
+def internal_error() -> Rejection:
+    """500: a fault of the gateway's own, which is in its log."""
+    return Rejection(500, error_body("The gateway failed. This is not your fault.", "server_error", "internal_error"))
+
+
 def stream_error(message: str) -> bytes:
     """The event that ends a broken stream, in the form that OpenAI's clients raise on."""
     return b"data: " + error_body(message, "server_error", "stream_interrupted") + b"\n\n"

@@ -14,9 +14,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from time import perf_counter
 
-from ratelimit.gateway.directory import Terms
 from ratelimit.gateway.errors import Rejection, reduced_capacity, timed_out
 from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.gateway.terms import Terms
 from ratelimit.gateway.upstream import Upstream, UpstreamAnswer, UpstreamError
 from serving.routing import choose
 

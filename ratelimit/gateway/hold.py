@@ -17,6 +17,11 @@ from ratelimit.gateway.wire import TOKENS_PER_MESSAGE, ParsedRequest
 from ratelimit.publication import PublishedPool
 from serving.capacity import ReplicaGroup, RequestShape, fleet_cost_s
 
+#: Bounds a reservation's tokens to what a meter counts exactly.
+MOST_TOKENS = 10**8
+#: Bounds a reservation's cost to what a meter counts exactly: some 28 hours of one replica.
+MOST_COST_US = 10**11
+
 
 class Usage(msgspec.Struct, frozen=True):
     """Tokens of a request over all its prompts and choices; ``cached_tokens`` were in the prefix cache."""
@@ -40,7 +45,8 @@ def estimate(request: ParsedRequest, pool: PublishedPool) -> Usage:
         prompt = ceil(request.prompt_bytes * pool.tokens_per_byte) + TOKENS_PER_MESSAGE * request.messages
     bound = pool.max_model_len
     output = min(pool.default_max_output if request.max_output is None else request.max_output, bound)
-    return Usage(max(1, min(prompt, bound * request.prompts)), max(1, output * request.choices))
+    held_prompt = min(prompt, bound * request.prompts, MOST_TOKENS)
+    return Usage(max(1, held_prompt), max(1, min(output * request.choices, MOST_TOKENS)))
 
 
 def check_context(request: ParsedRequest, max_model_len: int) -> None:
@@ -76,4 +82,4 @@ def pool_cost_us(groups: Sequence[ReplicaGroup], usage: Usage, choices: int, pro
     cost_s = prompts * first
     if choices > prompts:
         cost_s += (choices - prompts) * fleet_cost_s(groups, RequestShape(prompt, output, prompt))
-    return max(1, ceil(cost_s * 1e6))
+    return min(max(1, ceil(cost_s * 1e6)), MOST_COST_US)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ratelimit.gateway.charges import charges_for
-from ratelimit.gateway.directory import Directory, Terms
+from ratelimit.gateway.directory import Directory
 from ratelimit.gateway.errors import model_not_found
 from ratelimit.gateway.hold import Usage
+from ratelimit.gateway.terms import Terms
 from ratelimit.keys import KeyRecord
 from ratelimit.meter import Charge, Reading
 

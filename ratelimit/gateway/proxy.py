@@ -7,6 +7,7 @@ account is settled; whatever happens after a replica was called, the call is clo
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from time import perf_counter
 
@@ -27,18 +28,21 @@ from ratelimit.gateway.asgi import (
     send_rejection,
     send_whole,
 )
-from ratelimit.gateway.directory import Directory, Terms
-from ratelimit.gateway.errors import Headers, Rejection, reduced_capacity, stream_error
+from ratelimit.gateway.directory import Directory
+from ratelimit.gateway.errors import Headers, Rejection, internal_error, reduced_capacity, stream_error
 from ratelimit.gateway.forward import Call, Forwarder
 from ratelimit.gateway.hold import estimate
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.settings import GatewaySettings
 from ratelimit.gateway.sse import EventTooLargeError, StreamFilter, answer_usage
+from ratelimit.gateway.terms import Terms
 from ratelimit.gateway.upstream import UpstreamError
 from ratelimit.gateway.wire import ParsedRequest, Route, parse_request, upstream_body
 from ratelimit.keys import KeyRecord
 from ratelimit.meter import Admitted, Denied
 from ratelimit.store import StoreUnavailableError
+
+log = logging.getLogger(__name__)
 
 _PATHS: Mapping[Route, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 _CLIENT_LEFT_STATUS = 499
@@ -46,7 +50,6 @@ _STORE_RETRY_US = 1_000_000
 _DONE_EVENT = b"data: [DONE]\n\n"
 #: Chunks between two looks at a stream's usage, for output beyond what was held.
 _CHUNKS_PER_LOOK = 128
-#: Lets an answer wait for the other choices' finishing chunks, after a failure, no longer than this.
 _UNKNOWN = ""
 
 
@@ -62,6 +65,7 @@ class _Exchange(msgspec.Struct):
     model: str = _UNKNOWN
     tier: str = _UNKNOWN
     status: int = 500
+    answered: bool = False
 
 
 class Proxy:
@@ -98,6 +102,12 @@ class Proxy:
             await send_rejection(receive, send, rejection, exchange.request_id)
         except ClientLeftError:
             exchange.status = _CLIENT_LEFT_STATUS
+        except Exception:
+            # Counted as status 500, and told to the caller where nothing else was.
+            log.exception("request %s failed", exchange.reservation_id)
+            if exchange.answered:
+                raise
+            await send_rejection(receive, send, internal_error(), exchange.request_id)
         finally:
             self._metrics.open_requests.dec()
             self._metrics.finished(route, exchange.model, exchange.tier, exchange.status)
@@ -163,7 +173,7 @@ class Proxy:
                 account.settle_as_held()
             raise
         try:
-            exchange.status = call.answer.status
+            exchange.status, exchange.answered = call.answer.status, True
             headers = ((b"content-type", call.answer.content_type), *headers)
             if request.stream and call.answer.status == 200:
                 stream = StreamFilter(request.shown_usage, request.choices, request.prompts)

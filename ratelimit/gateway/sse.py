@@ -19,6 +19,7 @@ was killed still sends it.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import msgspec
 
@@ -62,8 +63,8 @@ class _Choice(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: WireUsage | None = None
-    system_fingerprint: msgspec.Raw | None = None
-    error: msgspec.Raw | None = None
+    system_fingerprint: str | None = None
+    error: Any = None
 
 
 class _Answer(msgspec.Struct):
@@ -213,7 +214,7 @@ class StreamFilter:
         if self._shown != "none":
             return self._release() + event
         fingerprint = chunk.system_fingerprint
-        return self._release(b'"system_fingerprint":' + bytes(fingerprint) if fingerprint else b"")
+        return self._release(b'"system_fingerprint":' + msgspec.json.encode(fingerprint) if fingerprint else b"")
 
     def _release(self, fingerprint: bytes = b"") -> bytes:
         """The held chunk, with the fingerprint where its usage was: that is where vLLM writes it."""

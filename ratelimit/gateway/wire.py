@@ -25,6 +25,8 @@ ShownUsage = Literal["none", "final", "every chunk"]
 
 #: OpenAI's own bound on ``n``.
 MAX_CHOICES = 128
+#: The most prompts in one completions request.
+MAX_PROMPTS = 1024
 #: Tokens that a chat template puts around one message.
 TOKENS_PER_MESSAGE = 4
 
@@ -134,13 +136,16 @@ def _text_bytes(value: msgspec.Raw) -> int:
 
 
 def _completion_prompt(prompt: msgspec.Raw) -> _Prompt:
-    if bytes(prompt[:1]) != b"[":
-        return _Prompt(_text_bytes(prompt))
+    size = _text_bytes(prompt)
+    if memoryview(prompt)[:1] != b"[":
+        return _Prompt(size)
     items: list[Any] = _any_decoder.decode(prompt)
+    if len(items) > MAX_PROMPTS and type(items[0]) is not int:
+        raise invalid_request(f"'prompt' holds {len(items)} prompts, but at most {MAX_PROMPTS} are accepted.", "prompt")
     if items and all(type(item) is int for item in items):
-        return _Prompt(len(prompt), tokens=len(items))
+        return _Prompt(size, tokens=len(items))
     if items and all(type(item) is list for item in items):
-        return _Prompt(len(prompt), count=len(items), tokens=sum(map(len, items)))
+        return _Prompt(size, count=len(items), tokens=sum(map(len, items)))
     if items and all(type(item) is str for item in items):
         return _Prompt(sum(len(item.encode()) for item in items), count=len(items))
     raise invalid_request("'prompt' must be a string, or a list of strings, token ids or lists of token ids.", "prompt")

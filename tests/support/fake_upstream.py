@@ -1,0 +1,201 @@
+"""A stand-in for one vLLM server: its wire format to the byte, with failures on demand. Raw asyncio, no framework.
+
+It answers ``/v1/chat/completions`` and ``/v1/completions`` in the form of vLLM 0.32: one token a chunk, usage where the
+request asks for it, ``system_fingerprint`` on the last chunk that vLLM puts it on. Ids and times are constant, so that
+two answers to the same request are equal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+Failure = Literal["busy", "bad request", "broken", "die before", "die after", "no finish", "engine error", "silent"]
+
+FINGERPRINT = "vllm-0.32.0-0123abcd"
+DEFAULT_OUTPUT = 16
+#: Chunks that a stream sends before a failure "after" begins.
+CHUNKS_BEFORE_FAILURE = 3
+
+
+def compact(value: Any) -> str:
+    """JSON as vLLM writes it."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def prompt_tokens(body: dict[str, Any]) -> int:
+    """The length of a prompt on this engine: its text's bytes over four, at least 1."""
+    text = body.get("prompt") or "".join(str(message.get("content")) for message in body.get("messages", ()))
+    return max(1, len(str(text).encode()) // 4)
+
+
+def output_tokens(body: dict[str, Any]) -> int:
+    """The length of each answer: what the request allows."""
+    return int(body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_OUTPUT)
+
+
+def usage(prompt: int, output: int) -> dict[str, int]:
+    """Usage as vLLM writes it."""
+    return {"prompt_tokens": prompt, "total_tokens": prompt + output, "completion_tokens": output}
+
+
+def stream_events(body: dict[str, Any], chat: bool) -> list[bytes]:
+    """Every event of a stream, as vLLM sends them for these ``stream_options``."""
+    options = body.get("stream_options") or {}
+    asked = bool(options.get("include_usage"))
+    every_chunk = asked and bool(options.get("continuous_usage_stats"))
+    prompt, output, n = prompt_tokens(body), output_tokens(body), int(body.get("n") or 1)
+    events = []
+
+    def chunk(choices: list[dict[str, Any]], counted: int | None, **more: Any) -> None:
+        told = {"usage": usage(prompt, counted)} if counted is not None else {}
+        head = {"id": "cmpl-1", "object": "chunk", "created": 1, "model": body["model"], "choices": choices}
+        events.append(f"data: {compact({**head, **told, **more})}\n\n".encode())
+
+    if chat:
+        for index in range(n):
+            delta = {"role": "assistant", "content": ""}
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            chunk([choice], 0 if every_chunk else None, prompt_token_ids=None, prompt_text=None)
+    for token in range(1, output + 1):
+        for index in range(n):
+            text = f' tok{token} é "usage":{{}} '
+            finish = "length" if token == output else None
+            said = {"delta": {"content": text}} if chat else {"text": text}
+            more = {"system_fingerprint": FINGERPRINT} if finish and not asked else {}
+            chunk(
+                [{"index": index, **said, "logprobs": None, "finish_reason": finish}],
+                token if every_chunk else None,
+                **more,
+            )
+    if asked:
+        chunk([], n * output, system_fingerprint=FINGERPRINT)
+    return [*events, b"data: [DONE]\n\n"]
+
+
+def whole_answer(body: dict[str, Any], chat: bool) -> bytes:
+    """The answer that is not streamed."""
+    n, output = int(body.get("n") or 1), output_tokens(body)
+    said: dict[str, Any] = {"message": {"role": "assistant", "content": "tok"}} if chat else {"text": "tok"}
+    choices = [{"index": index, **said, "finish_reason": "length"} for index in range(n)]
+    head = {"id": "cmpl-1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": choices}
+    return compact({**head, "usage": usage(prompt_tokens(body), n * output)}).encode()
+
+
+@dataclass
+class FakeUpstream:
+    """One replica. Use as an async context manager; ``failures`` are taken one per request, in order.
+
+    While ``gate`` is cleared, streams stop after ``CHUNKS_BEFORE_FAILURE`` chunks and wait for it, and other answers
+    wait before they begin.
+    """
+
+    failures: deque[Failure] = field(default_factory=deque)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    open_requests: int = 0
+    aborted: int = 0
+
+    async def __aenter__(self) -> FakeUpstream:
+        self.gate.set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._connection(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await self._request(reader, writer):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError):
+            return
+        finally:
+            writer.transport.abort()
+
+    async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        line, *fields = head.strip().split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (f.partition(":") for f in fields)}
+        body = json.loads(await reader.readexactly(int(headers["content-length"])))
+        self.bodies.append(body)
+        self.headers.append(headers)
+        self.open_requests += 1
+        answering = asyncio.create_task(self._answer(writer, body, "chat" in line.split(" ")[1]))
+        leaving = asyncio.create_task(reader.read(1))
+        try:
+            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                self.aborted += 1
+                return False
+            return answering.result()
+        finally:
+            self.open_requests -= 1
+            for task in (answering, leaving):
+                task.cancel()
+            await asyncio.gather(answering, leaving, return_exceptions=True)
+
+    async def _answer(self, writer: asyncio.StreamWriter, body: dict[str, Any], chat: bool) -> bool:
+        failure = self.failures.popleft() if self.failures else None
+        if failure == "die before":
+            return False
+        if failure == "silent":
+            await asyncio.Event().wait()
+        refusals: dict[Failure | None, int] = {"busy": 503, "bad request": 400, "broken": 500}
+        if failure in refusals:
+            refused = compact({"error": {"message": failure, "type": "x", "param": None, "code": None}}).encode()
+            return await _send_whole(writer, refusals[failure], refused)
+        if body.get("stream"):
+            return await self._stream(writer, stream_events(body, chat), failure)
+        await self.gate.wait()
+        return await _send_whole(writer, 200, whole_answer(body, chat))
+
+    async def _stream(self, writer: asyncio.StreamWriter, events: list[bytes], failure: Failure | None) -> bool:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n")
+        writer.write(b"transfer-encoding: chunked\r\n\r\n")
+        for position, event in enumerate(events):
+            if position == CHUNKS_BEFORE_FAILURE:
+                if failure == "die after":
+                    await writer.drain()
+                    return False
+                await self.gate.wait()
+                if failure == "no finish":
+                    _write_chunk(writer, events[-1])
+                    break
+                if failure == "engine error":
+                    _write_chunk(writer, b'data: {"error":{"message":"engine died","code":500}}\n\n')
+                    _write_chunk(writer, events[-1])
+                    break
+            _write_chunk(writer, event)
+            await writer.drain()
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
+        return True
+
+
+def _write_chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+
+async def _send_whole(writer: asyncio.StreamWriter, status: int, body: bytes) -> bool:
+    head = f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    await writer.drain()
+    return True
