@@ -224,6 +224,15 @@ def test_no_limit_is_zero_while_a_replica_is_healthy(rate: float, keys: int) -> 
     assert all(limit.per_minute >= 1 for name, limit in derived.items() if name != "concurrency")
 
 
+def test_concurrency_has_room_for_a_burst_of_requests() -> None:
+    """A burst that the request limit admits is not refused for being in flight at once, and two always may be."""
+    bursty = limits(published(supply(), rules=policy(TierPolicy("pro", 0.6, 1.0, 0, 60.0))))
+    assert bursty["concurrency"].burst == bursty["requests"].burst == 340
+    uniform = WorkloadMix("uniform", (RequestShape(10, 10),))
+    tiny = policy(TierPolicy("pro", 0.6, 1.0, 0, 0.001), mix=uniform)
+    assert limits(published(supply(0.001), rules=tiny))["concurrency"].burst == 2
+
+
 def test_no_healthy_replica() -> None:
     """Without replicas the pool stays known but has no budget, and its tiers have no limits."""
     publication = published()
