@@ -108,8 +108,8 @@ def knee(step_time: StepTimeModel, limits: EngineLimits, mix: WorkloadMix, slo: 
 
     Every rate is tried with the same requests and the same gaps, stretched (common random numbers), so the answer is a
     function of its arguments. A rate whose queue still grows at the end is refused whatever its percentiles.
-    Raises ``InfeasibleSloError``, naming the bound missed, where no load meets the SLO; and ``ValueError`` as
-    ``simulate`` does.
+    Raises ``InfeasibleSloError``, naming what is missed, where no load meets the SLO, or where the mix holds a request
+    that the replica can never run.
     """
     _check_lone_requests(step_time, limits, mix, slo)
     ceiling = closed_form_requests_per_s(ReplicaGroup(1, step_time, limits, slo), mix)
@@ -208,7 +208,10 @@ def _horizon_requests(ceiling: float, mix: WorkloadMix, slo: Slo) -> int:
 
 def _check_lone_requests(step_time: StepTimeModel, limits: EngineLimits, mix: WorkloadMix, slo: Slo) -> None:
     """Raise ``InfeasibleSloError`` where requests that have the replica to themselves miss the SLO."""
-    lone = [simulate(step_time, limits, [Arrival(0.0, shape)])[0] for shape in mix.shapes]
+    try:
+        lone = [simulate(step_time, limits, [Arrival(0.0, shape)])[0] for shape in mix.shapes]
+    except ValueError as error:
+        raise InfeasibleSloError(f"{mix.name} cannot be served: {error}") from error
     ttft_s = percentile([o.ttft_s for o in lone], slo.percentile)
     tpot_s = percentile([o.tpot_s for o in lone if o.shape.output_tokens > 1], slo.percentile)
     for name, seen_s, bound_s in (("TTFT", ttft_s, slo.ttft_s), ("TPOT", tpot_s, slo.tpot_s)):

@@ -12,9 +12,10 @@ from aiohttp import web
 
 from serving.capacity import EngineLimits
 from serving.endpoint import SAMPLE_TEXT, Answer, Endpoint, EndpointError
-from serving.measure import MeasureTarget, Progress, _share_within, fitting_mix, measure
+from serving.measure import MeasureTarget, Progress, fitting_mix, measure
 from serving.mixes import MIX_NAMES, load_mix
 from serving.profile import dump_profile, parse_profile
+from serving.sweep import share_within
 
 
 class FakeEngine:
@@ -237,4 +238,4 @@ def test_a_context_too_small_for_any_mix_is_refused() -> None:
 )
 def test_an_answer_counts_by_the_share_of_its_life_watched(window: tuple[float, float], share: float) -> None:
     """An answer from 1 to 5 s, seen through several windows."""
-    assert _share_within(Answer(1.0, 2.0, 5.0, 10, 10), *window) == pytest.approx(share)
+    assert share_within(Answer(1.0, 2.0, 5.0, 10, 10), *window) == pytest.approx(share)

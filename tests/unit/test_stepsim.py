@@ -293,6 +293,14 @@ def test_an_slo_that_no_load_meets_is_infeasible(slo: Slo, bound: str) -> None:
         knee(STEP_TIME, LIMITS, load_mix("chat", 0.25), slo)
 
 
+def test_a_mix_that_does_not_fit_is_infeasible() -> None:
+    """One request beyond the context makes the knee undefined, and the message says which."""
+    with pytest.raises(
+        InfeasibleSloError, match=r"long-context cannot be served: a request of \d+ \+ \d+ tokens exceeds"
+    ):
+        knee(STEP_TIME, LIMITS, load_mix("long-context"), SLO)
+
+
 def test_answers_of_one_token_have_no_tpot() -> None:
     """A mix of single-token answers is bounded by TTFT alone."""
     found: Knee = knee(STEP_TIME, LIMITS, WorkloadMix("classify", (RequestShape(200, 1),)), SLO)
