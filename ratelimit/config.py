@@ -197,6 +197,7 @@ def policy_of(config: Config) -> Policy:
         tiers=tuple(TierPolicy(t.name, t.share, t.ceiling, t.priority, t.burst_s) for t in config.tiers),
         pools=tuple(_pool_policy(pool) for pool in config.pools),
         enforce=config.gateway.enforce,
+        org_models={org.name: org.models for org in config.orgs if org.models is not None},
     )
 
 

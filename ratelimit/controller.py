@@ -4,7 +4,8 @@ Everything that the limits depend on (the config, the keys, the overrides, the r
 every round, so there is no path by which a change could be missed. A round runs when a replica changes phase, and
 every ``ROUND_INTERVAL_S`` for what only time or a file changes. Limits fall in the round after a replica is
 lost; they rise when a new one has been healthy for its pool's ``raise_after_s``, or at once where none served before.
-If Redis is away a round fails, is logged once, and is tried again; gateways keep the limits they have.
+If Redis is away, or a state file is damaged, a round fails, is logged once and is tried again; gateways keep the
+limits they have.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ratelimit.overrides import Override, OverrideFile
 from ratelimit.policy import Policy
 from ratelimit.publication import Publication
 from ratelimit.publisher import Publisher
+from ratelimit.statefile import StateFileError
 from ratelimit.supply import SupplyBook
 from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus
 from serving.profile import load_profile
@@ -100,7 +102,7 @@ class Controller:
         self._published: Publication | None = None
         self._published_keys: tuple[KeyRecord, ...] | None = None
         self._inputs_published: _Inputs | None = None
-        self._redis_away = False
+        self._failure = ""
         self.adopt(config)
 
     @property
@@ -118,6 +120,7 @@ class Controller:
     async def run(self) -> None:
         """Publish for ever; the last publication stays in force when this is cancelled."""
         try:
+            await self._fleet.probed_once()
             while True:
                 await self._try_round()
                 with contextlib.suppress(TimeoutError):
@@ -129,14 +132,14 @@ class Controller:
     async def _try_round(self) -> None:
         try:
             await self.round()
-        except (RedisError, OSError) as error:
-            if not self._redis_away:
+        except (RedisError, OSError, StateFileError) as error:
+            if str(error) != self._failure:
                 log.error("limits cannot be published, the last ones stay in force: %s", error)
-            self._redis_away = True
+            self._failure = str(error)
         else:
-            if self._redis_away:
+            if self._failure:
                 log.warning("limits are published again")
-            self._redis_away = False
+            self._failure = ""
 
     async def round(self) -> None:
         """Derive from everything as it is now; publish what differs from what is in force."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from serving.capacity import Slo, WorkloadMix
@@ -40,8 +42,12 @@ class PoolPolicy(msgspec.Struct, frozen=True):
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """Everything that limits are derived from, apart from the fleet and its callers."""
+    """Everything that limits are derived from, apart from the fleet and its callers.
+
+    ``org_models`` has the orgs that may use only some models, and which.
+    """
 
     tiers: tuple[TierPolicy, ...]
     pools: tuple[PoolPolicy, ...]
     enforce: bool
+    org_models: Mapping[str, tuple[str, ...]] = {}

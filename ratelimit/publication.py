@@ -5,6 +5,7 @@ A publication is plain data. Gateways hold the newest one whole; they never mix 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -63,7 +64,7 @@ class PublishedPool(msgspec.Struct, frozen=True):
 
 
 class Publication(msgspec.Struct, frozen=True):
-    """The published limits at one epoch."""
+    """The published limits at one epoch. ``org_models`` names the orgs that may use only some models."""
 
     epoch: int
     published_at: str
@@ -71,10 +72,16 @@ class Publication(msgspec.Struct, frozen=True):
     enforce: bool
     pools: tuple[PublishedPool, ...]
     tiers: tuple[TierLimits, ...]
+    org_models: Mapping[str, tuple[str, ...]] = {}
 
     def pool(self, model: str) -> PublishedPool | None:
         """The pool that serves ``model``."""
         return next((pool for pool in self.pools if pool.model == model), None)
+
+    def allows(self, org: str, model: str) -> bool:
+        """Whether an org may use a model."""
+        allowed = self.org_models.get(org)
+        return allowed is None or model in allowed
 
     def limits(self, tier: str, model: str) -> tuple[Limit, ...]:
         """The limits of one key of ``tier`` on ``model``; empty where the tier has none."""
