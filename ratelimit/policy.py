@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import msgspec
 
 from serving.capacity import Slo, WorkloadMix
@@ -41,13 +39,17 @@ class PoolPolicy(msgspec.Struct, frozen=True):
     tokens_per_byte: float
 
 
-class Policy(msgspec.Struct, frozen=True):
-    """Everything that limits are derived from, apart from the fleet and its callers.
+class OrgModels(msgspec.Struct, frozen=True):
+    """The models that an org may use; orgs without such a rule may use all."""
 
-    ``org_models`` has the orgs that may use only some models, and which.
-    """
+    org: str
+    models: tuple[str, ...]
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """Everything that limits are derived from, apart from the fleet and its callers."""
 
     tiers: tuple[TierPolicy, ...]
     pools: tuple[PoolPolicy, ...]
     enforce: bool
-    org_models: Mapping[str, tuple[str, ...]] = {}
+    org_models: tuple[OrgModels, ...] = ()

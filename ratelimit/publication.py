@@ -5,11 +5,11 @@ A publication is plain data. Gateways hold the newest one whole; they never mix 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
 
+from ratelimit.policy import OrgModels
 from serving.capacity import ReplicaGroup
 
 LimitName = Literal["requests", "input_tokens", "output_tokens", "concurrency"]
@@ -64,7 +64,7 @@ class PublishedPool(msgspec.Struct, frozen=True):
 
 
 class Publication(msgspec.Struct, frozen=True):
-    """The published limits at one epoch. ``org_models`` names the orgs that may use only some models."""
+    """The published limits at one epoch. ``org_models`` has the orgs that may use only some."""
 
     epoch: int
     published_at: str
@@ -72,7 +72,7 @@ class Publication(msgspec.Struct, frozen=True):
     enforce: bool
     pools: tuple[PublishedPool, ...]
     tiers: tuple[TierLimits, ...]
-    org_models: Mapping[str, tuple[str, ...]] = {}
+    org_models: tuple[OrgModels, ...] = ()
 
     def pool(self, model: str) -> PublishedPool | None:
         """The pool that serves ``model``."""
@@ -80,8 +80,7 @@ class Publication(msgspec.Struct, frozen=True):
 
     def allows(self, org: str, model: str) -> bool:
         """Whether an org may use a model."""
-        allowed = self.org_models.get(org)
-        return allowed is None or model in allowed
+        return all(model in limited.models for limited in self.org_models if limited.org == org)
 
     def limits(self, tier: str, model: str) -> tuple[Limit, ...]:
         """The limits of one key of ``tier`` on ``model``; empty where the tier has none."""
