@@ -29,7 +29,7 @@ class _Usage(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = msgspec.Raw(b"null")
 
 
 _decoder = msgspec.json.Decoder(_Chunk)
@@ -58,7 +58,7 @@ class StreamedAnswer:
         except msgspec.MsgspecError as error:
             self.problem = f"a chunk that is none: {error}"
             return "nothing"
-        if chunk.error is not None:
+        if bytes(chunk.error) != b"null":
             self.problem = f"an error in the stream: {bytes(chunk.error)[:200].decode(errors='replace')}"
         if chunk.usage is not None:
             self.input_tokens = chunk.usage.prompt_tokens

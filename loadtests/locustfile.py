@@ -182,7 +182,7 @@ class _Attempt:
             elif self.status == 429:
                 self._read_refusal({name.lower(): value for name, value in response.headers.items()})
             else:
-                self.problem = f"status {self.status}: {response.error or response.text}"[:300]
+                self.problem = f"status {self.status}: {response.text or response.error}"[:300]
             if self.problem is None:
                 response.success()
             else:

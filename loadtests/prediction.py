@@ -17,8 +17,8 @@ import msgspec
 from loadtests.results import share
 from loadtests.schedule import PlannedRequest, Schedule
 from ratelimit.gateway.charges import charges_for
-from ratelimit.gateway.directory import Terms, terms_by_tier
 from ratelimit.gateway.hold import Usage, pool_cost_us
+from ratelimit.gateway.terms import Terms, terms_by_tier
 from ratelimit.meter import Admitted, Cell, Charge
 from ratelimit.publication import Publication, PublishedPool
 from serving.capacity import ReplicaGroup, RequestShape
@@ -78,13 +78,14 @@ def replay_schedule(schedule: Schedule, publication: Publication, pool: Publishe
         _Asked(*(_charges(r, tier_of_key[r.key], terms, pool.model, n) for n in (held_input(r), r.input_tokens)))
         for r in schedule.requests
     ]
-    stays: Sequence[Stay | None] = [_slo_stay(request, pool.groups[0]) for request in schedule.requests]
+    slo = pool.groups[0].slo
+    stays = [_stay(request, slo.ttft_s, slo.tpot_s) for request in schedule.requests]
     replay = Replay((), ())
     for _ in range(ROUNDS):
         refused_by = _admit(schedule, asked, stays, publication.epoch)
         found = simulate_fleet(schedule.requests, refused_by, pool.groups)
         replay = Replay(tuple(refused_by), tuple(found))
-        stays = [new or old for new, old in zip(found, stays, strict=True)]
+        stays = _completed(schedule.requests, found)
     return replay
 
 
@@ -150,7 +151,7 @@ def _charges(
     return charges_for(request.key, of_tier, usage, pool_cost_us(of_tier.groups, usage, 1, 1))
 
 
-def _admit(schedule: Schedule, asked: Sequence[_Asked], stays: Sequence[Stay | None], epoch: int) -> list[str | None]:
+def _admit(schedule: Schedule, asked: Sequence[_Asked], stays: Sequence[Stay], epoch: int) -> list[str | None]:
     """One pass in virtual time: the bucket that refuses each request, or None."""
     cell = Cell()
     refused_by: list[str | None] = [None] * len(schedule.requests)
@@ -163,7 +164,7 @@ def _admit(schedule: Schedule, asked: Sequence[_Asked], stays: Sequence[Stay | N
         stay = stays[request.index]
         if not isinstance(answer, Admitted):
             refused_by[request.index] = answer.bucket.rpartition(":")[2]
-        elif stay is not None:
+        else:
             heappush(due, (request.time_s + stay.first_token_s, _COUNTED, request.index))
             heappush(due, (request.time_s + stay.end_s, _ENDED, request.index))
     return refused_by
@@ -188,9 +189,17 @@ def _outcomes(replica: ReplicaGroup, requests: Sequence[PlannedRequest]) -> list
     return simulate(replica.step_time, replica.limits, arrivals)
 
 
-def _slo_stay(request: PlannedRequest, group: ReplicaGroup) -> Stay:
-    """The first round's guess: a request that just meets its SLO."""
-    return Stay(group.slo.ttft_s, group.slo.ttft_s + (request.output_tokens - 1) * group.slo.tpot_s)
+def _stay(request: PlannedRequest, ttft_s: float, tpot_s: float) -> Stay:
+    """The stay of a request that takes these times; the first round takes the SLO's bounds for them."""
+    return Stay(ttft_s, ttft_s + (request.output_tokens - 1) * tpot_s)
+
+
+def _completed(requests: Sequence[PlannedRequest], found: Sequence[Stay | None]) -> list[Stay]:
+    """The stays found, and for requests that were refused the one they would have had at the mean times found."""
+    known = [(request, stay) for request, stay in zip(requests, found, strict=True) if stay is not None]
+    ttft_s = share((stay.first_token_s for _, stay in known), (1 for _ in known))
+    tpot_s = share((stay.end_s - stay.first_token_s for _, stay in known), (r.output_tokens - 1 for r, _ in known))
+    return [stay or _stay(request, ttft_s, tpot_s) for request, stay in zip(requests, found, strict=True)]
 
 
 def _meets(request: PlannedRequest, stay: Stay, ttft_s: float, tpot_s: float) -> bool:

@@ -47,7 +47,7 @@ async def run_load(plan: Plan, workdir: Path, on_progress: Callable[[Counter[Fat
         plan_path.unlink(missing_ok=True)
     if process.poll() != 0:
         raise LoadError(f"Locust ended with status {process.poll()}:\n{process.log_tail()}")
-    return _read(records_path, process.log_tail())
+    return _read(records_path, len(plan.calls), process.log_tail())
 
 
 def _prepare(plan: Plan, plan_path: Path) -> None:
@@ -55,9 +55,9 @@ def _prepare(plan: Plan, plan_path: Path) -> None:
     write_plan(plan, plan_path)
 
 
-def _read(records_path: Path, log_tail: str) -> LoadRun:
+def _read(records_path: Path, calls: int, log_tail: str) -> LoadRun:
     try:
-        return read_run(records_path.read_bytes().splitlines())
+        return read_run(records_path.read_bytes().splitlines(), calls)
     except (OSError, ValueError) as error:
         raise LoadError(f"Locust's records are not whole: {error}\n{log_tail}") from error
 

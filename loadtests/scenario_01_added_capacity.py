@@ -31,7 +31,7 @@ from loadtests.prompts import PromptSizeError, Template, chat_body, measured_tem
 from loadtests.report import EngineFacts, Report, build_report, dump_report, screen
 from loadtests.results import LoadRun, figures, tokens_per_s
 from loadtests.runner import LoadError, run_load
-from loadtests.schedule import PlannedRequest, Schedule, Window, build_schedule, offered_loads, scaled
+from loadtests.schedule import PlannedRequest, Schedule, Window, build_schedule, offered_loads, scaled, shortened
 from loadtests.stack import MODEL, Stack, StackError, StackSettings
 from loadtests.wire import Plan, PlannedCall
 from ratelimit.gateway.hold import estimate
@@ -46,6 +46,8 @@ OFFERED = 3.2
 FLEETS = (1, 2, 4)
 KEYS_BY_TIER = {"pro": 3, "free": 3}
 BIN_S = 2.0
+#: Without the limiter the queue grows without bound; half the window shows the SLO broken, at half the open streams.
+UNLIMITED_WINDOW_SHARE = 0.5
 #: How long a step waits for its last answers before it cuts them: far beyond what an admitted request takes.
 PATIENCE_S = 60.0
 
@@ -113,9 +115,10 @@ class Scenario:
         least = template.least_input_tokens
         self._template = template
         same = build_schedule(offered, shapes, self._window, self._seed, least)
+        short = Window(self._window.start_s, self._window.start_s + UNLIMITED_WINDOW_SHARE * self._window.length_s)
         doubled = build_schedule(scaled(offered, 2), shapes, self._window, self._seed, least)
         return [
-            Load("1 replica, limiter off", 1, enforce=False, schedule=same, patience_s=0.0),
+            Load("1 replica, limiter off", 1, enforce=False, schedule=shortened(same, short), patience_s=0.0),
             *(Load(_replicas(count), count, enforce=True, schedule=same) for count in FLEETS),
             Load(f"{_replicas(FLEETS[-1])}, doubled load", FLEETS[-1], enforce=True, schedule=doubled),
         ]
@@ -130,7 +133,7 @@ class Scenario:
         if pool is None:
             raise StackError(f"the publication has no pool for {MODEL}")
         prediction, replay = self._predict(load, publication, pool) if load.enforce else (None, None)
-        plan = _plan(load, stack, self._template, workdir)
+        plan = _plan(load, stack, self._template, self._out / "records")
         with self._narrator.load(load.title, len(plan.calls)) as on_progress:
             run = await run_load(plan, workdir, on_progress)
         slo = pool.groups[0].slo
@@ -188,15 +191,15 @@ def _body(request: PlannedRequest, template: Template, salt: str) -> bytes:
     return chat_body(MODEL, content, request.output_tokens)
 
 
-def _plan(load: Load, stack: Stack, template: Template, workdir: Path) -> Plan:
+def _plan(load: Load, stack: Stack, template: Template, folder: Path) -> Plan:
     calls = tuple(
         PlannedCall(
             request.index, request.time_s, request.key, request.input_tokens - template.tokens, request.output_tokens
         )
         for request in load.schedule.requests
     )
-    records = str(workdir / "records.jsonl")
-    return Plan(stack.url, MODEL, stack.secrets, calls, load.patience_s, load.title, records)
+    records = folder / f"{load.title.replace(', ', '-').replace(' ', '-')}.jsonl"
+    return Plan(stack.url, MODEL, stack.secrets, calls, load.patience_s, load.title, str(records))
 
 
 def _band(measured: Measured) -> Band:
@@ -260,7 +263,7 @@ def main(
 ) -> None:
     """Added capacity removes throttling: exits 0 only if every claim holds."""
     console = Console(stderr=True)
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "records").mkdir(parents=True, exist_ok=True)
     (out / "predictions.jsonl").unlink(missing_ok=True)
     scenario = Scenario(seed, Window(10.0, 10.0 + measure_s), out, Narrator(console))
     try:

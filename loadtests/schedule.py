@@ -120,6 +120,12 @@ def build_schedule(
     return Schedule(seed, window, tuple(loads), requests)
 
 
+def shortened(schedule: Schedule, window: Window) -> Schedule:
+    """The same load, ended with a window that ends earlier."""
+    requests = tuple(request for request in schedule.requests if request.time_s < window.end_s)
+    return Schedule(schedule.seed, window, schedule.loads, requests)
+
+
 def _arrivals(
     load: KeyLoad, shapes: Sequence[RequestShape], duration_s: float, seed: int
 ) -> list[tuple[float, str, int, int]]:

@@ -58,13 +58,13 @@ def read_plan(path: Path) -> Plan:
     return msgspec.json.decode(path.read_bytes(), type=Plan)
 
 
-def read_run(lines: list[bytes]) -> LoadRun:
-    """The records of a load that ran to its end, in order of the schedule. Raises ``ValueError`` where lines lack."""
+def read_run(lines: list[bytes], calls: int) -> LoadRun:
+    """The records of that many calls, in order of the schedule. Raises ``ValueError`` where lines lack."""
     if not lines:
         raise ValueError("the load left no records")
     ending = msgspec.json.decode(lines[-1], type=Ending)
     decoder = msgspec.json.Decoder(RequestRecord)
     records = sorted((decoder.decode(line) for line in lines[:-1]), key=lambda record: record.index)
-    if [record.index for record in records] != list(range(len(records))):
-        raise ValueError(f"the {len(records)} records are not one for each request")
+    if [record.index for record in records] != list(range(calls)):
+        raise ValueError(f"the {len(records)} records are not one for each of {calls} requests")
     return LoadRun(tuple(records), ending.peak_in_flight)
