@@ -137,10 +137,14 @@ async def _check_vllm(python: str) -> None:
     advice = "install penstock[vllm] on a GPU host, or the CPU wheel by `make install`"
     try:
         process = await asyncio.create_subprocess_exec(python, "-c", code)
-        async with asyncio.timeout(_IMPORT_CHECK_TIMEOUT_S):
-            status = await process.wait()
     except OSError as error:
         raise EngineError(f"cannot run {python}: {error.strerror}; name a Python that has vLLM") from error
+    try:
+        status = await asyncio.wait_for(process.wait(), _IMPORT_CHECK_TIMEOUT_S)
+    except TimeoutError as error:
+        process.kill()
+        await process.wait()
+        raise EngineError(f"{python} did not answer within {_IMPORT_CHECK_TIMEOUT_S:.0f} s") from error
     if status:
         raise EngineError(f"{python} has no vLLM; {advice}")
 
