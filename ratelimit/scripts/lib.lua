@@ -8,7 +8,8 @@
 -- ARGV[1]  the call, as MessagePack. A charge is {bucket, cost, capacity, rate, tick_us}.
 -- Stored   a bucket is {level, tick, rate, capacity, epoch}, a reservation {phase, remaining, reset_us, rated, gauges}.
 --
--- Every number is an integer below 2^53, which cmsgpack packs as an integer, whole.
+-- Every number is an integer below 2^53, which cmsgpack packs as an integer, whole. Of two such, floor(a / b) and
+-- ceil(a / b) are exact: the rounding of a / b is less than 1 / b, the least distance to an integer it does not reach.
 
 local RESERVATIONS, LEASES, TOMBSTONES, GAUGES = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local FIRST_BUCKET = 5
@@ -18,7 +19,7 @@ local BUCKET, COST, CAPACITY, RATE, TICK_US = 1, 2, 3, 4, 5
 local PHASE, REMAINING, RESET_US, RATED, HELD_GAUGES = 1, 2, 3, 4, 5
 
 local pack, unpack_one = cmsgpack.pack, cmsgpack.unpack
-local floor, fmod, min, max = math.floor, math.fmod, math.min, math.max
+local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
 
 local time = redis.call('TIME')
 local now_us = tonumber(time[1]) * 1000000 + tonumber(time[2])
@@ -33,16 +34,6 @@ local function units(charge)
     return 1
   end
   return MINUTE_US / charge[TICK_US]
-end
-
--- a / b rounded up and down. A plain division may round to the next integer; fmod is exact.
-local function divided_up(a, b)
-  local rest = fmod(a, b)
-  return (a - rest) / b + (rest > 0 and 1 or 0)
-end
-
-local function divided_down(a, b)
-  return (a - fmod(a, b)) / b
 end
 
 -- The bucket at now_us. elapsed * rate may exceed 2^53 and be rounded, but then it exceeds every level.
@@ -73,7 +64,7 @@ local function shortfall(bucket, charge)
 end
 
 local function leak_time_us(bucket, charge, amount)
-  local ticks = min(divided_up(amount, bucket.rate), LONGEST_WAIT_US / charge[TICK_US])
+  local ticks = min(ceil(amount / bucket.rate), LONGEST_WAIT_US / charge[TICK_US])
   return (bucket.tick + ticks) * charge[TICK_US] - now_us
 end
 
@@ -83,7 +74,7 @@ end
 
 local function remaining(bucket, charge)
   local per_token = units(charge)
-  return divided_down(max(0, bucket.capacity * per_token - bucket.level), per_token)
+  return floor(max(0, bucket.capacity * per_token - bucket.level) / per_token)
 end
 
 local function reset_us(bucket, charge)
@@ -109,7 +100,7 @@ end
 -- Rated buckets expire some time after they are empty. Gauges have no such time: a gauge at 0 says nothing and goes.
 local function keep(bucket, charge, key)
   if charge[RATE] > 0 then
-    local empty_ms = divided_up(max(0, reset_us(bucket, charge)), 1000)
+    local empty_ms = ceil(max(0, reset_us(bucket, charge)) / 1000)
     redis.call('SET', key, packed(bucket), 'PX', number(empty_ms + KEPT_EMPTY_MS))
   elseif bucket.level > 0 then
     redis.call('HSET', GAUGES, charge[BUCKET], packed(bucket))

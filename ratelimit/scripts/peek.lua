@@ -6,6 +6,6 @@ local found = {}
 for i, charge in ipairs(charges) do
   local bucket = leaked(stored(charge, keys[i]), charge)
   bucket.rate, bucket.capacity = charge[RATE], charge[CAPACITY]
-  found[i] = {divided_up(bucket.level, units(charge)), remaining(bucket, charge), reset_us(bucket, charge)}
+  found[i] = {ceil(bucket.level / units(charge)), remaining(bucket, charge), reset_us(bucket, charge)}
 end
 return pack(found)

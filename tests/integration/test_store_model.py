@@ -105,6 +105,12 @@ class StoreModel(RuleBasedStateMachine):
     def peek(self, charges: list[Charge]) -> None:
         assert self.wait(self.store.peek(charges)) == self.cell.peek(charges, self.now_us)
 
+    @rule(bucket=st.sampled_from(list(RATED_TICKS_US)))
+    def a_bucket_is_lost(self, bucket: str) -> None:
+        """It expired, or Redis lost it; the reservations that hold of it are still there."""
+        self.cell.rated.pop(bucket, None)
+        self.wait(self.store.redis.delete(f"pn1:{{test}}:b:{bucket}"))
+
     @invariant()
     def all_that_is_stored_is_equal(self) -> None:
         stored = self.wait(self.store.state())
@@ -129,6 +135,6 @@ def test_the_scripts_equal_the_model(redis_url: str) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import asyncio
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +14,9 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from ratelimit.embedded_redis import redis_server_executable
+from serving.engine.guard import GuardedProcess
+
+START_TIMEOUT_S = 30.0
 
 
 @pytest.fixture(scope="session")
@@ -22,13 +25,12 @@ def redis_url() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="pn-test-") as folder:
         socket = Path(folder) / "redis.sock"
         argv = [redis_server_executable(), "--port", "0", "--unixsocket", str(socket), "--dir", folder, "--save", ""]
-        server = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+        server = GuardedProcess.start(argv, log_path=Path(folder) / "redis.log")
         try:
             _wait_until_it_answers(socket, server)
             yield f"unix://{socket}"
         finally:
-            server.terminate()
-            server.wait(timeout=10)
+            asyncio.run(server.stop())
 
 
 @pytest.fixture
@@ -39,15 +41,15 @@ async def redis_client(redis_url: str) -> AsyncIterator[Redis]:
         yield client
 
 
-def _wait_until_it_answers(socket: Path, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 20
+def _wait_until_it_answers(socket: Path, server: GuardedProcess) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
     with redis.Redis(unix_socket_path=str(socket)) as client:
         while True:
             try:
                 client.ping()
             except RedisConnectionError:
                 if server.poll() is not None or time.monotonic() > deadline:
-                    raise
+                    raise AssertionError(f"the tests' Redis does not answer:\n{server.log_tail()}") from None
                 time.sleep(0.02)
             else:
                 return
