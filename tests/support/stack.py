@@ -134,6 +134,14 @@ class Stack:
         """The limits in force."""
         return httpx.get(self.admin_url + "/limits", timeout=10).json()
 
+    def tier(self, name: str) -> Any:
+        """What is published of one tier."""
+        return next(tier for tier in self.publication()["tiers"] if tier["tier"] == name)
+
+    def tier_limits(self, name: str) -> Any:
+        """The published limits of one tier's keys."""
+        return self.tier(name)["limits"]
+
     def replica_urls(self) -> set[str]:
         """The replicas that count."""
         return {replica["url"] for replica in self.publication()["pools"][0]["replicas"]}
