@@ -6,7 +6,6 @@ import asyncio
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -127,8 +126,3 @@ def family_of(pid: int) -> list[psutil.Process]:
 def engine_core_of(pid: int) -> psutil.Process:
     """The engine core below an API server."""
     return next(process for process in family_of(pid) if "EngineCore" in "".join(process.cmdline()))
-
-
-def log_of(workdir: Path, spec: EngineSpec) -> str:
-    """What an engine has written."""
-    return (workdir / f"engine-{spec.port}.log").read_text()
