@@ -8,11 +8,9 @@ from itertools import count
 import pytest
 from redis.asyncio import Redis
 
-from ratelimit.gateway.settings import GatewaySettings
 from tests.integration.gateway_bench import Bench
 from tests.support.fake_upstream import FakeUpstream
-from tests.support.gateway import GatewayProcess
-from tests.support.stack import free_ports
+from tests.support.gateway import GatewayProcess, gateway_settings
 
 #: Far apart, so that a test that publishes several times stays below the next one's.
 _EPOCHS = count(1_000, 1_000)
@@ -21,19 +19,7 @@ _EPOCHS = count(1_000, 1_000)
 @pytest.fixture(scope="session")
 def gateway(redis_url: str) -> Iterator[GatewayProcess]:
     """A gateway with short timeouts and a small body bound, on the session's Redis."""
-    port, admin_port = free_ports(2)
-    settings = GatewaySettings(
-        redis_url=redis_url,
-        port=port,
-        admin_port=admin_port,
-        request_timeout_s=20,
-        first_byte_timeout_s=1.0,
-        chunk_timeout_s=1.0,
-        body_timeout_s=0.5,
-        max_body_bytes=1024 * 1024,
-        drain_s=5,
-    )
-    with GatewayProcess(settings) as process:
+    with GatewayProcess(gateway_settings(redis_url)) as process:
         yield process
 
 

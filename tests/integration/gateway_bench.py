@@ -45,7 +45,7 @@ class Bench:
 
     def client(self, **options: Any) -> openai.AsyncOpenAI:
         """The official client with this bench's key."""
-        return openai.AsyncOpenAI(base_url=self.url + "/v1", api_key=self.secret, **{"max_retries": 0, **options})
+        return openai.AsyncOpenAI(base_url=self.url + "/v1", **{"api_key": self.secret, "max_retries": 0, **options})
 
     def http(self) -> httpx.AsyncClient:
         """A bare client with this bench's key."""

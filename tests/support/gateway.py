@@ -18,6 +18,7 @@ from ratelimit.keys import KeyRecord, new_key
 from ratelimit.publication import Limit, LimitName, Publication, PublishedPool, PublishedReplica, TierLimits
 from ratelimit.publisher import CHANGED_CHANNEL, KEYS_KEY, PUBLICATION_KEY
 from serving.capacity import EngineLimits, ReplicaGroup, Slo, StepTimeModel
+from tests.support.stack import free_ports
 from tests.support.waiting import eventually
 
 MODEL = "tiny"
@@ -47,8 +48,7 @@ def publication(
     **limits: tuple[int, int],
 ) -> Publication:
     """One pool behind ``urls``, and the tier "pro" with ample limits but for the (per minute, burst) given."""
-    rated = {**AMPLE, **limits}
-    terms = tuple(Limit(name, *rated[name], explanation=f"why {name}") for name in AMPLE)
+    terms = tuple(Limit(name, *limits.get(name, ample), f"why {name}") for name, ample in AMPLE.items())
     pool = PublishedPool(
         model=MODEL,
         replicas=tuple(PublishedReplica(url, "virtual", "test", 1.0, 10.0) for url in urls),
@@ -69,6 +69,23 @@ def publication(
 def make_key(expires_at: float | None = None, tier: str = "pro") -> tuple[str, KeyRecord]:
     """A secret and its record."""
     return new_key("acme", tier, "test", created_at=0.0, expires_at=expires_at)
+
+
+def gateway_settings(redis_url: str) -> GatewaySettings:
+    """Free ports and small bounds, with patience for a busy machine."""
+    port, admin_port = free_ports(2)
+    return GatewaySettings(
+        redis_url=redis_url,
+        port=port,
+        admin_port=admin_port,
+        request_timeout_s=20,
+        first_byte_timeout_s=20,
+        chunk_timeout_s=20,
+        store_timeout_s=5,
+        body_timeout_s=0.5,
+        max_body_bytes=1024 * 1024,
+        drain_s=5,
+    )
 
 
 class GatewayProcess:

@@ -141,7 +141,11 @@ def test_other_engines_spacing() -> None:
 def test_details_inside_usage_go_with_it() -> None:
     """Usage with nested details is taken out whole, and cached tokens are read from it."""
     told = {"prompt_tokens": 9, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 4}}
-    chunk = {"choices": [{"index": 0, "delta": {}, "finish_reason": None}], "usage": told, "prompt_text": None}
+    chunk: dict[str, Any] = {
+        "choices": [{"index": 0, "delta": {}, "finish_reason": None}],
+        "usage": told,
+        "prompt_text": None,
+    }
     stream = StreamFilter("none")
     out = stream.feed(f"data: {compact(chunk)}\n\n".encode())
     del chunk["usage"]

@@ -1,0 +1,187 @@
+"""Holds, headers and refusals: the pure parts of what a caller is told and charged."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ratelimit.gateway.admission import Durations, answer_headers, refusal
+from ratelimit.gateway.charges import charges_for, used_charges
+from ratelimit.gateway.errors import Rejection, retry_headers
+from ratelimit.gateway.headers import Room, go_duration, limit_headers, policy_header
+from ratelimit.gateway.hold import Usage, estimate, merged_groups, pool_cost_us
+from ratelimit.gateway.terms import Terms, terms_by_tier
+from ratelimit.gateway.wire import parse_request
+from ratelimit.meter import Admitted, Denied
+from ratelimit.publication import Limit
+from serving.capacity import RequestShape, fleet_cost_s
+from tests.support.gateway import MAX_MODEL_LEN, MODEL, group, publication
+
+
+def terms(**limits: Any) -> Terms:
+    """The terms of the test pool."""
+    return terms_by_tier(publication(["http://a", "http://b"], **limits))["pro", MODEL]
+
+
+def chat(**members: object) -> bytes:
+    """A chat body with 40 bytes of prompt."""
+    return msgspec.json.encode({"model": MODEL, "messages": [{"role": "user", "content": "x" * 40}], **members})
+
+
+@pytest.mark.parametrize(
+    ("members", "held"),
+    [
+        ({}, Usage(14, 64)),
+        ({"max_tokens": 100}, Usage(14, 100)),
+        ({"max_tokens": 100, "n": 3}, Usage(14, 300)),
+        ({"n": 2}, Usage(14, 128)),
+        ({"max_tokens": 0}, Usage(14, 1)),
+        ({"max_tokens": MAX_MODEL_LEN}, Usage(14, MAX_MODEL_LEN)),
+    ],
+)
+def test_holds(members: dict[str, int], held: Usage) -> None:
+    """Output is held at its maximum times the choices; the prompt by its bytes and messages."""
+    assert estimate(parse_request("chat", chat(**members)), terms().pool) == held
+
+
+def test_prompt_beyond_the_context_is_left_to_the_engine() -> None:
+    """An estimated prompt never makes a request final: it is held at the context's length."""
+    body = msgspec.json.encode({"model": MODEL, "messages": [{"content": "x" * 100_000}]})
+    assert estimate(parse_request("chat", body), terms().pool).prompt_tokens == MAX_MODEL_LEN
+
+
+def test_exact_prompt_beyond_the_context_is_refused() -> None:
+    """Token ids and output that exceed the context together can never fit, and are refused as such."""
+    body = msgspec.json.encode({"model": MODEL, "prompt": [1] * 4000, "max_tokens": 200})
+    with pytest.raises(Rejection) as caught:
+        estimate(parse_request("completions", body), terms().pool)
+    assert json.loads(caught.value.body)["error"]["code"] == "context_length_exceeded"
+
+
+def test_identical_replicas_are_counted_together() -> None:
+    """Merging groups changes no cost."""
+    groups = [group(1), group(1), group(2)]
+    merged = merged_groups(groups)
+    assert [each.count for each in merged] == [4]
+    shape = RequestShape(100, 50)
+    assert fleet_cost_s(merged, shape) == pytest.approx(fleet_cost_s(groups, shape))
+
+
+def test_further_choices_cost_less_than_further_requests() -> None:
+    """Choices share their prompt, so two of them cost more than one request and less than two."""
+    one = pool_cost_us([group()], Usage(2000, 50), choices=1, prompts=1)
+    two = pool_cost_us([group()], Usage(2000, 100), choices=2, prompts=1)
+    assert one < two < 2 * one
+
+
+def test_settled_charges_leave_the_gauge_out() -> None:
+    """True costs replace the held ones; the place in flight is the store's to give back."""
+    held = charges_for("k1", terms(), Usage(10, 20), 1000)
+    used = used_charges(held, Usage(12, 5, 2), 700)
+    assert [(charge.bucket, charge.cost) for charge in used] == [
+        ("k:k1:requests", 1),
+        ("k:k1:input_tokens", 10),
+        ("k:k1:output_tokens", 5),
+        ("pool", 700),
+    ]
+    assert [charge.bucket for charge in held][3] == "k:k1:concurrency"
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "text"),
+    [
+        (0, b"0ms"),
+        (1, b"1ms"),
+        (12_000, b"12ms"),
+        (1_000_000, b"1s"),
+        (1_500_000, b"1.5s"),
+        (360_000_000, b"6m0s"),
+        (3_723_004_000, b"1h2m3.004s"),
+    ],
+)
+def test_durations_as_openai_writes_them(microseconds: int, text: bytes) -> None:
+    """Resets have Go's form, rounded up."""
+    assert go_duration(microseconds) == text
+
+
+@given(st.integers(0, 10**12))
+def test_waits_are_never_told_too_short(wait_us: int) -> None:
+    """A client that waits as told has waited long enough, and is never told zero."""
+    told = dict(retry_headers(wait_us))
+    assert int(told[b"retry-after"]) * 1_000_000 >= max(wait_us, 1)
+    assert int(told[b"retry-after-ms"]) * 1_000 >= max(wait_us, 1)
+    assert (told.get(b"x-should-retry") == b"false") == (wait_us > 60_000_000)
+
+
+def test_both_header_families_agree() -> None:
+    """OpenAI's and the IETF's fields tell the same limit, room and reset; tokens are those with less room."""
+    rooms = [
+        Room(Limit("requests", 600, 50, ""), 49, 100_000),
+        Room(Limit("input_tokens", 6000, 500, ""), 400, 1_000_000),
+        Room(Limit("output_tokens", 1200, 100, ""), 20, 4_000_000),
+        Room(Limit("concurrency", 0, 8, ""), 7, 0),
+    ]
+    told = dict(limit_headers(rooms))
+    assert told[b"x-ratelimit-limit-requests"] == b"600"
+    assert told[b"x-ratelimit-remaining-requests"] == b"49"
+    assert told[b"x-ratelimit-reset-requests"] == b"100ms"
+    for field in (b"limit", b"remaining", b"reset"):
+        assert told[b"x-ratelimit-%s-tokens" % field] == told[b"x-ratelimit-%s-output-tokens" % field]
+    assert told[b"ratelimit"] == (
+        b'"requests";r=49;t=1, "input_tokens";r=400;t=1, "output_tokens";r=20;t=4, "concurrency";r=7'
+    )
+    assert policy_header([room.limit for room in rooms])[1] == (
+        b'"requests";q=50;qu="requests";w=5, "input_tokens";q=500;qu="tokens";w=5, '
+        b'"output_tokens";q=100;qu="tokens";w=5, "concurrency";q=8;qu="concurrent-requests"'
+    )
+
+
+def denied(bucket: str, wait_us: int | None) -> Denied:
+    """A denial with five readings: four limits and the pool."""
+    return Denied(bucket, wait_us, (5, 4, 3, 2, 1), (0, 0, 0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("bucket", "wait_us", "status", "retry_ms"),
+    [
+        ("k:k1:requests", 1_500_000, 429, b"1500"),
+        ("k:k1:output_tokens", 1, 429, b"1"),
+        ("k:k1:concurrency", None, 429, b"2"),
+        ("pool", 250_000, 503, b"250"),
+        ("pool", None, 503, b"1000"),
+    ],
+)
+def test_who_is_to_blame(bucket: str, wait_us: int | None, status: int, retry_ms: bytes) -> None:
+    """A key's own limit is a 429 with its true wait; the pool is a 503; a place in flight has an estimate."""
+    rejection = refusal(terms(), "pro", denied(bucket, wait_us), mean_duration_us=2_000_000)
+    told = dict(rejection.headers)
+    assert (rejection.status, told[b"retry-after-ms"]) == (status, retry_ms)
+    assert (b"x-retry-after-estimated" in told) == (bucket == "k:k1:concurrency")
+    assert b"x-ratelimit-remaining-requests" in told
+
+
+def test_a_limit_of_zero_is_the_fleets_fault() -> None:
+    """Where the fleet has nothing left for a limit, the caller did nothing wrong."""
+    rejection = refusal(terms(requests=(0, 0)), "pro", denied("k:k1:requests", None), 1)
+    assert rejection.status == 503
+
+
+def test_no_rate_limit_headers_without_enforcement() -> None:
+    """Where nothing is enforced nothing is claimed."""
+    assert answer_headers(terms(), None) == ()
+    assert answer_headers(terms(), Admitted((5, 4, 3, 2, 1), (0,) * 5))
+
+
+def test_mean_duration_follows_what_is_seen() -> None:
+    """The estimate starts at the first request's duration and moves towards later ones."""
+    durations = Durations()
+    assert durations.mean_us("m") == 1_000_000
+    durations.note("m", 4.0)
+    assert durations.mean_us("m") == 4_000_000
+    durations.note("m", 2.0)
+    assert durations.mean_us("m") == 3_800_000
