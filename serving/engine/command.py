@@ -20,10 +20,10 @@ CPU_LIMITS = EngineLimits(
 )
 _CPU_KV_CACHE_GIB = "1"
 _EXECUTOR = "serving.engine.virtual_gpu.VirtualGpuExecutor"
-_SERVER_MODULES = {
-    "gpu": "vllm.entrypoints.openai.api_server",
-    "cpu": "vllm.entrypoints.openai.api_server",
-    "virtual": "serving.engine.virtual_server",
+_SERVERS: Mapping[str, Sequence[str]] = {
+    "gpu": ("vllm.entrypoints.cli.main", "serve"),
+    "cpu": ("vllm.entrypoints.openai.api_server", "--model"),
+    "virtual": ("serving.engine.virtual_server", "--model"),
 }
 
 
@@ -70,13 +70,14 @@ class EnginePaths(msgspec.Struct, frozen=True):
 def engine_argv(spec: EngineSpec, model: TinyModel | None) -> list[str]:
     """The server's command line; ``model`` is the tiny model of the two devices that need no GPU.
 
-    The server's module takes the options of ``vllm serve`` and, unlike that script, runs with the CPU wheel too.
+    A GPU's is ``vllm serve``, by its module so that it is this interpreter's. That command fails with the CPU wheel,
+    whose distribution has another name; the API server's own module takes the same options and runs with it.
     """
     return [
         spec.python,
         "-m",
-        _SERVER_MODULES[spec.device],
-        *("--model", str(model.path) if model else spec.model_path or spec.model),
+        *_SERVERS[spec.device],
+        str(model.path) if model else spec.model_path or spec.model,
         *("--served-model-name", spec.model),
         *("--host", spec.host, "--port", str(spec.port)),
         "--enable-prompt-tokens-details",

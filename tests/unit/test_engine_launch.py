@@ -115,7 +115,7 @@ def test_gpu_command_is_what_users_run() -> None:
     """A GPU serves the model named, with the caller's options last, and may ask the model hub."""
     spec = EngineSpec("gpu", "llama", 8000, model_path="meta/llama", extra_args=("--dtype", "half"))
     argv = engine_argv(spec, None)
-    assert argv[argv.index("--model") + 1] == "meta/llama"
+    assert argv[2:5] == ["vllm.entrypoints.cli.main", "serve", "meta/llama"]
     assert argv[-2:] == ["--dtype", "half"]
     assert "--max-num-seqs" not in argv
     env = engine_environment(spec, {"HOME": "/h"}, PATHS, None, cores=8)
