@@ -213,6 +213,14 @@ def check_charges(charges: Sequence[Charge]) -> None:
         raise ValueError(f"each bucket may be named once in a call, not {names}")
 
 
+def check_terms(epoch: int, lease_ms: int) -> None:
+    """Raises ValueError for an epoch or a lease that could not be kept exactly."""
+    if type(epoch) is not int or not 0 <= epoch < EXACT:
+        raise ValueError(f"an epoch is an integer from 0 to {EXACT - 1}, not {epoch!r}")
+    if type(lease_ms) is not int or not 0 < lease_ms <= LONGEST_WAIT_US // 1000:
+        raise ValueError(f"a lease is an integer from 1 to {LONGEST_WAIT_US // 1000} ms, not {lease_ms!r}")
+
+
 class Cell:
     """The meters and reservations of one cell, in memory: the reference that the Lua scripts must equal.
 
@@ -231,6 +239,7 @@ class Cell:
     ) -> Admitted | Denied:
         """Charge every bucket, or none; the same request id gets the same answer."""
         check_charges(charges)
+        check_terms(epoch, lease_ms)
         self.reap(now_us, REAPED_PER_ADMIT)
         known = self.reservations.get(request_id)
         if known is not None and (known.remaining or not charges):
@@ -238,16 +247,17 @@ class Cell:
         buckets = [leaked(self._stored(charge), charge, now_us) for charge in charges]
         for bucket, charge in zip(buckets, charges, strict=True):
             adopt(bucket, charge, epoch)
-        short = None if known else binding(buckets, charges, now_us)
-        if known is None and short is None:
+        if known is not None:  # settled before it was admitted: it has paid
+            return Admitted(*readings(buckets, charges, now_us))
+        short = binding(buckets, charges, now_us)
+        if short is None:
             for bucket, charge in zip(buckets, charges, strict=True):
                 bucket.level = shifted(bucket.level, charge.cost * charge.units)
         room, reset = readings(buckets, charges, now_us)
-        if short is None and known is None:
-            held: tuple[dict[str, int], dict[str, int]] = ({}, {})
-            for charge in charges:
-                held[charge.rate == 0][charge.bucket] = charge.cost
-            self.reservations[request_id] = Reservation(OPEN, list(room), list(reset), *held)
+        if short is None:
+            rated = {charge.bucket: charge.cost for charge in charges if charge.rate}
+            gauges = {charge.bucket: charge.cost for charge in charges if not charge.rate}
+            self.reservations[request_id] = Reservation(OPEN, list(room), list(reset), rated, gauges)
             self.leases.set(request_id, now_us + lease_ms * 1000)
         for bucket, charge in zip(buckets, charges, strict=True):
             self._keep(bucket, charge)
@@ -258,6 +268,7 @@ class Cell:
     def extend(self, request_id: str, usage: Sequence[Charge], lease_ms: int, now_us: int) -> bool:
         """Hold these amounts from now on, and renew the lease; False where the request is unknown or settled."""
         check_charges(usage)
+        check_terms(0, lease_ms)
         known = self.reservations.get(request_id)
         if known is None or known.phase == SETTLED:
             return False

@@ -83,6 +83,7 @@ class Store:
 
     async def admit(self, request_id: str, charges: Sequence[Charge], epoch: int, lease_ms: int) -> Admitted | Denied:
         """Charge every bucket, or none; the same request id gets the same answer."""
+        meter.check_terms(epoch, lease_ms)
         answer = _ADMIT_ANSWER.decode(await self._run("admit", charges, [request_id, charges, epoch, lease_ms]))
         if answer.denied_by < 0:
             return Admitted(answer.remaining, answer.reset_us)
@@ -91,6 +92,7 @@ class Store:
 
     async def extend(self, request_id: str, usage: Sequence[Charge], lease_ms: int) -> bool:
         """Hold these amounts from now on, and renew the lease; False where the request is unknown or settled."""
+        meter.check_terms(0, lease_ms)
         return bool(await self._run("extend", usage, [request_id, usage, lease_ms]))
 
     async def settle(self, request_id: str, usage: Sequence[Charge]) -> bool:

@@ -53,18 +53,17 @@ end
 
 local keys = bucket_keys(charges)
 local buckets = current(keys)
-local index, wait
-if not known then
-  index, wait = binding(buckets)
+if known then -- settled before it was admitted: it has paid
+  return pack({readings(buckets, charges)})
 end
-local admitted = not known and not index
-if admitted then
+local index, wait = binding(buckets)
+if not index then
   for i, charge in ipairs(charges) do
     buckets[i].level = shifted(buckets[i].level, charge[COST] * units(charge))
   end
 end
 local room, reset = readings(buckets, charges)
-if admitted then
+if not index then
   hold(room, reset)
 end
 for i, charge in ipairs(charges) do

@@ -182,10 +182,12 @@ local function reap(most)
   local ended = due(LEASES, most)
   for _, request_id in ipairs(ended) do
     local record = reservation(request_id)
-    shift_gauges(record[HELD_GAUGES], -1)
-    record[PHASE] = REAPED
-    reserve(request_id, record)
-    bury(request_id)
+    if record then -- a server that evicts keys may have dropped it: then there is nothing to give back
+      shift_gauges(record[HELD_GAUGES], -1)
+      record[PHASE] = REAPED
+      reserve(request_id, record)
+      bury(request_id)
+    end
   end
   return #ended
 end

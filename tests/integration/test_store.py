@@ -155,6 +155,16 @@ class TestUnavailable:
         with pytest.raises(StoreUnavailableError, match="WRONGTYPE"):
             await stores[0].admit("r", [], 1, LEASE_MS)
 
+    async def test_reservations_that_redis_lost_block_nobody(self, redis_client: Redis) -> None:
+        """Leases without their reservations are cleared away, and admissions go on."""
+        store = ClockedStore(redis_client)
+        charge = Charge("k:a:requests", 1, 5, 60)
+        await store.admit("lost", [charge], 1, LEASE_MS)
+        await redis_client.delete("pn1:{test}:reservations")
+        store.now_us += LEASE_MS * 1000
+        assert isinstance(await store.admit("next", [charge], 1, LEASE_MS), Admitted)
+        assert await store.reap() == 0
+
     async def test_a_cancelled_call_leaves_the_connection_usable(self, stores: tuple[Store, Store]) -> None:
         """A caller that goes away mid-call spoils no later answer on the same client."""
         charge = Charge("k:a:requests", 1, 1_000, 1)

@@ -188,6 +188,12 @@ class TestAdmission:
         with pytest.raises(ValueError, match="each bucket may be named once"):
             take(Cell(), "r", Charge("b", 1, 1, 1), Charge("b", 2, 1, 1))
 
+    @pytest.mark.parametrize(("epoch", "lease_ms"), [(-1, 1), (1.0, 1), (EXACT, 1), (1, 0), (1, 0.5), (1, 10**15)])
+    def test_epochs_and_leases_are_exact_integers(self, epoch: Any, lease_ms: Any) -> None:
+        """An epoch is never negative, a lease lasts at least a millisecond, and neither is a fraction."""
+        with pytest.raises(ValueError, match=r"an epoch is an integer from 0|a lease is an integer from 1"):
+            Cell().admit("r", [], epoch, lease_ms, START_US)
+
     def test_a_wait_of_centuries_is_told_as_thirty_years(self) -> None:
         """The longest wait is bounded, so that times stay exact; the debt behind it is not."""
         cell, charge = Cell(), Charge("b", 150_000_000, 1, 1)
