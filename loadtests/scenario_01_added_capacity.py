@@ -53,7 +53,7 @@ PATIENCE_S = 60.0
 
 SETTINGS = StackSettings(
     profile="h100-llama-3.1-8b",
-    slowdown=10,
+    slowdown=15,
     mix_scale=0.125,
     ttft_ms=1000,
     tpot_ms=30,
@@ -86,7 +86,8 @@ class Measured(msgspec.Struct, frozen=True):
 class Scenario:
     """The story, told once."""
 
-    def __init__(self, seed: int, window: Window, out: Path, narrator: Narrator) -> None:
+    def __init__(self, settings: StackSettings, seed: int, window: Window, out: Path, narrator: Narrator) -> None:
+        self._settings = settings
         self._seed = seed
         self._window = window
         self._out = out
@@ -96,7 +97,7 @@ class Scenario:
         """Run every load, write the report and the picture. The stack is stopped however this ends."""
         with tempfile.TemporaryDirectory(prefix="penstock-") as folder:
             workdir = Path(folder)
-            stack = Stack(SETTINGS, workdir)
+            stack = Stack(self._settings, workdir)
             try:
                 self._narrator.say("starting real vLLM on a virtual GPU, Redis, controller and gateway")
                 await stack.start(KEYS_BY_TIER)
@@ -110,7 +111,7 @@ class Scenario:
         """The loads of the story, from the limits of one replica."""
         template = await _measure_template(stack)
         publication = await stack.published(replicas=1, enforce=False)
-        shapes = trace_shapes(SETTINGS.mix_scale)
+        shapes = trace_shapes(self._settings.mix_scale)
         offered = offered_loads(stack.tier_of_key, publication, MODEL, shapes, OFFERED)
         least = template.least_input_tokens
         self._template = template
@@ -163,9 +164,9 @@ class Scenario:
     def _conclude(self, measured: list[Measured]) -> Report:
         limiter_off, *steps, control = [one.result for one in measured]
         claims = judge(steps, control, limiter_off)
-        report = build_report(_engine_facts(), steps, control, limiter_off, claims)
+        report = build_report(_engine_facts(self._settings), steps, control, limiter_off, claims)
         (self._out / "report.json").write_bytes(dump_report(report))
-        caption = _caption(self._seed)
+        caption = _caption(self._settings, self._seed)
         draw([_band(one) for one in measured if one.replay is not None], caption, self._out / "throttling.png")
         self._narrator.show(screen([one.result for one in measured], claims, caption))
         return report
@@ -223,10 +224,10 @@ def _band(measured: Measured) -> Band:
     )
 
 
-def _engine_facts() -> EngineFacts:
-    profile = load_profile(SETTINGS.profile)
+def _engine_facts(settings: StackSettings) -> EngineFacts:
+    profile = load_profile(settings.profile)
     device = f"virtual {profile.gpu}, {profile.provenance.kind} profile {profile.name}"
-    return EngineFacts("vllm", _vllm_version(), device, SETTINGS.slowdown)
+    return EngineFacts("vllm", _vllm_version(), device, settings.slowdown)
 
 
 def _vllm_version() -> str:
@@ -238,13 +239,12 @@ def _vllm_version() -> str:
     return "unknown"
 
 
-def _caption(seed: int) -> str:
-    facts = _engine_facts()
-    kind = load_profile(SETTINGS.profile).provenance.kind
+def _caption(settings: StackSettings, seed: int) -> str:
+    kind = load_profile(settings.profile).provenance.kind
     return (
-        f"Real vLLM {facts.version} on virtual GPUs slowed 1:{SETTINGS.slowdown:g}, {kind} profile {SETTINGS.profile}. "
-        f"Lengths: Azure 2023 conversations ÷ {1 / SETTINGS.mix_scale:g}; 6 keys in 2 tiers; "
-        f"SLO p{SETTINGS.percentile:g} TTFT {SETTINGS.ttft_ms:g} ms, TPOT {SETTINGS.tpot_ms:g} ms, × slow-down; "
+        f"Real vLLM {_vllm_version()} on virtual GPUs slowed 1:{settings.slowdown:g}, {kind} profile "
+        f"{settings.profile}. Lengths: Azure 2023 conversations ÷ {1 / settings.mix_scale:g}; 6 keys in 2 tiers; "
+        f"SLO p{settings.percentile:g} TTFT {settings.ttft_ms:g} ms, TPOT {settings.tpot_ms:g} ms, × slow-down; "
         f"seed {seed}."
     )
 
@@ -260,12 +260,16 @@ def main(
     seed: Annotated[int, typer.Option(help="Decides arrivals and lengths.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for report.json and throttling.png.")] = Path("reports/demo"),
     measure_s: Annotated[float, typer.Option(min=40, help="Measured seconds of each load.")] = 44,
+    slowdown: Annotated[float, typer.Option(min=1, help="How much slower than the profile the virtual GPUs run.")] = (
+        SETTINGS.slowdown
+    ),
 ) -> None:
     """Added capacity removes throttling: exits 0 only if every claim holds."""
     console = Console(stderr=True)
     (out / "records").mkdir(parents=True, exist_ok=True)
     (out / "predictions.jsonl").unlink(missing_ok=True)
-    scenario = Scenario(seed, Window(10.0, 10.0 + measure_s), out, Narrator(console))
+    settings = msgspec.structs.replace(SETTINGS, slowdown=slowdown)
+    scenario = Scenario(settings, seed, Window(10.0, 10.0 + measure_s), out, Narrator(console))
     try:
         report = asyncio.run(_until_signalled(scenario))
     except (StackError, LoadError, GuardError, PromptSizeError) as error:

@@ -33,6 +33,10 @@ class StackError(RuntimeError):
     """The stack did not do what the scenario needs in time; says what and shows its log."""
 
 
+class _NotYetError(Exception):
+    """What a probe is still waiting for."""
+
+
 class StackSettings(msgspec.Struct, frozen=True):
     """The parts of the config that a scenario decides once."""
 
@@ -144,11 +148,13 @@ class Stack:
     async def published(self, replicas: int, enforce: bool, timeout_s: float = 120) -> Publication:
         """The limits in force, once they are those of that many replicas."""
 
-        async def read() -> Publication | None:
+        async def read() -> Publication:
             publication = msgspec.json.decode(await self._get(f"{self._ready.admin_url}/limits"), type=Publication)
             pool = publication.pool(MODEL)
-            right = pool is not None and len(pool.replicas) == replicas and publication.enforce == enforce
-            return publication if right and self._counts_keys(publication) else None
+            count = len(pool.replicas) if pool else 0
+            if count != replicas or publication.enforce != enforce or not self._counts_keys(publication):
+                raise _NotYetError(f"epoch {publication.epoch} has {count} replicas, enforce {publication.enforce}")
+            return publication
 
         return await self._until(read, timeout_s, f"publish the limits of {replicas} replicas")
 
@@ -157,9 +163,11 @@ class Stack:
         pool = publication.pool(MODEL)
         urls = [replica.url for replica in pool.replicas] if pool else []
 
-        async def is_idle() -> bool | None:
-            in_engines = sum([requests_in_engine(await self._get(f"{url}/metrics")) for url in urls])
-            return True if in_engines == 0 and await self._meters_are_empty() else None
+        async def is_idle() -> None:
+            for url in urls:
+                if held := requests_in_engine(await self._get(f"{url}/metrics")):
+                    raise _NotYetError(f"{url} has {held:.0f} requests")
+            await self._check_meters_are_empty()
 
         await self._until(is_idle, timeout_s, "drain")
 
@@ -186,17 +194,19 @@ class Stack:
         tiers = list(self.tier_of_key.values())
         return all(tier.active_keys == tiers.count(tier.tier) for tier in publication.tiers)
 
-    async def _read_ready(self) -> _Ready | None:
+    async def _read_ready(self) -> _Ready:
         with self._log_path.open("rb") as log:
             line = next((line for line in log if line.startswith(b'{"url"') and line.endswith(b"\n")), None)
-        return None if line is None else msgspec.json.decode(line, type=_Ready)
+        if line is None:
+            raise _NotYetError("it has not printed its URL")
+        return msgspec.json.decode(line, type=_Ready)
 
-    async def _meters_are_empty(self) -> bool:
-        for secret in self.secrets.values():
+    async def _check_meters_are_empty(self) -> None:
+        for key, secret in self.secrets.items():
             body = await self._get(f"{self.url}/v1/limits", {"Authorization": f"Bearer {secret}"})
-            if any(limit.remaining < limit.burst for limit in msgspec.json.decode(body, type=_OwnLimits).limits):
-                return False
-        return True
+            for limit in msgspec.json.decode(body, type=_OwnLimits).limits:
+                if limit.remaining < limit.burst:
+                    raise _NotYetError(f"{key} has {limit.remaining} of {limit.burst} {limit.name} left")
 
     async def _get(self, url: str, headers: Mapping[str, str] | None = None) -> bytes:
         if self._session is None:
@@ -205,23 +215,19 @@ class Stack:
             response.raise_for_status()
             return await response.read()
 
-    async def _until(self, probe: Callable[[], Awaitable[T | None]], timeout_s: float, what: str) -> T:
-        """The first answer of ``probe`` that is not None."""
+    async def _until(self, probe: Callable[[], Awaitable[T]], timeout_s: float, what: str) -> T:
+        """The answer of ``probe`` once it has one."""
         deadline = asyncio.get_running_loop().time() + timeout_s
-        last_error: aiohttp.ClientError | None = None
+        waiting_for: Exception | None = None
         while asyncio.get_running_loop().time() < deadline:
             if self._process is not None and (status := self._process.poll()) is not None:
                 raise StackError(f"penstock up ended with status {status}:\n{self.log_tail()}")
             try:
-                found = await probe()
-            except aiohttp.ClientError as error:  # a part that is still starting; told if it never answers
-                last_error = error
-            else:
-                if found is not None:
-                    return found
+                return await probe()
+            except (_NotYetError, aiohttp.ClientError, TimeoutError) as error:  # told if it is the last
+                waiting_for = error
             await asyncio.sleep(_POLL_S)
-        detail = f" ({last_error})" if last_error else ""
-        raise StackError(f"the stack did not {what} within {timeout_s:.0f} s{detail}:\n{self.log_tail()}")
+        raise StackError(f"the stack did not {what} within {timeout_s:.0f} s: {waiting_for}\n{self.log_tail()}")
 
 
 def requests_in_engine(metrics: bytes) -> float:
