@@ -137,7 +137,7 @@ def _text_bytes(value: msgspec.Raw) -> int:
 
 def _completion_prompt(prompt: msgspec.Raw) -> _Prompt:
     size = _text_bytes(prompt)
-    if memoryview(prompt)[:1] != b"[":
+    if bytes(memoryview(prompt)[:1]) != b"[":
         return _Prompt(size)
     items: list[Any] = _any_decoder.decode(prompt)
     if len(items) > MAX_PROMPTS and type(items[0]) is not int:
