@@ -66,6 +66,7 @@ class Fleet:
         self._on_change = on_change
         self._statuses: dict[str, ReplicaStatus] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._probed: dict[str, asyncio.Event] = {}
 
     def watch(self, specs: Iterable[ReplicaSpec]) -> None:
         """Watch exactly these replicas from now on; those already watched keep their health."""
@@ -73,11 +74,20 @@ class Fleet:
         for url in self._tasks.keys() - wanted.keys():
             self._tasks.pop(url).cancel()
             del self._statuses[url]
+            self._probed.pop(url).set()
         for url, spec in wanted.items():
             known = self._statuses.get(url)
             self._statuses[url] = ReplicaStatus(spec, known.health if known else ReplicaHealth(since_s=monotonic()))
             if url not in self._tasks:
+                self._probed[url] = asyncio.Event()
                 self._tasks[url] = asyncio.create_task(self._probe_forever(url), name=f"probe {url}")
+
+    async def probed_once(self) -> None:
+        """Wait until every watched replica has been probed; each probe is bounded in time.
+
+        Until then a fleet that has just begun to watch would look smaller than it is.
+        """
+        await asyncio.gather(*(probed.wait() for probed in self._probed.values()))
 
     def statuses(self) -> Mapping[str, ReplicaStatus]:
         """Every watched replica by URL."""
@@ -89,6 +99,7 @@ class Fleet:
             status = self._statuses[url]
             health = observe(status.health, seen, status.spec.stuck_after_s)
             self._statuses[url] = ReplicaStatus(status.spec, health)
+            self._probed[url].set()
             if health.phase != status.health.phase:
                 log.warning("replica %s (%s): %s -> %s", url, status.spec.gpu, status.health.phase, health.phase)
                 self._on_change(self._statuses[url])

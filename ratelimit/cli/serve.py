@@ -34,7 +34,7 @@ def gateway(
     """Run one gateway worker until SIGTERM; open streams are let finish."""
     log_to_stderr()
     settings = read_config(config)
-    with failing_clearly(GatewayStartError, RedisError):
+    with failing_clearly(GatewayStartError, EmbeddedRedisError, RedisError):
         run_gateway(_gateway_settings(settings, _redis_url(settings, redis), worker))
 
 
