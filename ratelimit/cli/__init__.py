@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from ratelimit.cli import check, keys, limits, measure, serve, up
+from ratelimit.cli.check import check
+from ratelimit.cli.keys import app as keys_app
+from ratelimit.cli.limits import app as limits_app
+from ratelimit.cli.measure import measure
+from ratelimit.cli.serve import controller, gateway
+from ratelimit.cli.up import up
 
 app = typer.Typer(
     name="penstock",
@@ -13,13 +18,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-app.command()(check.check)
-app.command()(up.up)
-app.command()(serve.gateway)
-app.command()(serve.controller)
-app.command()(measure.measure)
-app.add_typer(keys.app, name="keys")
-app.add_typer(limits.app, name="limits")
+for command in (check, up, gateway, controller, measure):
+    app.command()(command)
+app.add_typer(keys_app, name="keys")
+app.add_typer(limits_app, name="limits")
 
 
 def main() -> None:
