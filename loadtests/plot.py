@@ -36,6 +36,7 @@ class Band(msgspec.Struct, frozen=True):
     bin_s: float
     warm_up_s: float
     offered: tuple[float, ...]
+    admitted: tuple[float, ...]
     throttled: tuple[float, ...]
     predicted_throttled: tuple[float, ...]
     capacity_tokens_per_s: float
@@ -68,10 +69,10 @@ def draw(bands: Sequence[Band], caption: str, path: Path) -> None:
 
 def _draw_band(rates: Axes, shares: Axes, band: Band, start_s: float) -> None:
     edges = [start_s + k * band.bin_s for k in range(len(band.offered) + 1)]
-    admitted = [offered - refused for offered, refused in zip(band.offered, band.throttled, strict=True)]
+    answered = [admitted + refused for admitted, refused in zip(band.admitted, band.throttled, strict=True)]
     foretold = [offered - refused for offered, refused in zip(band.offered, band.predicted_throttled, strict=True)]
-    rates.stairs(admitted, edges, fill=True, color=_ADMITTED, alpha=0.9, label="admitted")
-    rates.stairs(band.offered, edges, baseline=admitted, fill=True, color=_THROTTLED, alpha=0.9, label="throttled")
+    rates.stairs(band.admitted, edges, fill=True, color=_ADMITTED, alpha=0.9, label="admitted")
+    rates.stairs(answered, edges, baseline=band.admitted, fill=True, color=_THROTTLED, alpha=0.9, label="throttled")
     rates.stairs(band.offered, edges, baseline=None, color=_INK, linewidth=1.0, label="offered")
     rates.stairs(foretold, edges, baseline=None, color="white", linewidth=2.6)
     rates.stairs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -82,35 +83,52 @@ def dump_report(report: Report) -> bytes:
 
 def screen(steps: Sequence[StepResult], claims: Sequence[Claim], caption: str) -> Group:
     """The steps as a table, and the claims below it."""
-    table = Table(title="Added capacity removes throttling", caption=caption, title_style="bold")
-    table.add_column("load", no_wrap=True)
-    for heading in ("offered\ntok/s", "throttled", "predicted", "of requests", "goodput\ntok/s", "capacity\ntok/s"):
-        table.add_column(heading, justify="right")
-    for heading in ("SLO met", "TTFT p50\np95 ms", "TPOT p50\nms", "errors", "lag p99\nms"):
-        table.add_column(heading, justify="right")
+    table = Table(
+        title="Added capacity removes throttling",
+        caption=caption,
+        title_style="bold",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 1, 0),
+        collapse_padding=True,
+    )
+    table.add_column("load")
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
     for step in steps:
-        table.add_row(*_cells(step))
-    judged = Table.grid(padding=(0, 1))
+        table.add_row(step.title.replace(", ", ",\n"), *_cells(step))
+    judged = Table.grid(padding=(0, 2, 0, 0))
+    judged.add_column(no_wrap=True)
+    judged.add_column(no_wrap=True)
     for claim in claims:
         mark = Text("holds", style="green") if claim.holds else Text("FAILS", style="bold red")
         judged.add_row(mark, claim.name, Text(claim.detail, style="dim"))
-    return Group(table, judged)
+    return Group(table, "", judged)
+
+
+_HEADINGS = (
+    "offered\ntok/s",
+    "throttled\n(requests)",
+    "predicted",
+    "goodput\n(capacity)",
+    "SLO met",
+    "TTFT p50\n(p95) ms",
+    "TPOT p50\n(p95) ms",
+    "errors",
+    "lag p99\nms",
+)
 
 
 def _cells(step: StepResult) -> list[str]:
     figures = step.figures
-    predicted = "" if step.prediction is None else f"{step.prediction.throttled_share:.1%}"
     return [
-        step.title,
         f"{figures.offered_tokens_per_s:,.0f}",
-        f"{figures.throttled_share:.1%}",
-        predicted,
-        f"{figures.throttled_request_share:.1%}",
-        f"{figures.goodput_tokens_per_s:,.0f}",
-        f"{step.capacity_tokens_per_s:,.0f}",
+        f"{figures.throttled_share:.1%}\n({figures.throttled_request_share:.1%})",
+        "none" if step.prediction is None else f"{step.prediction.throttled_share:.1%}",
+        f"{figures.goodput_tokens_per_s:,.0f}\n({step.capacity_tokens_per_s:,.0f})",
         f"{figures.slo_met_share:.1%}",
-        f"{figures.ttft_p50_ms:.0f}\n{figures.ttft_p95_ms:.0f}",
-        f"{figures.tpot_p50_ms:.0f}",
+        f"{figures.ttft_p50_ms:,.0f}\n({figures.ttft_p95_ms:,.0f})",
+        f"{figures.tpot_p50_ms:,.0f}\n({figures.tpot_p95_ms:,.0f})",
         str(figures.errors),
         f"{figures.schedule_lag_p99_ms:.1f}",
     ]

@@ -46,6 +46,8 @@ OFFERED = 3.2
 FLEETS = (1, 2, 4)
 KEYS_BY_TIER = {"pro": 3, "free": 3}
 BIN_S = 2.0
+#: Columns of the table where it goes to a log, which has no width of its own.
+LOG_WIDTH = 120
 #: Without the limiter the queue grows without bound; half the window shows the SLO broken, at half the open streams.
 UNLIMITED_WINDOW_SHARE = 0.5
 #: How long a step waits for its last answers before it cuts them: far beyond what an admitted request takes.
@@ -209,14 +211,17 @@ def _band(measured: Measured) -> Band:
     window, requests = load.schedule.window, load.schedule.requests
     if replay is None or result.prediction is None:
         raise ValueError(f"{load.title} has no prediction to draw")
-    refused = [r for r in requests if measured.run.records[r.index].fate == "throttled"]
+    seen = {
+        fate: [r for r in requests if measured.run.records[r.index].fate == fate] for fate in ("admitted", "throttled")
+    }
     foretold = [r for r in requests if replay.refused_by[r.index] is not None]
     return Band(
         title=result.title,
         bin_s=BIN_S,
         warm_up_s=window.start_s,
         offered=tokens_per_s(requests, window, BIN_S),
-        throttled=tokens_per_s(refused, window, BIN_S),
+        admitted=tokens_per_s(seen["admitted"], window, BIN_S),
+        throttled=tokens_per_s(seen["throttled"], window, BIN_S),
         predicted_throttled=tokens_per_s(foretold, window, BIN_S),
         capacity_tokens_per_s=result.capacity_tokens_per_s,
         throttled_share=result.figures.throttled_share,
@@ -243,7 +248,7 @@ def _caption(settings: StackSettings, seed: int) -> str:
     kind = load_profile(settings.profile).provenance.kind
     return (
         f"Real vLLM {_vllm_version()} on virtual GPUs slowed 1:{settings.slowdown:g}, {kind} profile "
-        f"{settings.profile}. Lengths: Azure 2023 conversations ÷ {1 / settings.mix_scale:g}; 6 keys in 2 tiers; "
+        f"{settings.profile}.\nLengths: Azure 2023 conversations ÷ {1 / settings.mix_scale:g}; 6 keys in 2 tiers; "
         f"SLO p{settings.percentile:g} TTFT {settings.ttft_ms:g} ms, TPOT {settings.tpot_ms:g} ms, × slow-down; "
         f"seed {seed}."
     )
@@ -266,6 +271,8 @@ def main(
 ) -> None:
     """Added capacity removes throttling: exits 0 only if every claim holds."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
     (out / "records").mkdir(parents=True, exist_ok=True)
     (out / "predictions.jsonl").unlink(missing_ok=True)
     settings = msgspec.structs.replace(SETTINGS, slowdown=slowdown)

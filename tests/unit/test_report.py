@@ -130,13 +130,13 @@ def test_screen_shows_each_step_and_each_claim() -> None:
 
     assert "50.0%" in text
     assert "52.0%" in text
-    assert "FAILS gone" in text
+    assert "FAILS  gone" in text
     assert "slowed 1:10" in text
 
 
 def test_picture_is_written(tmp_path: Path) -> None:
     """A PNG comes out for steps of unlike size."""
-    band = Band("1 replica", 2.0, 4.0, (5.0,) * 6, (2.0,) * 6, (2.1,) * 6, 3.0, 0.4, 0.42)
+    band = Band("1 replica", 2.0, 4.0, (5.0,) * 6, (3.0,) * 6, (2.0,) * 6, (2.1,) * 6, 3.0, 0.4, 0.42)
     control = msgspec.structs.replace(band, title="4 replicas, doubled load", offered=(10.0,) * 6)
     draw([band, control], "slowed 1:10", tmp_path / "throttling.png")
 
