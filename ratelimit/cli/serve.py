@@ -17,6 +17,7 @@ from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.gateway.server import GatewayStartError, run_gateway
 from ratelimit.gateway.settings import GatewaySettings
 from ratelimit.publisher import Publisher
+from ratelimit.reaper import Reaper
 from ratelimit.statefile import StateFileError
 from ratelimit.supervisor.tasks import background, until_stopped
 from ratelimit.watch import ConfigWatch, follow
@@ -54,7 +55,8 @@ async def _control(watch: ConfigWatch, redis_url: str) -> None:
     async with contextlib.aclosing(redis), probe_session() as session:
         publisher = Publisher(redis, watch.config.state_dir)
         running = Controller(watch.config, lambda changed: Fleet(session, changed), publisher)
-        async with background(running.run(), follow(watch, running.adopt)) as tasks:
+        reaper = Reaper(redis, lambda: [pool.model for pool in watch.config.pools])
+        async with background(running.run(), reaper.run(), follow(watch, running.adopt)) as tasks:
             await until_stopped(tasks, stop)
 
 

@@ -23,6 +23,7 @@ from ratelimit.controller import Controller
 from ratelimit.embedded_redis import connect, start_embedded_redis
 from ratelimit.keys import KeyFile, status
 from ratelimit.publisher import Publisher
+from ratelimit.reaper import Reaper
 from ratelimit.statefile import private_folder
 from ratelimit.supervisor.engines import EngineKeeper
 from ratelimit.supervisor.gateways import GatewayWorkers
@@ -125,7 +126,8 @@ async def _serve(
         await or_stop(engines.start(), stop)
         publisher = Publisher(parts.redis, config.state_dir)
         controller = Controller(config, lambda changed: Fleet(session, changed), publisher)
-        tasks = await stack.enter_async_context(background(controller.run(), engines.run()))
+        reaper = Reaper(parts.redis, lambda: [pool.model for pool in watch.config.pools])
+        tasks = await stack.enter_async_context(background(controller.run(), engines.run(), reaper.run()))
         progress("deriving the limits")
         await or_stop(asyncio.wait_for(_first_limits(controller, config), FIRST_LIMITS_TIMEOUT_S), stop)
         stack.push_async_callback(gateways.stop, DRAIN_S)
