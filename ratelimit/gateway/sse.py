@@ -8,9 +8,9 @@ the stream that the engine would have sent it directly, byte for byte:
 - ``system_fingerprint``, which vLLM puts on the finishing chunk, or on the usage chunk where there is one, moves back.
   (With several choices, on the chunk that finishes the last of them.)
 
-A chunk as vLLM writes it, compact and with its usage, is handled by a few searches in its bytes and never parsed. All
-else (several events in one read, several choices, another engine's spacing, the end of the stream) takes the general
-way, event by event. Events end with a blank line, ``\n\n``.
+A chunk as vLLM writes it, compact and with its usage, is handled by a few searches in its bytes and never parsed, and
+so are several in one read. All else (a chunk cut in two, several choices, another engine's spacing, the end of the
+stream) takes the general way, event by event. Events end with a blank line, ``\n\n``.
 
 An answer is complete when every choice has a ``finish_reason``. ``[DONE]`` alone proves nothing: an engine whose core
 was killed still sends it.
@@ -31,10 +31,13 @@ _DONE_EVENT = b"data: [DONE]\n\n"
 _FINISHED = b'"finish_reason":"'
 _USAGE = b',"usage":{'
 _NO_CHOICES = b"[]"
+_EMPTY_CHOICES = b'"choices":[]'
 
 #: An unescaped ``"usage"`` can only be a member's name: inside a JSON string its quotes would be escaped. Its value
 #: holds numbers, nulls and objects of those. (The comma goes with it; a chunk never begins with its usage.)
 _USAGE_MEMBER = re.compile(rb',\s*"usage"\s*:\s*(?:null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+#: The same as vLLM writes it in a chunk, with numbers only.
+_PLAIN_USAGE = re.compile(rb',"usage":\{[^{}]*\}')
 
 
 class _PromptDetails(msgspec.Struct):
@@ -156,7 +159,19 @@ class StreamFilter:
                 close = data.find(b"}", at)
                 if data.find(b"{", at + len(_USAGE), close) < 0:
                     return data[:at] + data[close + 1 :]
-        return self._general(data)
+        return self._plain_events(data) or self._general(data)
+
+    def _plain_events(self, data: bytes) -> bytes | None:
+        """Several whole chunks of a single choice in one read, none of them special; ``None`` for anything else."""
+        if self._tail or self._held is not None or self._choices != 1 or not data.endswith(_EVENT_END):
+            return None
+        if data.count(_USAGE) != data.count(_EVENT_END) or _FINISHED in data or _EMPTY_CHOICES in data:
+            return None
+        stripped, found = _PLAIN_USAGE.subn(b"", data)
+        if found != data.count(_USAGE):
+            return None
+        self._latest = data[data.rfind(_EVENT_END, 0, -2) + 2 :] if found > 1 else data
+        return data if self._shown == "every chunk" else stripped
 
     def flush(self) -> bytes:
         """What is still held when the stream ends."""
