@@ -16,9 +16,11 @@ from serving.capacity import EngineLimits, WorkloadMix
 from serving.endpoint import Endpoint, EndpointError, EndpointFacts
 from serving.fit import fit_step_time
 from serving.mixes import MIX_NAMES, load_mix
-from serving.profile import Profile, Provenance
+from serving.profile import Fit, Profile, Provenance
 from serving.sweep import ClosedLoop
 
+#: A model that misses a point by more than this says so in its provenance.
+WELL_FITTED = 0.10
 #: The mixes shrink no further than this to fit a context.
 _SMALLEST_SCALE = 1 / 256
 
@@ -82,7 +84,7 @@ async def measure(target: MeasureTarget, on_progress: Callable[[Progress], None]
         gpus_per_replica=target.gpus_per_replica,
         step_time=step_time,
         limits=limits,
-        provenance=_provenance(target, facts, len(points)),
+        provenance=_provenance(target, facts, fit),
         tokens_per_byte=round(tokens_per_byte, 3),
         fit=fit,
     )
@@ -113,7 +115,12 @@ def _limits(target: MeasureTarget, facts: EndpointFacts) -> EngineLimits:
     )
 
 
-def _provenance(target: MeasureTarget, facts: EndpointFacts, points: int) -> Provenance:
+def _provenance(target: MeasureTarget, facts: EndpointFacts, fit: Fit) -> Provenance:
+    parts = [
+        f"penstock measure: {len(fit.points)} closed-loop points of {target.point_s:g} s, mixes {', '.join(MIX_NAMES)}",
+        target.hardware,
+        f"the linear model misses a point by {fit.residual_max:.0%}" if fit.residual_max > WELL_FITTED else "",
+    ]
     return Provenance(
         kind="measured",
         date=datetime.now(UTC).date().isoformat(),
@@ -121,8 +128,5 @@ def _provenance(target: MeasureTarget, facts: EndpointFacts, points: int) -> Pro
         engine_version=facts.engine_version,
         dtype=target.dtype,
         parallelism=target.parallelism,
-        source=(
-            f"penstock measure: {points} closed-loop points of {target.point_s:g} s, "
-            f"mixes {', '.join(MIX_NAMES)}{'; ' + target.hardware if target.hardware else ''}"
-        ),
+        source="; ".join(filter(None, parts)),
     )

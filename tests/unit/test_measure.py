@@ -12,7 +12,7 @@ from aiohttp import web
 
 from serving.capacity import EngineLimits
 from serving.endpoint import SAMPLE_TEXT, Answer, Endpoint, EndpointError
-from serving.measure import MeasureTarget, Progress, fitting_mix, measure
+from serving.measure import WELL_FITTED, MeasureTarget, Progress, fitting_mix, measure
 from serving.mixes import MIX_NAMES, load_mix
 from serving.profile import dump_profile, parse_profile
 from serving.sweep import share_within
@@ -126,6 +126,7 @@ async def test_a_sweep_gives_a_valid_profile_with_its_fit(engine: FakeEngine) ->
     assert profile.limits == EngineLimits(8, 8192, 640 * 16, 512, 16)
     assert profile.tokens_per_byte == pytest.approx(0.25, abs=0.01)
     assert profile.step_time.base_s > 0
+    assert ("misses a point" in profile.provenance.source) == (profile.fit.residual_max > WELL_FITTED)
 
 
 async def test_prompts_are_exact_unique_and_run_to_their_length(engine: FakeEngine) -> None:
