@@ -61,16 +61,21 @@ class Directory:
 
     def terms(self, record: KeyRecord, model: str) -> Terms:
         """The terms for a key and a model; raises ``Rejection`` (404, or 503 before the first publication)."""
-        if not self.ready:
+        if self.publication is None:
             raise reduced_capacity("The gateway has not read the limits yet.", _RETRY_WHILE_EMPTY_US, "publication")
         terms = self._terms.get((record.tier, model))
-        if terms is None:
+        if terms is None or not self.publication.allows(record.org, model):
             raise model_not_found(model)
         return terms
 
     def models(self, record: KeyRecord) -> list[str]:
         """The models that a key may use."""
-        return sorted(model for tier, model in self._terms if tier == record.tier)
+        published = self.publication
+        return sorted(
+            model
+            for tier, model in self._terms
+            if tier == record.tier and published is not None and published.allows(record.org, model)
+        )
 
     async def refresh(self) -> None:
         """Read both documents, and swap in what changed. Raises ``RedisError``."""

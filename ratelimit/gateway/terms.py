@@ -22,12 +22,12 @@ class Terms(msgspec.Struct, frozen=True):
 
 
 def terms_by_tier(publication: Publication) -> dict[tuple[str, str], Terms]:
-    """The terms of each (tier, model) that has limits on a published pool."""
+    """The terms of each (tier, model); a model that lost all its replicas is known, with no groups and no limits."""
     pools = {pool.model: (pool, merged_groups(pool.groups)) for pool in publication.pools}
     return {
         (tier.tier, tier.model): Terms(
             publication.epoch, publication.enforce, *pools[tier.model], tier.limits, policy_header(tier.limits)
         )
         for tier in publication.tiers
-        if tier.model in pools and tier.limits
+        if tier.model in pools
     }

@@ -15,10 +15,14 @@ import msgspec
 import openai
 import psutil
 import pytest
+from msgspec.structs import replace
 from redis.asyncio import Redis
 
 from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.settings import GatewaySettings
+from ratelimit.keys import KeyRecord, new_key
+from ratelimit.policy import OrgModels
+from ratelimit.publication import TierLimits
 from ratelimit.publisher import CHANGED_CHANNEL, KEYS_KEY
 from tests.integration.gateway_bench import Bench
 from tests.support.gateway import MAX_MODEL_LEN, MODEL, GatewayProcess, gateway_settings, make_key, publication, publish
@@ -101,6 +105,38 @@ async def test_unknown_and_disallowed_models_look_the_same(bench: Bench) -> None
             await guest.chat.completions.create(model=MODEL, messages=[], max_tokens=1)
     assert unknown.value.code == disallowed.value.code == "model_not_found"
     assert unknown.value.message.replace("gone", MODEL) == disallowed.value.message
+
+
+async def test_an_org_uses_only_the_models_it_is_allowed(bench: Bench) -> None:
+    """A model that the org may not use looks unknown to its keys, and is not listed."""
+    secret, record = new_key("elsewhere", "pro", "test", created_at=0.0)
+    await bench.publish(None, record)
+    await republish(bench, record, org_models=(OrgModels("elsewhere", ("other",)),))
+    async with bench.client(api_key=secret) as outsider, bench.client() as insider:
+        with pytest.raises(openai.NotFoundError) as refused:
+            await outsider.chat.completions.create(model=MODEL, messages=[], max_tokens=1)
+        listed = [[model.id async for model in client.models.list()] for client in (outsider, insider)]
+
+    assert refused.value.code == "model_not_found"
+    assert listed == [[], [MODEL]]
+
+
+async def test_a_model_that_lost_its_replicas_is_short_not_unknown(bench: Bench) -> None:
+    """With every replica gone a caller is told to come back (503), not that the model does not exist (404)."""
+    await bench.publish()
+    bare = replace(bench.published.pools[0], replicas=(), groups=(), budget_per_minute=0, budget_burst=0)
+    await republish(bench, pools=(bare,), tiers=(TierLimits("pro", MODEL, 1, ()),))
+    refused = await post(bench, {"model": MODEL, "messages": MESSAGES})
+
+    assert refused.status_code == 503
+    assert int(refused.headers["retry-after"]) >= 1
+
+
+async def republish(bench: Bench, *more_keys: KeyRecord, **changes: Any) -> None:
+    """Put the bench's limits in force once more, with these changes, and wait until they are."""
+    bench.epoch += 1
+    await publish(bench.redis, replace(bench.published, epoch=bench.epoch, **changes), bench.record, *more_keys)
+    await bench.until(lambda: bench.gateway.epoch() == bench.epoch)
 
 
 async def test_bad_keys_all_look_the_same(bench: Bench) -> None:
