@@ -10,13 +10,13 @@ from pathlib import Path
 import msgspec
 import typer
 from rich.panel import Panel
-from serving.engine.launch import EngineError
 
 from ratelimit.cli.common import DEFAULT_CONFIG, ConfigOption, JsonOption, failing_clearly, log_to_stderr, stderr
 from ratelimit.embedded_redis import EmbeddedRedisError
 from ratelimit.supervisor.gateways import GatewayError
 from ratelimit.supervisor.stack import Ready, StackError, run_stack
 from ratelimit.watch import ConfigWatch
+from serving.engine.launch import EngineError
 from serving.profile import ProfileError
 
 

@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from time import monotonic
 
-from serving.engine.launch import Engine, EngineError, EngineSpec
-
 from ratelimit.supervisor.backoff import Backoff
+from serving.engine.launch import Engine, EngineError, EngineSpec
 
 log = logging.getLogger(__name__)
 
