@@ -38,7 +38,7 @@ _CRASH_STATUS = 70
 _PR_SET_PDEATHSIG = 1
 
 
-class VirtualGpuExecutor(Executor):
+class VirtualGpuExecutor(Executor):  # type: ignore[misc]  # vLLM's types are not followed, see pyproject.toml
     """One virtual device; vLLM calls it from the engine core's one thread."""
 
     def _init_executor(self) -> None:
@@ -53,7 +53,7 @@ class VirtualGpuExecutor(Executor):
         self._clock = StepClock()
         self._switch = _Switch(VirtualGpuControl(Path(os.environ[CONTROL_VARIABLE])))
 
-    def execute_model(  # type: ignore[override]  # vLLM's is two overloads of the same
+    def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput]:
         """One step: the tokens that the schedule lets requests emit, when the profile says that it is over."""
@@ -113,7 +113,7 @@ class VirtualGpuExecutor(Executor):
     def set_kv_cache_layout(self, layout_name: str) -> None:
         """No cache, no layout."""
 
-    def sample_tokens(  # type: ignore[override]  # vLLM's is two overloads of the same
+    def sample_tokens(
         self, grammar_output: GrammarOutput | None, non_block: bool = False
     ) -> ModelRunnerOutput | Future[ModelRunnerOutput]:
         """Never needed: ``execute_model`` has sampled already."""

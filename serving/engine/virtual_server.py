@@ -18,7 +18,7 @@ def main() -> None:
     """Serve until stopped."""
     from vllm.v1.engine import utils  # noqa: PLC0415 - seconds of imports, for this process alone
 
-    utils.get_mp_context = _fork_context  # type: ignore[attr-defined]  # a name that it has imported
+    utils.get_mp_context = _fork_context
     # A signal to the child would otherwise wake the parent's event loop, whose descriptor the child inherits.
     os.register_at_fork(before=gc.freeze, after_in_child=lambda: signal.set_wakeup_fd(-1))
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
