@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 
 #: A lease outlives the request timeout by this, so that a settlement at the very end still comes first.
 SETTLE_GRACE_MS = 5_000
-#: Pauses before settling again while the store is away; after the last the lease ends the reservation.
-_SETTLE_RETRIES_S = (0.1, 0.5, 2.0)
+#: Pauses between attempts to settle while the store is away. They double, until the lease has ended the reservation.
+_FIRST_SETTLE_PAUSE_S = 0.1
+_LONGEST_SETTLE_PAUSE_S = 5.0
 #: Output beyond the hold is charged in steps of this many tokens while a stream runs.
 OVERRUN_TOKENS = 256
 
@@ -164,13 +165,16 @@ class Account:
             self._ledger.metrics.store_errors.labels("extend").inc()  # the settlement corrects it
 
     async def _settle_in_store(self, limiter: Limiter, charges: Sequence[Charge]) -> None:
-        for pause_s in (*_SETTLE_RETRIES_S, None):
+        clock = asyncio.get_running_loop().time
+        give_up_s = clock() + self._ledger.lease_ms / 1_000
+        pause_s = _FIRST_SETTLE_PAUSE_S
+        while clock() < give_up_s:
             try:
                 await limiter.settle(self._request_id, charges)
             except StoreUnavailableError:
                 self._ledger.metrics.store_errors.labels("settle").inc()
-                if pause_s is not None:
-                    await asyncio.sleep(pause_s)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_SETTLE_PAUSE_S)
             else:
                 return
         log.error("reservation %s could not be settled and ends with its lease", self._request_id)
