@@ -15,10 +15,10 @@ from ratelimit.config import Config
 from ratelimit.controller import Controller
 from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.gateway.server import GatewayStartError, run_gateway
-from ratelimit.gateway.settings import GatewaySettings
 from ratelimit.publisher import Publisher
 from ratelimit.reaper import Reaper
 from ratelimit.statefile import StateFileError
+from ratelimit.supervisor.gateways import gateway_settings
 from ratelimit.supervisor.tasks import background, until_stopped
 from ratelimit.watch import ConfigWatch, follow
 from serving.fleet import Fleet, probe_session
@@ -35,8 +35,11 @@ def gateway(
     """Run one gateway worker until SIGTERM; open streams are let finish."""
     log_to_stderr()
     settings = read_config(config)
-    with failing_clearly(GatewayStartError, EmbeddedRedisError, RedisError):
-        run_gateway(_gateway_settings(settings, _redis_url(settings, redis), worker))
+    workers = gateway_settings(settings.gateway, _redis_url(settings, redis))
+    if worker >= len(workers):
+        raise typer.BadParameter(f"the config has {len(workers)} worker(s), numbered from 0")
+    with failing_clearly(GatewayStartError):
+        run_gateway(workers[worker])
 
 
 def controller(config: ConfigOption = DEFAULT_CONFIG, redis: RedisOption = None) -> None:
@@ -65,16 +68,3 @@ def _redis_url(config: Config, override: str | None) -> str:
     if url == "embedded":
         raise typer.BadParameter("the embedded Redis belongs to `penstock up`; give redis a URL in the config")
     return url
-
-
-def _gateway_settings(config: Config, redis_url: str, worker: int) -> GatewaySettings:
-    gateway = config.gateway
-    return GatewaySettings(
-        host=gateway.host,
-        port=gateway.port,
-        admin_port=gateway.admin_ports()[worker],
-        redis_url=redis_url,
-        request_timeout_s=gateway.request_timeout_s,
-        max_body_bytes=gateway.max_body_bytes,
-        body_timeout_s=gateway.body_timeout_s,
-    )

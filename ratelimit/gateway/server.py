@@ -21,15 +21,13 @@ from ratelimit.gateway.directory import Directory
 from ratelimit.gateway.forward import Forwarder
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.proxy import Proxy
-from ratelimit.gateway.settings import GatewaySettings
+from ratelimit.gateway.settings import SETTLE_DRAIN_S, GatewaySettings
 from ratelimit.gateway.upstream import AiohttpUpstream
 from ratelimit.store import Store
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
 _ADMIN_DRAIN_S = 1
-#: For settlements that are under way when the last request has ended.
-_SETTLE_DRAIN_S = 5.0
 
 
 class GatewayStartError(RuntimeError):
@@ -118,7 +116,7 @@ async def _wired(settings: GatewaySettings, redis: Redis) -> AsyncIterator[tuple
         following = asyncio.create_task(directory.run())
         try:
             yield DataApp(proxy, directory, limiter_for), admin_app(directory, metrics)
-            await ledger.drain(_SETTLE_DRAIN_S)
+            await ledger.drain(SETTLE_DRAIN_S)
         finally:
             following.cancel()
             with suppress(asyncio.CancelledError):

@@ -5,6 +5,12 @@ from __future__ import annotations
 import msgspec
 
 
+#: The environment variable by which a supervisor tells a worker its settings, as JSON.
+SETTINGS_VARIABLE = "PENSTOCK_GATEWAY_SETTINGS"
+#: For settlements that are under way when the last request has ended.
+SETTLE_DRAIN_S = 5.0
+
+
 class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     """Addresses, bounds and timeouts of one gateway process.
 

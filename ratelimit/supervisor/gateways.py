@@ -1,17 +1,25 @@
-"""The gateway workers of one machine: one process each, restarted when one exits."""
+"""The gateway workers of one machine: one process each, restarted when one exits.
+
+A worker is told its settings when the stack starts, and the same ones when it is restarted: what the config file says
+by then may be wrong, or not taken up. They go by the environment, since command lines can be read by every user.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 
 import aiohttp
+import msgspec
 
 from ratelimit.config import GatewayConfig
+from ratelimit.gateway.settings import SETTINGS_VARIABLE, SETTLE_DRAIN_S, GatewaySettings
 from ratelimit.supervisor.backoff import Backoff
 from serving.engine.guard import GuardedProcess
 
@@ -19,6 +27,24 @@ log = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S = 0.25
 READY_TIMEOUT_S = 30.0
+#: From the end of its last stream until a worker has exited, beyond the time that settling may take.
+EXIT_ALLOWANCE_S = 2.0
+
+
+def gateway_settings(config: GatewayConfig, redis_url: str) -> list[GatewaySettings]:
+    """What each worker of a config is told to do."""
+    return [
+        GatewaySettings(
+            host=config.host,
+            port=config.port,
+            admin_port=admin_port,
+            redis_url=redis_url,
+            request_timeout_s=config.request_timeout_s,
+            max_body_bytes=config.max_body_bytes,
+            body_timeout_s=config.body_timeout_s,
+        )
+        for admin_port in config.admin_ports()
+    ]
 
 
 class GatewayError(RuntimeError):
@@ -28,10 +54,8 @@ class GatewayError(RuntimeError):
 class GatewayWorkers:
     """``workers`` gateway processes that share the data port; worker i has admin port ``admin_port`` + i."""
 
-    def __init__(self, config: GatewayConfig, config_path: Path, redis_url: str, log_dir: Path) -> None:
-        self._config = config
-        self._config_path = config_path
-        self._redis_url = redis_url
+    def __init__(self, workers: Sequence[GatewaySettings], log_dir: Path) -> None:
+        self._settings = tuple(workers)
         self._log_dir = log_dir
         self._workers: dict[int, GuardedProcess] = {}
         self._exited: set[int] = set()
@@ -40,12 +64,12 @@ class GatewayWorkers:
     @property
     def url(self) -> str:
         """Where callers reach the gateway."""
-        return f"http://{self._config.host}:{self._config.port}"
+        return _url(self._settings[0].host, self._settings[0].port)
 
     @property
     def admin_url(self) -> str:
         """The first worker's metrics and administration."""
-        return f"http://{self._config.host}:{self._config.admin_port}"
+        return _url(self._settings[0].host, self._settings[0].admin_port)
 
     @property
     def pids(self) -> list[int]:
@@ -54,7 +78,7 @@ class GatewayWorkers:
 
     def start(self) -> None:
         """Start every worker; ``wait_ready`` tells when they serve."""
-        for index in range(self._config.workers):
+        for index in range(len(self._settings)):
             self._start(index)
 
     async def wait_ready(self) -> None:
@@ -83,21 +107,33 @@ class GatewayWorkers:
                     self._start(index)
             await asyncio.sleep(CHECK_INTERVAL_S)
 
-    async def stop(self, grace_s: float) -> None:
-        """Stop every worker, letting open streams finish for ``grace_s``."""
-        await asyncio.gather(*(worker.stop(grace_s) for worker in self._workers.values()))
+    async def stop(self) -> None:
+        """Stop every worker, once its open streams have ended or had their time, and what they used is settled."""
+        await asyncio.gather(
+            *(
+                worker.stop(self._settings[index].drain_s + SETTLE_DRAIN_S + EXIT_ALLOWANCE_S)
+                for index, worker in self._workers.items()
+            )
+        )
 
     def _start(self, index: int) -> None:
-        argv = [sys.executable, "-m", "ratelimit.cli", "gateway", "--config", str(self._config_path)]
-        argv += ["--redis", self._redis_url, "--worker", str(index)]
+        argv = [sys.executable, "-m", "ratelimit.gateway"]
+        env = os.environ | {SETTINGS_VARIABLE: msgspec.json.encode(self._settings[index]).decode()}
         self._exited.discard(index)
         self._backoffs[index].started(monotonic())
-        self._workers[index] = GuardedProcess.start(argv, log_path=self._log_dir / f"gateway-{index}.log")
+        self._workers[index] = GuardedProcess.start(argv, log_path=self._log_dir / f"gateway-{index}.log", env=env)
 
     async def _is_ready(self, session: aiohttp.ClientSession, index: int) -> bool:
-        url = f"http://{self._config.host}:{self._config.admin_port + index}/health"
+        settings = self._settings[index]
+        url = _url(settings.host, settings.admin_port) + "/health"
         try:
             async with session.get(url) as response:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
+
+
+def _url(host: str, port: int) -> str:
+    """Where a server that listens on ``host`` is reached from this machine."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - translated, not bound
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
