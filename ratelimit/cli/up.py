@@ -5,32 +5,27 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import typer
 from rich.panel import Panel
 
 from ratelimit.cli.common import DEFAULT_CONFIG, ConfigOption, JsonOption, failing_clearly, log_to_stderr, stderr
-from ratelimit.embedded_redis import EmbeddedRedisError
-from ratelimit.supervisor.gateways import GatewayError
-from ratelimit.supervisor.stack import Ready, StackError, run_stack
+from ratelimit.supervisor.stack import START_ERRORS, Ready, run_stack
 from ratelimit.watch import ConfigWatch
-from serving.engine.launch import EngineError
-from serving.profile import ProfileError
 
 
 def up(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
     """Start Redis, engines, controller and gateway; stop them all on Ctrl-C or SIGTERM."""
     log_to_stderr()
-    with failing_clearly(StackError, EngineError, GatewayError, EmbeddedRedisError, ProfileError):
-        asyncio.run(_up(ConfigWatch(config), config.resolve(), _say_json if as_json else _say))
+    with failing_clearly(*START_ERRORS):
+        asyncio.run(_up(ConfigWatch(config), _say_json if as_json else _say))
 
 
 Announce = Callable[[Ready], None]
 
 
-async def _up(watch: ConfigWatch, path: Path, say: Announce) -> None:
+async def _up(watch: ConfigWatch, say: Announce) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -41,7 +36,7 @@ async def _up(watch: ConfigWatch, path: Path, say: Announce) -> None:
             status.stop()
             say(stack)
 
-        await run_stack(watch, path, stop, status.update, ready)
+        await run_stack(watch, stop, status.update, ready)
     stderr.print("stopped")
 
 

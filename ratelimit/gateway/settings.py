@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import msgspec
 
-
 #: The environment variable by which a supervisor tells a worker its settings, as JSON.
 SETTINGS_VARIABLE = "PENSTOCK_GATEWAY_SETTINGS"
 #: For settlements that are under way when the last request has ended.

@@ -7,33 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import logging
 import os
-import socket
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from time import time
 
 import msgspec
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from ratelimit.config import Config, EngineConfig, PoolConfig
 from ratelimit.controller import Controller
-from ratelimit.embedded_redis import connect, start_embedded_redis
+from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.keys import KeyFile, status
 from ratelimit.publisher import Publisher
 from ratelimit.reaper import Reaper
-from ratelimit.statefile import private_folder
+from ratelimit.statefile import StateFileError
 from ratelimit.supervisor.engines import EngineKeeper
-from ratelimit.supervisor.gateways import GatewayWorkers
+from ratelimit.supervisor.gateways import GatewayError, GatewayWorkers, gateway_settings
+from ratelimit.supervisor.preflight import StackError, check_ports_free, only_one
+from ratelimit.supervisor.redis import RedisKeeper
 from ratelimit.supervisor.tasks import StoppedError, background, or_stop, until_stopped
 from ratelimit.watch import ConfigWatch, follow
-from serving.engine.launch import EngineSpec
+from serving.engine.guard import GuardError
+from serving.engine.launch import EngineError, EngineSpec
 from serving.fleet import Fleet, probe_session
-from serving.profile import load_profile
-
-log = logging.getLogger(__name__)
+from serving.profile import ProfileError, load_profile
 
 DEMO_KEY_NAME = "demo"
 DEMO_KEY_VALID_S = 24 * 3600.0
@@ -42,9 +40,18 @@ FIRST_LIMITS_TIMEOUT_S = 60.0
 
 Progress = Callable[[str], None]
 
-
-class StackError(RuntimeError):
-    """Why the stack cannot come up, and what to do about it."""
+#: What can keep a stack from coming up; each message says what to do.
+START_ERRORS = (
+    StackError,
+    EngineError,
+    GatewayError,
+    EmbeddedRedisError,
+    GuardError,
+    ProfileError,
+    StateFileError,
+    RedisError,
+    OSError,
+)
 
 
 class Ready(msgspec.Struct, frozen=True):
@@ -79,90 +86,136 @@ def _engine_spec(pool: PoolConfig, engine: EngineConfig, port: int) -> EngineSpe
 
 
 async def run_stack(
-    watch: ConfigWatch, path: Path, stop: asyncio.Event, progress: Progress, on_ready: Callable[[Ready], None]
+    watch: ConfigWatch, stop: asyncio.Event, progress: Progress, on_ready: Callable[[Ready], None]
 ) -> None:
     """Run the stack of a config file until ``stop`` is set.
 
-    ``progress`` is told each stage, ``on_ready`` is called once when requests are served. Raises ``StackError``,
-    ``EngineError``, ``GatewayError`` or ``EmbeddedRedisError`` when a part does not come up; nothing is left running.
+    ``progress`` is told each stage, ``on_ready`` is called once when requests are served. When a part does not come up
+    one of ``START_ERRORS`` is raised, and nothing is left running.
     """
     config = watch.config
-    state_dir = config.state_dir
-    logs = state_dir / "logs"
-    with _only_one(state_dir):
-        logs.mkdir(mode=0o700, exist_ok=True)
-        _check_ports_free(config)
-        async with contextlib.AsyncExitStack() as stack:
-            progress("starting Redis")
-            redis_url, redis_pids = await _redis_url(config, stack)
-            redis = await connect(redis_url)
-            stack.push_async_callback(redis.aclose)
-            parts = _Parts(config, path, redis_url, redis, redis_pids, logs)
-            with contextlib.suppress(StoppedError):
-                await _serve(parts, watch, stop, progress, on_ready)
+    with only_one(config.state_dir):
+        (config.state_dir / "logs").mkdir(mode=0o700, exist_ok=True)
+        check_ports_free(config.gateway)
+        with contextlib.suppress(StoppedError):
+            async with contextlib.AsyncExitStack() as stack:
+                await _Starting(watch, stop, progress, stack).run(on_ready)
 
 
-class _Parts(msgspec.Struct, frozen=True):
-    config: Config
-    path: Path
-    redis_url: str
-    redis: Redis
-    redis_pids: tuple[int, ...]
-    logs: Path
+class _Starting:
+    """A stack from its first process to its end; ``stack`` undoes each part in reverse order."""
 
+    def __init__(
+        self, watch: ConfigWatch, stop: asyncio.Event, progress: Progress, stack: contextlib.AsyncExitStack
+    ) -> None:
+        self._watch = watch
+        self._config = watch.config
+        self._stop = stop
+        self._progress = progress
+        self._stack = stack
+        self._tasks: list[asyncio.Task[None]] = []
 
-async def _serve(
-    parts: _Parts, watch: ConfigWatch, stop: asyncio.Event, progress: Progress, on_ready: Callable[[Ready], None]
-) -> None:
-    config = parts.config
-    secret, tier = _demo_key(config)
-    engines = EngineKeeper(config.state_dir / "engines")
-    gateways = GatewayWorkers(config.gateway, parts.path, parts.redis_url, parts.logs)
-    async with contextlib.AsyncExitStack() as stack:
-        session = await stack.enter_async_context(probe_session())
-        stack.push_async_callback(engines.stop)
-        engines.want(engine_specs(config))
-        progress(f"starting {len(engine_specs(config))} engine(s)")
-        await or_stop(engines.start(), stop)
-        publisher = Publisher(parts.redis, config.state_dir)
-        controller = Controller(config, lambda changed: Fleet(session, changed), publisher)
-        reaper = Reaper(parts.redis, lambda: [pool.model for pool in watch.config.pools])
-        tasks = await stack.enter_async_context(background(controller.run(), engines.run(), reaper.run()))
-        progress("deriving the limits")
-        await or_stop(asyncio.wait_for(_first_limits(controller, config), FIRST_LIMITS_TIMEOUT_S), stop)
-        stack.push_async_callback(gateways.stop, DRAIN_S)
-        progress("starting the gateway")
-        gateways.start()
-        await or_stop(gateways.wait_ready(), stop)
+    async def run(self, on_ready: Callable[[Ready], None]) -> None:
+        """Bring the parts up one after the other, then keep them until the stop."""
+        config = self._config
+        redis, redis_url, redis_pids = await self._start_redis()
+        secret, tier = _demo_key(config)
+        engines = await self._start_engines()
+        controller = await self._start_controller(redis, engines)
+        gateways = await self._start_gateways(redis_url)
+        if not self._stop.is_set():
+            pids = [os.getpid(), *redis_pids(), *gateways.pids]
+            pids += [pid for engine in engines.engines for pid in (engine.pid, engine.guard_pid)]
+            on_ready(
+                Ready(
+                    url=gateways.url,
+                    admin_url=gateways.admin_url,
+                    key=secret,
+                    tier=tier,
+                    redis=redis_url,
+                    replicas=_published_replicas(controller),
+                    pids=tuple(pids),
+                )
+            )
+        await until_stopped(self._tasks, self._stop)
+
+    async def _beside(self, *work: Coroutine[None, None, None]) -> None:
+        self._tasks += await self._stack.enter_async_context(background(*work))
+
+    async def _start_redis(self) -> tuple[Redis, str, Callable[[], list[int]]]:
+        self._progress("starting Redis")
+        url = self._config.redis
+        pids: Callable[[], list[int]] = list
+        if url == "embedded":
+            folder = self._config.state_dir
+            keeper = RedisKeeper(folder / "redis", folder / "logs" / "redis.log")
+            self._stack.push_async_callback(keeper.stop)
+            url, pids = await keeper.start(), lambda: keeper.pids
+            await self._beside(keeper.run())
+        redis = await connect(url)
+        self._stack.push_async_callback(redis.aclose)
+        return redis, url, pids
+
+    async def _start_engines(self) -> EngineKeeper:
+        specs = engine_specs(self._config)
+        self._progress(f"starting {len(specs)} engine(s)")
+        engines = EngineKeeper(self._config.state_dir / "engines")
+        self._stack.push_async_callback(engines.stop)
+        engines.want(specs)
+        await or_stop(engines.start(), self._stop, self._tasks)
+        await self._beside(engines.run())
+        return engines
+
+    async def _start_controller(self, redis: Redis, engines: EngineKeeper) -> Controller:
+        self._progress("deriving the limits")
+        session = await self._stack.enter_async_context(probe_session())
+        publisher = Publisher(redis, self._config.state_dir)
+        controller = Controller(self._config, lambda changed: Fleet(session, changed), publisher)
 
         def adopt(config: Config) -> None:
+            specs = engine_specs(config)
             # The controller first: a replica that goes stops taking requests before its engine is stopped.
             controller.adopt(config)
-            engines.want(engine_specs(config))
+            engines.want(specs)
 
-        tasks += await stack.enter_async_context(background(gateways.run(), follow(watch, adopt)))
-        if not stop.is_set():
-            on_ready(_ready(parts, controller, engines, gateways, secret, tier))
-        await until_stopped(tasks, stop)
+        reaper = Reaper(redis, lambda: [pool.model for pool in self._watch.config.pools])
+        await self._beside(controller.run(), reaper.run(), follow(self._watch, adopt))
+        await or_stop(_first_limits(controller, self._config), self._stop, self._tasks)
+        return controller
+
+    async def _start_gateways(self, redis_url: str) -> GatewayWorkers:
+        self._progress("starting the gateway")
+        settings = gateway_settings(self._config.gateway, redis_url)
+        workers = [msgspec.structs.replace(worker, drain_s=DRAIN_S) for worker in settings]
+        gateways = GatewayWorkers(workers, self._config.state_dir / "logs")
+        self._stack.push_async_callback(gateways.stop)
+        gateways.start()
+        await or_stop(gateways.wait_ready(), self._stop, self._tasks)
+        await self._beside(gateways.run())
+        return gateways
 
 
 async def _first_limits(controller: Controller, config: Config) -> None:
-    """Wait for a publication in which every pool that should have replicas has one."""
-    wanted = {pool.model for pool in config.pools if pool.engines}
-    while True:
-        published = controller.published
-        if published is not None and wanted <= {pool.model for pool in published.pools if pool.replicas}:
-            return
-        await asyncio.sleep(0.05)
+    """Wait for a publication in which every pool with engines of ours has a replica. Raises ``StackError``."""
+    wanted = {pool.model for pool in config.pools if any(engine.count for engine in pool.engines)}
+    served: set[str] = set()
+    try:
+        async with asyncio.timeout(FIRST_LIMITS_TIMEOUT_S):
+            while controller.published is None or not wanted <= served:
+                await asyncio.sleep(0.05)
+                published = controller.published
+                served = {pool.model for pool in published.pools if pool.replicas} if published else set()
+    except TimeoutError as error:
+        missing = ", ".join(sorted(wanted - served)) or "no pool"
+        raise StackError(
+            f"no limits could be derived for {missing} in {FIRST_LIMITS_TIMEOUT_S:.0f} s: "
+            "its engines are not healthy, or no load meets its SLO (the log says which)"
+        ) from error
 
 
-async def _redis_url(config: Config, stack: contextlib.AsyncExitStack) -> tuple[str, tuple[int, ...]]:
-    """The URL of the Redis to use, and the processes that were started for it."""
-    if config.redis != "embedded":
-        return config.redis, ()
-    server = await start_embedded_redis(config.state_dir / "redis", config.state_dir / "logs" / "redis.log")
-    stack.push_async_callback(server.stop)
-    return server.url, (server.pid, server.guard_pid)
+def _published_replicas(controller: Controller) -> tuple[dict[str, str], ...]:
+    pools = controller.published.pools if controller.published else ()
+    return tuple({"url": replica.url, "gpu": replica.gpu} for pool in pools for replica in pool.replicas)
 
 
 def _demo_key(config: Config) -> tuple[str, str]:
@@ -176,48 +229,3 @@ def _demo_key(config: Config) -> tuple[str, str]:
             keys.revoke(record.id)
     secret, _ = keys.create(org=org, tier=tier, name=DEMO_KEY_NAME, valid_s=DEMO_KEY_VALID_S)
     return secret, tier
-
-
-def _ready(
-    parts: _Parts, controller: Controller, engines: EngineKeeper, gateways: GatewayWorkers, key: str, tier: str
-) -> Ready:
-    pools = controller.published.pools if controller.published else ()
-    pids = [os.getpid(), *parts.redis_pids, *gateways.pids]
-    pids += [pid for engine in engines.engines for pid in (engine.pid, engine.guard_pid)]
-    return Ready(
-        url=gateways.url,
-        admin_url=gateways.admin_url,
-        key=key,
-        tier=tier,
-        redis=parts.redis_url,
-        replicas=tuple({"url": replica.url, "gpu": replica.gpu} for pool in pools for replica in pool.replicas),
-        pids=tuple(pids),
-    )
-
-
-@contextlib.contextmanager
-def _only_one(state_dir: Path) -> Iterator[None]:
-    """Hold the state directory's lock, so that two stacks never share one."""
-    private_folder(state_dir)
-    with (state_dir / "up.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StackError(f"another `penstock up` uses {state_dir}; stop it, or set another state_dir") from error
-        yield
-
-
-def _check_ports_free(config: Config) -> None:
-    gateway = config.gateway
-    ports = {gateway.port: "gateway.port"}
-    ports |= {gateway.admin_port + worker: "gateway.admin_port" for worker in range(gateway.workers)}
-    for port, setting in ports.items():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((gateway.host, port))
-            except OSError as error:
-                raise StackError(
-                    f"port {port} ({setting}) on {gateway.host} cannot be used: {error.strerror}; "
-                    f"stop what listens there or set another {setting}"
-                ) from error

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 
 
 class StoppedError(Exception):
     """What was awaited was given up, because the stop came first."""
 
 
-async def or_stop(work: Coroutine[None, None, None], stop: asyncio.Event) -> None:
-    """Await the work, or give it up as soon as ``stop`` is set."""
+async def or_stop(
+    work: Coroutine[None, None, None], stop: asyncio.Event, beside: Sequence[asyncio.Task[None]] = ()
+) -> None:
+    """Await the work, or give it up as soon as ``stop`` is set (``StoppedError``).
+
+    It is given up too when a task that runs ``beside`` it ends: its error is then the reason why the work cannot end.
+    """
     working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, stopping, *beside), return_when=asyncio.FIRST_COMPLETED)
+        for task in beside:
+            if task.done():
+                task.result()
         if not working.done():
             raise StoppedError
         working.result()
     finally:
-        for task in (working, stopping):
-            task.cancel()
+        for own in (working, stopping):
+            own.cancel()
         await asyncio.gather(working, stopping, return_exceptions=True)
 
 
