@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
-from serving.capacity import EngineLimits
+from serving.capacity import EngineLimits, StepTimeModel
 from serving.engine import environment
 from serving.engine.tiny_model import TinyModel
 from serving.profile import Profile
@@ -25,6 +25,30 @@ _SERVERS: Mapping[str, Sequence[str]] = {
     "cpu": ("vllm.entrypoints.openai.api_server", "--model"),
     "virtual": ("serving.engine.virtual_server", "--model"),
 }
+#: Options that say how vLLM spreads over its GPUs; whoever gives one decides for all.
+_PARALLELISM_OPTIONS = frozenset(
+    {"--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp"}
+)
+
+
+class EngineError(RuntimeError):
+    """An engine that cannot start, or did not; says why, and what to do."""
+
+
+class VirtualDevice(NamedTuple):
+    """What makes a virtual GPU that its server's command line does not say."""
+
+    step_time: StepTimeModel
+    kv_tokens: int
+    slowdown: float
+
+
+class EngineIdentity(NamedTuple):
+    """All that an engine is started with: two specs of one identity start the same engine."""
+
+    argv: tuple[str, ...]
+    gpus: range
+    virtual: VirtualDevice | None
 
 
 class EngineSpec(msgspec.Struct, frozen=True):
@@ -33,7 +57,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     ``model`` is the name that it serves under. ``profile`` says what a virtual GPU is, and bounds the batch of the
     other devices where given. ``slowdown`` is how many times slower than its profile a virtual GPU runs. ``model_path``
     is what a GPU loads: a folder or a hub's name. ``extra_args`` go to vLLM as they are. ``python`` is an interpreter
-    that has vLLM, ours by default.
+    that has vLLM, ours by default. ``gpu_index`` is the first of the GPUs that it runs on, counted among those that we
+    may use; it takes as many as its profile's replica has, one without a profile.
     """
 
     device: Literal["gpu", "cpu", "virtual"]
@@ -45,6 +70,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     model_path: str | None = None
     extra_args: tuple[str, ...] = ()
     python: str = sys.executable
+    gpu_index: int = 0
 
     @property
     def url(self) -> str:
@@ -57,6 +83,25 @@ class EngineSpec(msgspec.Struct, frozen=True):
         if self.profile is not None:
             return self.profile.limits
         return CPU_LIMITS if self.device == "cpu" else None
+
+    @property
+    def gpus(self) -> range:
+        """The GPUs that it has to itself, as indices among those that we may use; none for the other devices."""
+        if self.device != "gpu":
+            return range(0)
+        return range(self.gpu_index, self.gpu_index + (self.profile.gpus_per_replica if self.profile else 1))
+
+    @property
+    def identity(self) -> EngineIdentity:
+        """What it is started with; where a profile comes from, or how well it fits, starts no other engine."""
+        virtual = None
+        if self.device == "virtual" and self.profile is not None:
+            virtual = VirtualDevice(self.profile.step_time, self.profile.limits.kv_tokens, self.slowdown)
+        return EngineIdentity(tuple(engine_argv(self, None)), self.gpus, virtual)
+
+    def shares_with(self, other: EngineSpec) -> bool:
+        """Whether the two cannot run at once, for want of a port or of a GPU of their own."""
+        return self.port == other.port or not set(self.gpus).isdisjoint(other.gpus)
 
 
 class EnginePaths(msgspec.Struct, frozen=True):
@@ -86,6 +131,7 @@ def engine_argv(spec: EngineSpec, model: TinyModel | None) -> list[str]:
         "--enable-server-load-tracking",
         "--disable-uvicorn-access-log",
         *_limit_options(spec),
+        *_parallelism_options(spec),
         *_DEVICE_OPTIONS[spec.device],
         *spec.extra_args,
     ]
@@ -94,10 +140,10 @@ def engine_argv(spec: EngineSpec, model: TinyModel | None) -> list[str]:
 def engine_environment(
     spec: EngineSpec, inherited: Mapping[str, str], paths: EnginePaths, model: TinyModel | None, cores: int
 ) -> dict[str, str]:
-    """Our own environment, kept offline, with what the device needs."""
+    """Our own environment, kept offline, with what the device needs. Raises ``EngineError`` for want of GPUs."""
     result = {**inherited, **environment.PRIVATE}
     if spec.device == "gpu":
-        return result
+        return result | {environment.GPUS_VARIABLE: _visible_gpus(spec, inherited.get(environment.GPUS_VARIABLE))}
     result |= environment.OFFLINE
     if spec.device == "cpu":
         threads = str(max(1, cores - 1))  # one core is left to the API server and to whoever calls it
@@ -144,6 +190,26 @@ def _limit_options(spec: EngineSpec) -> list[str]:
         *("--max-model-len", str(limits.max_model_len)),
     ]
     return options if spec.device == "gpu" else [*options, "--block-size", str(limits.block_size)]
+
+
+def _parallelism_options(spec: EngineSpec) -> list[str]:
+    given = {argument.partition("=")[0].replace("_", "-") for argument in spec.extra_args}
+    if len(spec.gpus) < 2 or given & _PARALLELISM_OPTIONS:
+        return []
+    return ["--tensor-parallel-size", str(len(spec.gpus))]
+
+
+def _visible_gpus(spec: EngineSpec, ours: str | None) -> str:
+    """The engine's GPUs, out of ``ours`` where that list bounds us."""
+    if ours is None:
+        return ",".join(map(str, spec.gpus))
+    names = [name.strip() for name in ours.split(",") if name.strip()]
+    if len(names) < spec.gpus.stop:
+        raise EngineError(
+            f"engine {spec.url} needs {len(spec.gpus)} GPU(s) from index {spec.gpu_index} on, but "
+            f"{environment.GPUS_VARIABLE}={ours!r} names {len(names)}; start fewer engines, or name more GPUs there"
+        )
+    return ",".join(names[spec.gpus.start : spec.gpus.stop])
 
 
 def _with_penstock(python_path: str) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 
 import aiohttp
 
-from serving.engine.command import EnginePaths, EngineSpec, engine_argv, engine_environment
+from serving.engine.command import EngineError, EnginePaths, EngineSpec, engine_argv, engine_environment
 from serving.engine.control import VirtualGpuControl
 from serving.engine.guard import GuardedProcess, GuardError
 from serving.engine.tiny_model import TinyModel, make_tiny_model
@@ -21,15 +21,12 @@ __all__ = ["Engine", "EngineError", "EngineSpec", "start_engines"]
 
 #: How long a SIGTERM may take. Idle vLLM needs about 2 s; with open streams it hangs, so the guard kills it after this.
 STOP_GRACE_S = 3.0
-START_TIMEOUT_S = 180.0
+#: How long a start may take, by device: a GPU loads tens of gigabytes of weights, perhaps over a network first.
+START_TIMEOUT_S: Mapping[str, float] = {"gpu": 1800.0, "cpu": 180.0, "virtual": 180.0}
 
 _HEALTH_INTERVAL_S = 0.2
 _HEALTH_TIMEOUT = aiohttp.ClientTimeout(total=2.0)
 _IMPORT_CHECK_TIMEOUT_S = 30.0
-
-
-class EngineError(RuntimeError):
-    """An engine that cannot start, or did not; says why, and what to do."""
 
 
 class Engine:
@@ -60,9 +57,13 @@ class Engine:
             raise EngineError(f"engine {spec.url}: {error}") from error
         return cls(spec, process, control)
 
-    async def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Wait until the server is healthy. Raises ``EngineError`` with the log's tail when it ends or is late."""
-        deadline_s = time.monotonic() + timeout_s
+    async def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Wait until the server is healthy, for as long as its device may take where no timeout is given.
+
+        Raises ``EngineError`` with the log's tail when it ends or is late.
+        """
+        timeout_s = START_TIMEOUT_S[self.spec.device] if timeout_s is None else timeout_s
+        deadline_s = monotonic() + timeout_s
         async with aiohttp.ClientSession(timeout=_HEALTH_TIMEOUT) as session:
             while not await self._is_healthy(session):
                 status = self.poll()
@@ -70,7 +71,7 @@ class Engine:
                     raise EngineError(
                         f"engine {self.url} ended with status {status} while starting:\n{self._process.log_tail()}"
                     )
-                if time.monotonic() > deadline_s:
+                if monotonic() > deadline_s:
                     raise EngineError(
                         f"engine {self.url} was not ready after {timeout_s:.0f} s:\n{self._process.log_tail()}"
                     )
@@ -92,7 +93,7 @@ class Engine:
             return False
 
 
-async def start_engines(specs: Sequence[EngineSpec], workdir: Path, timeout_s: float = START_TIMEOUT_S) -> list[Engine]:
+async def start_engines(specs: Sequence[EngineSpec], workdir: Path, timeout_s: float | None = None) -> list[Engine]:
     """Start all engines beside each other and wait until all are ready; one that fails stops the others."""
     engines: list[Engine] = []
     try:
@@ -110,6 +111,8 @@ async def start_engines(specs: Sequence[EngineSpec], workdir: Path, timeout_s: f
 
 
 def _check_spec(spec: EngineSpec) -> None:
+    if spec.gpu_index < 0:
+        raise EngineError(f"engine {spec.url}: gpu_index is {spec.gpu_index}, the first GPU is 0")
     if spec.device == "virtual" and spec.profile is None:
         raise EngineError(f"engine {spec.url}: a virtual GPU needs a profile, such as h100-llama-3.1-8b")
     if not 0 < spec.slowdown < float("inf"):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import psutil
 import pytest
 
+from serving.engine import launch
 from serving.engine.command import EnginePaths, EngineSpec, engine_argv, engine_environment
 from serving.engine.control import ControlError, ControlState, VirtualGpuControl
 from serving.engine.launch import Engine, EngineError, start_engines
@@ -63,6 +66,7 @@ async def test_missing_interpreter_is_named(tmp_path: Path) -> None:
         ({"profile": None}, "a virtual GPU needs a profile"),
         ({"slowdown": 0.0}, "slowdown is 0.0, it must be a positive number"),
         ({"slowdown": float("nan")}, "slowdown is nan, it must be a positive number"),
+        ({"gpu_index": -1}, "gpu_index is -1, the first GPU is 0"),
         ({"device": "cpu", "slowdown": 2.0}, "only a virtual GPU can be slowed down"),
     ],
 )
@@ -121,6 +125,119 @@ def test_gpu_command_is_what_users_run() -> None:
     env = engine_environment(spec, {"HOME": "/h"}, PATHS, None, cores=8)
     assert env["VLLM_NO_USAGE_STATS"] == env["DO_NOT_TRACK"] == "1"
     assert "HF_HUB_OFFLINE" not in env
+
+
+def gpu_spec(gpus: int, *extra_args: str, gpu_index: int = 0) -> EngineSpec:
+    profile = msgspec.structs.replace(profile_of(), gpus_per_replica=gpus)
+    return EngineSpec("gpu", "llama", 8000, profile=profile, extra_args=extra_args, gpu_index=gpu_index)
+
+
+@pytest.mark.parametrize(
+    ("spec", "inherited", "visible"),
+    [
+        (gpu_spec(1), {}, "0"),
+        (gpu_spec(1, gpu_index=1), {}, "1"),
+        (gpu_spec(2, gpu_index=2), {}, "2,3"),
+        (gpu_spec(1, gpu_index=1), {"CUDA_VISIBLE_DEVICES": "5, 7"}, "7"),
+        (gpu_spec(2), {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b,GPU-c"}, "GPU-a,GPU-b"),
+        (EngineSpec("gpu", "llama", 8000, gpu_index=3), {}, "3"),
+    ],
+)
+def test_gpu_engine_sees_its_own_gpus_only(spec: EngineSpec, inherited: dict[str, str], visible: str) -> None:
+    """Each engine gets its slice of the GPUs that we may use, so that two never share one."""
+    assert engine_environment(spec, inherited, PATHS, None, cores=8)["CUDA_VISIBLE_DEVICES"] == visible
+
+
+@pytest.mark.parametrize("ours", ["0,1,2", ""])
+def test_too_few_gpus_are_named(ours: str) -> None:
+    """An engine beyond the GPUs that we may use is refused with what to change."""
+    with pytest.raises(EngineError, match=f"needs 2 GPU.* from index 2 on, but CUDA_VISIBLE_DEVICES='{ours}'"):
+        engine_environment(gpu_spec(2, gpu_index=2), {"CUDA_VISIBLE_DEVICES": ours}, PATHS, None, cores=8)
+
+
+def test_other_devices_leave_the_gpus_alone(tmp_path: Path) -> None:
+    """What uses no GPU is given none and loses none."""
+    env = engine_environment(spec_of(), {"CUDA_VISIBLE_DEVICES": ""}, PATHS, make_tiny_model(tmp_path, 4096), cores=4)
+    assert env["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        (gpu_spec(1), None),
+        (gpu_spec(4), "4"),
+        (gpu_spec(4, "--tensor-parallel-size", "2"), "2"),
+        (gpu_spec(4, "-tp", "2"), None),
+        (gpu_spec(4, "--tensor_parallel_size=2"), None),
+        (gpu_spec(4, "--pipeline-parallel-size=4"), None),
+        (spec_of(), None),
+    ],
+)
+def test_a_replica_of_several_gpus_is_spread_over_them(spec: EngineSpec, size: str | None) -> None:
+    """The profile's GPUs are used, unless the caller says how vLLM is to spread."""
+    options = dict(pairwise(engine_argv(spec, None)))
+    assert options.get("--tensor-parallel-size") == size
+
+
+@pytest.mark.parametrize(("device", "timeout_s"), [("gpu", 1800), ("cpu", 180), ("virtual", 180)])
+async def test_a_start_may_take_what_its_device_needs(
+    device: Literal["gpu", "cpu", "virtual"], timeout_s: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of a large model load for many minutes; the other devices load none."""
+    clock = itertools.chain([0.0, timeout_s - 1.0], itertools.repeat(timeout_s + 1.0))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    spec = msgspec.structs.replace(spec_of(fake_python(tmp_path, "exec sleep 600")), device=device)
+    engine = await Engine.start(spec, tmp_path)
+    monkeypatch.setattr(launch, "_HEALTH_INTERVAL_S", 0.0)
+    monkeypatch.setattr(launch, "monotonic", lambda: next(clock))
+    with pytest.raises(EngineError, match=f"was not ready after {timeout_s} s"):
+        await engine.wait_ready()
+    await engine.stop()
+
+
+def test_a_profile_measured_again_is_the_same_engine() -> None:
+    """Only what an engine is started with tells it from another, so new provenance restarts none."""
+    spec = spec_of()
+    profile = spec.profile
+    assert profile is not None
+    provenance = msgspec.structs.replace(profile.provenance, date="2030-12-31")
+    measured = msgspec.structs.replace(profile, name="again", provenance=provenance, tokens_per_byte=0.5)
+    assert msgspec.structs.replace(spec, profile=measured).identity == spec.identity
+    assert hash(msgspec.structs.replace(spec, profile=measured).identity) == hash(spec.identity)
+
+
+def test_a_gpu_does_not_restart_for_a_new_step_time() -> None:
+    """A real GPU has its own speed and finds its own KV space, whatever the profile says of them."""
+    spec = gpu_spec(2)
+    profile = msgspec.structs.replace(profile_of(base_s=0.5, kv_tokens=99), gpus_per_replica=2)
+    assert msgspec.structs.replace(spec, profile=profile).identity == spec.identity
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"profile": profile_of(base_s=0.003)},
+        {"profile": profile_of(kv_tokens=4096)},
+        {"profile": profile_of(max_num_seqs=8)},
+        {"profile": profile_of(max_model_len=2048)},
+        {"slowdown": 2.0},
+        {"model": "other"},
+        {"port": 1},
+        {"extra_args": ("--seed", "1")},
+        {"python": "/other/python"},
+    ],
+)
+def test_whatever_an_engine_is_started_with_is_its_identity(change: dict[str, object]) -> None:
+    """An edit that reaches the engine makes another engine of it."""
+    spec = spec_of()
+    assert msgspec.structs.replace(spec, **change).identity != spec.identity
+
+
+def test_a_gpu_engine_moves_with_its_gpus() -> None:
+    """Another slice of the GPUs is another engine, of a GPU engine only."""
+    assert gpu_spec(1).identity != gpu_spec(1, gpu_index=1).identity
+    virtual = spec_of()
+    assert msgspec.structs.replace(virtual, gpu_index=1).identity == virtual.identity
 
 
 def test_cpu_environment_bounds_threads_and_memory(tmp_path: Path) -> None:
