@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
 from ratelimit.configcheck import contradictions, invalid_fields
-from ratelimit.policy import OrgModels, Policy, PoolPolicy, TierPolicy
+from ratelimit.policy import OrgPolicy, Policy, PoolPolicy, TierPolicy
 from ratelimit.yamlfile import YamlFileError, read_document
 from serving.capacity import Slo
 from serving.mixes import load_mix
@@ -197,7 +197,7 @@ def policy_of(config: Config) -> Policy:
         tiers=tuple(TierPolicy(t.name, t.share, t.ceiling, t.priority, t.burst_s) for t in config.tiers),
         pools=tuple(_pool_policy(pool) for pool in config.pools),
         enforce=config.gateway.enforce,
-        org_models=tuple(OrgModels(org.name, org.models) for org in config.orgs if org.models is not None),
+        orgs=tuple(OrgPolicy(org.name, org.models) for org in config.orgs),
     )
 
 

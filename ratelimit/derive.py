@@ -72,7 +72,7 @@ def derive(
         ]
         pools.append(_published_pool(pool, replicas, supply, lengths, of_pool))
         tiers += of_pool
-    return Publication(epoch, published_at, reason, policy.enforce, tuple(pools), tuple(tiers), policy.org_models)
+    return Publication(epoch, published_at, reason, policy.enforce, tuple(pools), tuple(tiers), policy.orgs)
 
 
 def _supply(pool: PoolPolicy, supplies: Sequence[ReplicaSupply]) -> Supply:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from time import time
 from typing import Literal
@@ -75,6 +75,11 @@ def status(record: KeyRecord, now_s: float) -> KeyStatus:
 def active_keys(records: Iterable[KeyRecord], now_s: float) -> dict[str, int]:
     """How many keys of each tier may be used at ``now_s``."""
     return dict(Counter(record.tier for record in records if status(record, now_s) == "active"))
+
+
+def valid_records(records: Iterable[KeyRecord], orgs: Collection[str], tiers: Collection[str]) -> list[KeyRecord]:
+    """The records whose org and tier are known: a key that can reach nothing must take no part of a tier's share."""
+    return [record for record in records if record.org in orgs and record.tier in tiers]
 
 
 class KeyFile:

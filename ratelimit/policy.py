@@ -39,17 +39,17 @@ class PoolPolicy(msgspec.Struct, frozen=True):
     tokens_per_byte: float
 
 
-class OrgModels(msgspec.Struct, frozen=True):
-    """The models that an org may use; orgs without such a rule may use all."""
+class OrgPolicy(msgspec.Struct, frozen=True):
+    """An org that may use Penstock, and the models it may use; None means all."""
 
-    org: str
-    models: tuple[str, ...]
+    name: str
+    models: tuple[str, ...] | None = None
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """Everything that limits are derived from, apart from the fleet and its callers."""
+    """Everything that limits are derived from, apart from the fleet and its callers. Orgs not named may use nothing."""
 
     tiers: tuple[TierPolicy, ...]
     pools: tuple[PoolPolicy, ...]
     enforce: bool
-    org_models: tuple[OrgModels, ...] = ()
+    orgs: tuple[OrgPolicy, ...] = ()

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from ratelimit.policy import OrgModels
+from ratelimit.policy import OrgPolicy
 from serving.capacity import ReplicaGroup
 
 LimitName = Literal["requests", "input_tokens", "output_tokens", "concurrency"]
@@ -64,7 +64,7 @@ class PublishedPool(msgspec.Struct, frozen=True):
 
 
 class Publication(msgspec.Struct, frozen=True):
-    """The published limits at one epoch. ``org_models`` has the orgs that may use only some."""
+    """The published limits at one epoch, and every org that may use them: one that is not in ``orgs`` is refused."""
 
     epoch: int
     published_at: str
@@ -72,15 +72,15 @@ class Publication(msgspec.Struct, frozen=True):
     enforce: bool
     pools: tuple[PublishedPool, ...]
     tiers: tuple[TierLimits, ...]
-    org_models: tuple[OrgModels, ...] = ()
+    orgs: tuple[OrgPolicy, ...] = ()
 
     def pool(self, model: str) -> PublishedPool | None:
         """The pool that serves ``model``."""
         return next((pool for pool in self.pools if pool.model == model), None)
 
     def allows(self, org: str, model: str) -> bool:
-        """Whether an org may use a model."""
-        return all(model in limited.models for limited in self.org_models if limited.org == org)
+        """Whether an org may use a model; an org that is not published may use none."""
+        return any(known.name == org and (known.models is None or model in known.models) for known in self.orgs)
 
     def limits(self, tier: str, model: str) -> tuple[Limit, ...]:
         """The limits of one key of ``tier`` on ``model``; empty where the tier has none."""

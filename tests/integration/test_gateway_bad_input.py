@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.settings import GatewaySettings
 from ratelimit.keys import KeyRecord, new_key
-from ratelimit.policy import OrgModels
+from ratelimit.policy import OrgPolicy
 from ratelimit.publication import TierLimits
 from ratelimit.publisher import CHANGED_CHANNEL, KEYS_KEY
 from tests.integration.gateway_bench import Bench
@@ -108,17 +108,19 @@ async def test_unknown_and_disallowed_models_look_the_same(bench: Bench) -> None
 
 
 async def test_an_org_uses_only_the_models_it_is_allowed(bench: Bench) -> None:
-    """A model that the org may not use looks unknown to its keys, and is not listed."""
-    secret, record = new_key("elsewhere", "pro", "test", created_at=0.0)
-    await bench.publish(None, record)
-    await republish(bench, record, org_models=(OrgModels("elsewhere", ("other",)),))
-    async with bench.client(api_key=secret) as outsider, bench.client() as insider:
-        with pytest.raises(openai.NotFoundError) as refused:
-            await outsider.chat.completions.create(model=MODEL, messages=[], max_tokens=1)
-        listed = [[model.id async for model in client.models.list()] for client in (outsider, insider)]
-
-    assert refused.value.code == "model_not_found"
-    assert listed == [[], [MODEL]]
+    """A model that the org may not use looks unknown to its keys and is not listed; an unknown org may use none."""
+    outsiders = [new_key(org, "pro", "test", created_at=0.0) for org in ("elsewhere", "removed")]
+    records = [record for _, record in outsiders]
+    await bench.publish(None, *records)
+    await republish(bench, *records, orgs=(OrgPolicy("acme"), OrgPolicy("elsewhere", ("other",))))
+    async with bench.client() as insider:
+        assert [model.id async for model in insider.models.list()] == [MODEL]
+    for secret, _ in outsiders:
+        async with bench.client(api_key=secret) as outsider:
+            with pytest.raises(openai.NotFoundError) as refused:
+                await outsider.chat.completions.create(model=MODEL, messages=[], max_tokens=1)
+            assert refused.value.code == "model_not_found"
+            assert [model.id async for model in outsider.models.list()] == []
 
 
 async def test_a_model_that_lost_its_replicas_is_short_not_unknown(bench: Bench) -> None:

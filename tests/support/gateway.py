@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from ratelimit.gateway.server import GatewayStartError, run_gateway
 from ratelimit.gateway.settings import GatewaySettings
 from ratelimit.keys import KeyRecord, new_key
+from ratelimit.policy import OrgPolicy
 from ratelimit.publication import Limit, LimitName, Publication, PublishedPool, PublishedReplica, TierLimits
 from ratelimit.publisher import CHANGED_CHANNEL, KEYS_KEY, PUBLICATION_KEY
 from serving.capacity import EngineLimits, ReplicaGroup, Slo, StepTimeModel
@@ -47,7 +48,7 @@ def publication(
     default_max_output: int = 64,
     **limits: tuple[int, int],
 ) -> Publication:
-    """One pool behind ``urls``, and the tier "pro" with ample limits but for the (per minute, burst) given."""
+    """One pool behind ``urls``, the org "acme", and the tier "pro": ample limits but for the (per minute, burst) given."""
     terms = tuple(Limit(name, *limits.get(name, ample), f"why {name}") for name, ample in AMPLE.items())
     pool = PublishedPool(
         model=MODEL,
@@ -63,7 +64,8 @@ def publication(
         usable_output_tokens_per_s=500.0,
         explanation="test",
     )
-    return Publication(epoch, "2026-01-01T00:00:00Z", "test", enforce, (pool,), (TierLimits("pro", MODEL, 1, terms),))
+    tiers = (TierLimits("pro", MODEL, 1, terms),)
+    return Publication(epoch, "2026-01-01T00:00:00Z", "test", enforce, (pool,), tiers, (OrgPolicy("acme"),))
 
 
 def make_key(expires_at: float | None = None, tier: str = "pro") -> tuple[str, KeyRecord]:

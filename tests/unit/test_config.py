@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ratelimit.config import ConfigError, load_config, policy_of
-from ratelimit.policy import TierPolicy
+from ratelimit.policy import OrgPolicy, TierPolicy
 from serving.capacity import Slo
 from serving.profile import load_profile, shipped_profiles
 
@@ -113,6 +113,7 @@ def test_policy_of_a_config(tmp_path: Path) -> None:
     assert 100 < pool.mix.mean_input_tokens < 200
     assert (pool.max_model_len, pool.tokens_per_byte) == (profile.limits.max_model_len, profile.tokens_per_byte)
     assert policy.enforce
+    assert policy.orgs == (OrgPolicy("acme"),)
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,10 @@ import stat
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from ratelimit.keys import ApiKeyError, KeyFile, KeyRecord, active_keys, digest, find, new_key, status
+from ratelimit.keys import ApiKeyError, KeyFile, KeyRecord, active_keys, digest, find, new_key, status, valid_records
 from ratelimit.statefile import StateFileError
 
 
@@ -73,6 +74,12 @@ def test_active_keys_are_counted_by_tier() -> None:
     """Only keys that may be used share in a tier."""
     records = [key("pro"), key("pro"), key("pro", revoked_at=1.0), key("free", expires_at=1.0), key("batch")]
     assert active_keys(records, 100.0) == {"pro": 2, "batch": 1}
+
+
+def test_keys_of_unknown_orgs_and_tiers_take_no_share() -> None:
+    """A key whose org or tier is gone from the config is not among the valid ones, which are what is counted."""
+    records = [key("pro"), key("gone"), msgspec.structs.replace(key("pro"), org="removed")]
+    assert valid_records(records, orgs={"acme"}, tiers={"pro"}) == [records[0]]
 
 
 def test_create_list_revoke(tmp_path: Path) -> None:
