@@ -44,6 +44,7 @@ lock:
 	$(UV_COMPILE) pyproject.toml $(EXTRAS) requirements/engine-cpu.in --override requirements/overrides.txt \
 		--no-emit-package torch -o requirements/all.lock
 	$(UV_COMPILE) --generate-hashes -c requirements/all.lock pyproject.toml -o requirements/gateway.lock
+	$(UV_COMPILE) --generate-hashes --group build -o requirements/build.lock
 	$(UV_COMPILE) -c requirements/all.lock pyproject.toml $(EXTRAS) -o requirements/dev.lock
 	$(UV_COMPILE) -c requirements/all.lock --override requirements/overrides.txt --no-emit-package torch \
 		requirements/engine-cpu.in -o requirements/engine-cpu.lock
