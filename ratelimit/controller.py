@@ -30,6 +30,7 @@ from ratelimit.publisher import Publisher
 from ratelimit.statefile import StateFileError
 from ratelimit.supply import SupplyBook
 from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus
+from serving.health import stuck_time_s
 from serving.profile import load_profile
 
 log = logging.getLogger(__name__)
@@ -51,13 +52,14 @@ def replica_specs(config: Config) -> list[ReplicaSpec]:
 
 
 def _spec(pool: PoolConfig, url: str, profile: str, slowdown: float) -> ReplicaSpec:
+    found = load_profile(profile)
     return ReplicaSpec(
         url=url.rstrip("/"),
         model=pool.model,
-        gpu=load_profile(profile).gpu,
+        gpu=found.gpu,
         profile=profile,
         slowdown=slowdown,
-        stuck_after_s=pool.stuck_after_s,
+        stuck_after_s=stuck_time_s(pool.stuck_after_s, found.step_time.slowed(slowdown), found.limits),
     )
 
 

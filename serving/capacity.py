@@ -110,6 +110,11 @@ class ReplicaGroup(msgspec.Struct, frozen=True):
     slo: Slo
 
 
+def longest_step_s(step_time: StepTimeModel, limits: EngineLimits) -> float:
+    """Duration of a step in which everything is full: its tokens, its slots and the KV cache."""
+    return step_time.step_s(limits.max_num_batched_tokens, limits.max_num_seqs, limits.kv_tokens)
+
+
 def work_s(step_time: StepTimeModel, shape: RequestShape) -> float:
     """Replica-seconds by which one request lengthens the steps it takes part in."""
     inputs, outputs = shape.input_tokens, shape.output_tokens

@@ -17,13 +17,19 @@ log = logging.getLogger(__name__)
 PROBE_INTERVAL_S = 0.5
 PROBE_TIMEOUT_S = 2.0
 
-#: The gauges whose sum is the work a replica holds, and the counters that move when it makes progress.
+#: The gauges whose sum is the work a replica holds.
 HELD_METRICS = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-PROGRESS_METRICS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+#: What changes when an engine step ends. The token counters, iteration_tokens_total too, move only with a request's
+#: output, so the chunks of a long prompt show in none of them; but each chunk takes KV blocks, and vLLM reports the
+#: share in use after every step, with outputs or without (AsyncLLM's output handler, vLLM 0.32).
+PROGRESS_METRICS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:kv_cache_usage_perc")
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True):
-    """One vLLM server to watch: where it is, what it serves, on what, by which profile, and how it is slowed."""
+    """One vLLM server to watch: where it is, what it serves, on what, by which profile, and how it is slowed.
+
+    It is stuck after ``stuck_after_s`` with work and without progress.
+    """
 
     url: str
     model: str
@@ -58,6 +64,12 @@ def probe_session() -> aiohttp.ClientSession:
     )
 
 
+def _log_change(status: ReplicaStatus, health: ReplicaHealth) -> None:
+    spec = status.spec
+    why = f", no step ended for {spec.stuck_after_s:.3g} s" if health.phase == "stuck" else ""
+    log.warning("replica %s (%s): %s -> %s%s", spec.url, spec.gpu, status.health.phase, health.phase, why)
+
+
 class Fleet:
     """Watches a set of replicas; ``on_change`` is called whenever one's phase changes. ``watch(())`` ends it."""
 
@@ -69,9 +81,13 @@ class Fleet:
         self._probed: dict[str, asyncio.Event] = {}
 
     def watch(self, specs: Iterable[ReplicaSpec]) -> None:
-        """Watch exactly these replicas from now on; those already watched keep their health."""
+        """Watch exactly these replicas from now on.
+
+        Those already watched keep their health, unless another engine is to be at their URL: then nothing is known.
+        """
         wanted = {spec.url: spec for spec in specs}
-        for url in self._tasks.keys() - wanted.keys():
+        replaced = {url for url, spec in wanted.items() if self._is_replaced(spec)}
+        for url in (self._tasks.keys() - wanted.keys()) | replaced:
             self._tasks.pop(url).cancel()
             del self._statuses[url]
             self._probed.pop(url).set()
@@ -81,6 +97,11 @@ class Fleet:
             if url not in self._tasks:
                 self._probed[url] = asyncio.Event()
                 self._tasks[url] = asyncio.create_task(self._probe_forever(url), name=f"probe {url}")
+
+    def _is_replaced(self, spec: ReplicaSpec) -> bool:
+        """Whether the replica watched at this URL differs in more than how it is watched."""
+        known = self._statuses.get(spec.url)
+        return known is not None and msgspec.structs.replace(known.spec, stuck_after_s=spec.stuck_after_s) != spec
 
     async def probed_once(self) -> None:
         """Wait until every watched replica has been probed; each probe is bounded in time.
@@ -101,7 +122,7 @@ class Fleet:
             self._statuses[url] = ReplicaStatus(status.spec, health)
             self._probed[url].set()
             if health.phase != status.health.phase:
-                log.warning("replica %s (%s): %s -> %s", url, status.spec.gpu, status.health.phase, health.phase)
+                _log_change(status, health)
                 self._on_change(self._statuses[url])
             await asyncio.sleep(PROBE_INTERVAL_S)
 

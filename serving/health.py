@@ -1,13 +1,14 @@
 """When a replica takes requests: the rules, over plain observations.
 
-    starting ──healthy probe──▶ healthy ──no token moves while work waits──▶ stuck
-        ▲                        │    ▲                                       │
-        └── (first seen)         │    └──────────── a token moves ────────────┘
+    starting ──healthy probe──▶ healthy ──no step ends while work waits──▶ stuck
+        ▲                        │    ▲                                     │
+        └── (first seen)         │    └──────────── a step ends ────────────┘
                                  └── refused, or silent twice ──▶ down ──healthy probe──▶ healthy
 
 vLLM's ``/health`` says 200 while its engine is frozen, so health alone proves nothing: a replica is stuck when it
-holds work and neither its prompt nor its generation counter has moved for ``stuck_after_s``. The clock that this is
-measured by starts when work is first seen without progress, never while the replica is idle.
+holds work and no engine step has ended for ``stuck_after_s``, which must be longer than any step takes (see
+``stuck_time_s``). The clock that this is measured by starts when work is first seen without progress, never while the
+replica is idle.
 """
 
 from __future__ import annotations
@@ -16,19 +17,28 @@ from typing import Literal
 
 import msgspec
 
+from serving.capacity import EngineLimits, StepTimeModel, longest_step_s
+
 ReplicaPhase = Literal["starting", "healthy", "stuck", "down"]
 
 #: Probes in a row that may time out before a replica counts as down; a refused connection counts at once.
 SILENT_PROBES_ALLOWED = 1
 
+#: A replica is stuck only when it has not moved for this many of its longest steps: one may just have begun to wait
+#: for the other when it was last seen to move, and the step-time model is a mean.
+STEPS_BEFORE_STUCK = 2
+
 
 class Observation(msgspec.Struct, frozen=True):
-    """What one probe saw at ``at_s``: how the replica answered, the work it holds, the tokens it has processed."""
+    """What one probe saw at ``at_s``: how the replica answered, the work it holds, and its progress.
+
+    ``progress`` is any number that changes whenever an engine step ends; only whether it changed means something.
+    """
 
     at_s: float
     answer: Literal["healthy", "refused", "silent"]
     requests_held: float = 0.0
-    tokens_processed: float = 0.0
+    progress: float = 0.0
 
 
 class ReplicaHealth(msgspec.Struct, frozen=True):
@@ -37,7 +47,7 @@ class ReplicaHealth(msgspec.Struct, frozen=True):
     phase: ReplicaPhase = "starting"
     since_s: float = 0.0
     silent_probes: int = 0
-    tokens_processed: float = -1.0
+    progress: float = -1.0
     progress_at_s: float = 0.0
 
     def healthy_for_s(self, now_s: float) -> float:
@@ -52,13 +62,18 @@ def observe(health: ReplicaHealth, seen: Observation, stuck_after_s: float) -> R
     if seen.answer != "healthy":
         phase: ReplicaPhase = "starting" if health.phase == "starting" else "down"
         return _enter(health, phase, seen.at_s, silent_probes=health.silent_probes)
-    progressed = seen.requests_held == 0 or seen.tokens_processed != health.tokens_processed
+    progressed = seen.requests_held == 0 or seen.progress != health.progress
     progress_at_s = seen.at_s if progressed else health.progress_at_s
     stuck = seen.at_s - progress_at_s >= stuck_after_s
-    moved = msgspec.structs.replace(
-        health, tokens_processed=seen.tokens_processed, progress_at_s=progress_at_s, silent_probes=0
-    )
+    moved = msgspec.structs.replace(health, progress=seen.progress, progress_at_s=progress_at_s, silent_probes=0)
     return _enter(moved, "stuck" if stuck else "healthy", seen.at_s, silent_probes=0)
+
+
+def stuck_time_s(configured_s: float, step_time: StepTimeModel, limits: EngineLimits) -> float:
+    """How long a replica, slowed as it is, must rest with work before it is stuck: as configured, or longer if its
+    longest steps are.
+    """
+    return max(configured_s, STEPS_BEFORE_STUCK * longest_step_s(step_time, limits))
 
 
 def _enter(health: ReplicaHealth, phase: ReplicaPhase, now_s: float, silent_probes: int) -> ReplicaHealth:

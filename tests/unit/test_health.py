@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.fleet import HELD_METRICS, sum_metrics
-from serving.health import Observation, ReplicaHealth, observe
+from serving.health import Observation, ReplicaHealth, observe, stuck_time_s
+from serving.profile import load_profile
 
 STUCK_AFTER_S = 5.0
 
@@ -90,3 +91,12 @@ def test_metrics_are_summed_over_their_labels_and_no_others() -> None:
     )
 
     assert sum_metrics(exposition, HELD_METRICS) == 9.0
+
+
+def test_the_time_until_stuck_is_longer_than_any_step() -> None:
+    """A slow device may take longer for one full step than is configured; up to 1:10 this one does not."""
+    profile = load_profile("h100-llama-3.1-8b")
+    full_step_s = profile.step_time.step_s(8192, 1024, 915_069)
+
+    assert stuck_time_s(5.0, profile.step_time.slowed(10), profile.limits) == 5.0
+    assert stuck_time_s(5.0, profile.step_time.slowed(100), profile.limits) > 100 * full_step_s
