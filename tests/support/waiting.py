@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -21,3 +22,15 @@ def eventually(probe: Callable[[], T], within_s: float, what: str) -> T:
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not happen within {within_s:g} s; last seen: {value!r}")
         time.sleep(_POLL_S)
+
+
+async def eventually_async(probe: Callable[[], Awaitable[T]], within_s: float, what: str) -> T:
+    """As ``eventually``, without holding up the event loop."""
+    deadline = time.monotonic() + within_s
+    while True:
+        value = await probe()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not happen within {within_s:g} s; last seen: {value!r}")
+        await asyncio.sleep(_POLL_S)
