@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 
@@ -17,7 +17,7 @@ from serving.engine.guard import GuardedProcess, GuardError
 from serving.engine.tiny_model import TinyModel, make_tiny_model
 from serving.profile import dump_profile
 
-__all__ = ["Engine", "EngineError", "EngineSpec", "start_engines"]
+__all__ = ["Engine", "EngineError", "EngineSpec", "all_ready", "start_engines"]
 
 #: How long a SIGTERM may take. Idle vLLM needs about 2 s; with open streams it hangs, so the guard kills it after this.
 STOP_GRACE_S = 3.0
@@ -43,6 +43,13 @@ class Engine:
     @classmethod
     async def start(cls, spec: EngineSpec, workdir: Path) -> Engine:
         """Spawn the server and return at once; its files lie under ``workdir``. Raises ``EngineError``."""
+        try:
+            return await cls._start(spec, workdir)
+        except (GuardError, OSError) as error:
+            raise EngineError(f"cannot start engine {spec.url}: {error}") from error
+
+    @classmethod
+    async def _start(cls, spec: EngineSpec, workdir: Path) -> Engine:
         _check_spec(spec)
         _check_port(spec)
         await _check_vllm(spec.python)
@@ -51,10 +58,7 @@ class Engine:
         if control:
             control.reset()
         env = engine_environment(spec, os.environ, paths, model, os.cpu_count() or 1)
-        try:
-            process = GuardedProcess.start(engine_argv(spec, model), log_path=paths.log, env=env)
-        except GuardError as error:
-            raise EngineError(f"engine {spec.url}: {error}") from error
+        process = GuardedProcess.start(engine_argv(spec, model), log_path=paths.log, env=env)
         return cls(spec, process, control)
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
@@ -99,15 +103,21 @@ async def start_engines(specs: Sequence[EngineSpec], workdir: Path, timeout_s: f
     try:
         for spec in specs:
             engines.append(await Engine.start(spec, workdir))  # noqa: PERF401 - what has started must be stopped
+        await all_ready(engines, timeout_s)
+    except BaseException:
+        await asyncio.gather(*(engine.stop() for engine in engines))
+        raise
+    return engines
+
+
+async def all_ready(engines: Iterable[Engine], timeout_s: float | None = None) -> None:
+    """Wait until all are ready. Raises the ``EngineError`` of the first that is not to be, at once."""
+    try:
         async with asyncio.TaskGroup() as group:
             for engine in engines:
                 group.create_task(engine.wait_ready(timeout_s))
-    except BaseException as error:
-        await asyncio.gather(*(engine.stop() for engine in engines))
-        if isinstance(error, BaseExceptionGroup):
-            raise error.exceptions[0] from None
-        raise
-    return engines
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
 
 
 def _check_spec(spec: EngineSpec) -> None:

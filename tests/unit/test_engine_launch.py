@@ -16,6 +16,7 @@ import pytest
 from serving.engine import launch
 from serving.engine.command import EnginePaths, EngineSpec, engine_argv, engine_environment
 from serving.engine.control import ControlError, ControlState, VirtualGpuControl
+from serving.engine.guard import GuardedProcess, GuardError
 from serving.engine.launch import Engine, EngineError, start_engines
 from serving.engine.tiny_model import WORDS, make_tiny_model
 from tests.support.engines import free_port, profile_of
@@ -74,6 +75,27 @@ async def test_impossible_spec_is_refused(change: dict[str, object], message: st
     """What no device can be is refused before anything is started."""
     with pytest.raises(EngineError, match=message):
         await Engine.start(msgspec.structs.replace(spec_of(), **change), tmp_path)
+
+
+async def test_a_folder_that_cannot_be_written_is_an_engine_error(tmp_path: Path) -> None:
+    """A full or broken disk is told of as every failed start is."""
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineError, match=r"cannot start engine http://127.0.0.1:\d+: .*Not a directory"):
+        await Engine.start(spec_of(fake_python(tmp_path, "exit")), tmp_path / "file" / "engines")
+
+
+@pytest.mark.parametrize("error", [GuardError("no guard"), OSError("no processes left")])
+async def test_a_guard_that_fails_is_an_engine_error(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever keeps the server from being spawned is an error of that engine."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(GuardedProcess, "start", fail)
+    with pytest.raises(EngineError, match=f"cannot start engine .*: {error}"):
+        await Engine.start(spec_of(fake_python(tmp_path, "exit")), tmp_path)
 
 
 async def test_server_that_ends_while_starting_shows_its_last_words(tmp_path: Path) -> None:
