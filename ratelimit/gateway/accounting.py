@@ -92,16 +92,17 @@ class Account:
         self._record = record
         self._terms = terms
         self._choices = request.choices
+        self._generated_choices = request.generated_choices
         self._prompts = request.prompts
         self.held = held
         self._extended_to = held.output_tokens
-        self.cost_us = self._cost_us(held)
+        self.cost_us = self._cost_us(held, self._generated_choices)
         self._charges = charges_for(record.id, terms, held, self.cost_us)
         self._previous: asyncio.Task[None] | None = None
         self._settled = False
 
-    def _cost_us(self, usage: Usage) -> int:
-        return pool_cost_us(self._terms.groups, usage, self._choices, self._prompts)
+    def _cost_us(self, usage: Usage, choices: int) -> int:
+        return pool_cost_us(self._terms.groups, usage, choices, self._prompts)
 
     async def admit(self) -> Admitted | Denied | None:
         """Ask the store; ``None`` where limits are not enforced. Raises ``StoreUnavailableError``."""
@@ -127,12 +128,13 @@ class Account:
             return
         true = Usage(usage.prompt_tokens, output, usage.cached_tokens)
         self._extended_to = output + OVERRUN_TOKENS
-        self._queue(self._extend(self._limiter, used_charges(self._charges, true, self._cost_us(true))))
+        cost_us = self._cost_us(true, self._generated_choices)
+        self._queue(self._extend(self._limiter, used_charges(self._charges, true, cost_us)))
 
     def settle_used(self, usage: Usage | None) -> None:
         """The request used this much; where nothing was reported, its estimated prompt."""
         used = Usage(self.held.prompt_tokens, 0) if usage is None else usage
-        self._settle(lambda: used_charges(self._charges, used, self._cost_us(used)), used)
+        self._settle(lambda: used_charges(self._charges, used, self._cost_us(used, self._choices)), used)
 
     def settle_as_held(self) -> None:
         """What the request used is unknown: nothing is given back but its place in flight."""

@@ -1,8 +1,8 @@
 """How much a request holds of each bucket at admission, and what it owes in the end. Pure.
 
-Output is held at its maximum: what the request sets, else the pool's ``default_max_output``, times the choices asked
-for, each bounded by the context length. The prompt is held at its bytes times the model's tokens per byte, corrected as
-soon as the engine reports its true length. The pool is charged in replica-microseconds of cost.
+Output is held at its maximum: what the request sets, else the pool's ``default_max_output``, times the choices that
+may be generated, each bounded by the context length. The prompt is held at its bytes times the model's tokens per byte,
+corrected as soon as the engine reports its true length. The pool is charged in replica-microseconds of cost.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def estimate(request: ParsedRequest, pool: PublishedPool) -> Usage:
     bound = pool.max_model_len
     output = min(pool.default_max_output if request.max_output is None else request.max_output, bound)
     held_prompt = min(prompt, bound * request.prompts, MOST_TOKENS)
-    return Usage(max(1, held_prompt), max(1, min(output * request.choices, MOST_TOKENS)))
+    return Usage(max(1, held_prompt), max(1, min(output * request.generated_choices, MOST_TOKENS)))
 
 
 def check_context(request: ParsedRequest, max_model_len: int) -> None:

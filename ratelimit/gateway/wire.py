@@ -3,12 +3,12 @@
 A body is parsed as far as the gateway needs and no further: the engine validates the rest. The body that goes on is the
 client's own, member for member, except for what the gateway owns:
 
-- ``priority`` and ``cache_salt`` are the gateway's; the salt is one per org, so that the time a prefix-cache hit saves
-  tells nothing across tenants;
+- what only an operator may say to an engine is dropped (``ENGINE_INTERNAL``);
+- ``cache_salt`` is one per org, so that the time a prefix-cache hit saves tells nothing across tenants;
 - a stream is asked for its usage on every chunk, so that the prompt's length is known with the first one, and what was
   generated is known when a client leaves. ``sse`` takes out again what the client did not ask for.
 
-Members that occur twice reach the engine once, with the value that was checked here.
+Members that occur twice reach the engine once, with the value that was checked here (the last one).
 """
 
 from __future__ import annotations
@@ -27,8 +27,31 @@ ShownUsage = Literal["none", "final", "every chunk"]
 MAX_CHOICES = 128
 #: The most prompts in one completions request.
 MAX_PROMPTS = 1024
+#: The most answers that one request may have generated over all its prompts: it counts as one in flight, and an engine
+#: runs a few hundred sequences at a time.
+MAX_GENERATED_CHOICES = 1024
 #: Tokens that a chat template puts around one message.
 TOKENS_PER_MESSAGE = 4
+
+#: Members of vLLM's requests that are its operator's to set, and dropped from a caller's: they set the order of
+#: scheduling, share or move cached prompts and KV blocks between requests, name requests and sessions inside the
+#: engine, feed its extensions, bring prompts that are not counted here, or delay the usage that a stream reports.
+ENGINE_INTERNAL = frozenset(
+    {
+        "priority",
+        "cache_salt",
+        "stream_interval",
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "vllm_xargs",
+        "request_id",
+        "session_id",
+        "prompt_embeds",
+        "mm_payload",
+        "return_mm_kwargs",
+        "routed_experts_prompt_start",
+    }
+)
 
 _JSON_NULL = b"null"
 
@@ -68,8 +91,9 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     """What the gateway needs to know of a request.
 
     ``max_output`` is the largest of the request's maxima for one choice, ``None`` where it sets none. ``choices`` are
-    the answers generated in all, ``prompts`` the prompts they answer. ``prompt_tokens`` is exact where the client sent
-    token ids, and else ``None``.
+    the answers that come back in all, ``prompts`` the prompts they answer. ``generated_choices`` are the most that an
+    engine may generate for them: ``best_of`` counts, though vLLM 0.32 ignores it. ``prompt_tokens`` is exact where the
+    client sent token ids, and else ``None``.
     """
 
     model: str
@@ -77,6 +101,7 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     shown_usage: ShownUsage
     max_output: int | None
     choices: int
+    generated_choices: int
     prompts: int
     prompt_bytes: int
     prompt_tokens: int | None
@@ -100,13 +125,15 @@ def parse_request(route: Route, body: bytes) -> ParsedRequest:
         raise invalid_request(f"Invalid request: {error}.") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise invalid_request(f"The request body is not valid JSON: {error}.") from error
-    per_prompt = _choices(parsed)
+    _check_choices(parsed, prompt.count)
+    returned = parsed.n or 1
     return ParsedRequest(
         model=parsed.model,
         stream=bool(parsed.stream),
         shown_usage=_shown_usage(parsed.stream_options),
         max_output=_max_output(parsed),
-        choices=per_prompt * prompt.count,
+        choices=returned * prompt.count,
+        generated_choices=max(returned, parsed.best_of or 1) * prompt.count,
         prompts=prompt.count,
         prompt_bytes=prompt.size,
         prompt_tokens=prompt.tokens,
@@ -151,12 +178,19 @@ def _completion_prompt(prompt: msgspec.Raw) -> _Prompt:
     raise invalid_request("'prompt' must be a string, or a list of strings, token ids or lists of token ids.", "prompt")
 
 
-def _choices(body: _Body) -> int:
+def _check_choices(body: _Body, prompts: int) -> None:
     for name in ("n", "best_of"):
         asked = getattr(body, name)
-        if asked is not None and not 1 <= asked <= MAX_CHOICES:
+        if asked is None:
+            continue
+        if not 1 <= asked <= MAX_CHOICES:
             raise invalid_request(f"'{name}' is {asked}, but must be from 1 to {MAX_CHOICES}.", name)
-    return max(body.n or 1, body.best_of or 1)
+        if asked * prompts > MAX_GENERATED_CHOICES:
+            raise invalid_request(
+                f"'{name}' is {asked} for each of {prompts} prompts, {asked * prompts} choices in all, but at most "
+                f"{MAX_GENERATED_CHOICES} are accepted in one request. Send fewer prompts or a smaller '{name}'.",
+                name,
+            )
 
 
 def _max_output(body: _Body) -> int | None:
@@ -179,8 +213,7 @@ _STREAM_OPTIONS = msgspec.Raw(b'{"include_usage":true,"continuous_usage_stats":t
 
 def upstream_body(request: ParsedRequest, cache_salt: str) -> bytes:
     """The body that goes to the engine: the client's, with the gateway's own members set. Never ``max_tokens``."""
-    members = dict(request.members)
-    members.pop("priority", None)
+    members = {name: value for name, value in request.members.items() if name not in ENGINE_INTERNAL}
     members["cache_salt"] = msgspec.Raw(msgspec.json.encode(cache_salt))
     if request.stream:
         members["stream_options"] = _STREAM_OPTIONS
