@@ -30,7 +30,12 @@ class ConfigError(ValueError):
 
 def _in_folder(value: str | Path, info: ValidationInfo) -> Path:
     folder = (info.context or {}).get("folder", Path())
-    return Path(folder) / Path(value).expanduser()
+    if "\0" in str(value):
+        raise ValueError("a path cannot hold a null character; take it out")
+    try:
+        return Path(folder) / Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{str(value)!r} begins with the home of nobody here; write the path out") from error
 
 
 def _profile_path(value: str, info: ValidationInfo) -> str:
@@ -58,6 +63,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
 ProfileName = Annotated[str, Field(min_length=1), AfterValidator(_profile_path)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SloBound = Annotated[float, Field(gt=0, le=3_600_000)]
+Slowdown = Annotated[float, Field(ge=1, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 LocalPath = Annotated[Path, AfterValidator(_in_folder)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
@@ -89,8 +96,8 @@ class GatewayConfig(Section):
 class SloConfig(Section):
     """The bounds on time to first token and time per output token, for a device at full speed."""
 
-    ttft_ms: Positive = 1000
-    tpot_ms: Positive = 50
+    ttft_ms: SloBound = 1000
+    tpot_ms: SloBound = 50
     percentile: float = Field(default=95, ge=50, lt=100)
 
 
@@ -98,7 +105,7 @@ class MixConfig(Section):
     """The traffic a pool is sized for: a named mix, its lengths multiplied by ``scale``."""
 
     name: str = "chat"
-    scale: Positive = 1.0
+    scale: float = Field(default=1.0, gt=0, le=100)
 
 
 class EngineConfig(Section):
@@ -108,7 +115,7 @@ class EngineConfig(Section):
     profile: ProfileName
     port: Port
     count: int = Field(default=1, ge=0, le=64)
-    slowdown: float = Field(default=1.0, ge=1, allow_inf_nan=False)
+    slowdown: Slowdown = 1.0
     model_path: str | None = None
     extra_args: tuple[str, ...] = ()
 
@@ -122,7 +129,7 @@ class ReplicaConfig(Section):
 
     url: HttpUrl
     profile: ProfileName
-    slowdown: float = Field(default=1.0, ge=1, allow_inf_nan=False)
+    slowdown: Slowdown = 1.0
 
 
 class PoolConfig(Section):
@@ -150,7 +157,7 @@ class TierConfig(Section):
     share: Share
     ceiling: float = Field(default=1.0, gt=0, le=1)
     priority: int = Field(default=0, ge=0)
-    burst_s: Positive = 5.0
+    burst_s: float = Field(default=5.0, gt=0, le=3600)
 
 
 class OrgConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from math import floor, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ratelimit.yamlfile import Document, Where
-from serving.mixes import MIX_NAMES
+from serving.mixes import MIX_NAMES, load_mix
 from serving.profile import Profile, ProfileError, load_profile
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 
 def contradictions(config: Config) -> list[Finding]:
-    """The mistakes that only show when parts are seen together, in the order of the file."""
-    return [
+    """The mistakes that only show when parts are seen together, each once, in the order of the file."""
+    found = (
         *_empty(config),
         *_ports(config),
         *_twice("pools", "model", [pool.model for pool in config.pools]),
@@ -100,7 +101,8 @@ def contradictions(config: Config) -> list[Finding]:
         *_tiers(config.tiers),
         *_twice("orgs", "name", [org.name for org in config.orgs]),
         *_org_models(config),
-    ]
+    )
+    return list(dict.fromkeys(found))
 
 
 def _empty(config: Config) -> Iterator[Finding]:
@@ -169,8 +171,11 @@ def _profile(where: Where, name: str, pool: PoolConfig) -> Iterator[Finding]:
         profile = load_profile(name)
     except ProfileError as error:
         yield Finding(where, str(error))
+    except (OSError, ValueError) as error:
+        yield Finding(where, f"{_short(name)} cannot name a profile: {error}")
     else:
         yield from _hopeless_slo(where, profile, pool)
+        yield from _too_long_mix(where, profile, pool)
         if pool.default_max_output >= profile.limits.max_model_len:
             yield Finding(
                 (*where[:2], "default_max_output"),
@@ -187,6 +192,29 @@ def _hopeless_slo(where: Where, profile: Profile, pool: PoolConfig) -> Iterator[
             (*where[:2], "slo", "tpot_ms"),
             f"{pool.slo.tpot_ms:g} ms cannot be met: an empty step of {profile.name} takes {base_ms:.3g} ms",
         )
+
+
+def _too_long_mix(where: Where, profile: Profile, pool: PoolConfig) -> Iterator[Finding]:
+    """A mix with a request that a replica can never run: it would supply nothing."""
+    if pool.mix.name not in MIX_NAMES:
+        return
+    shapes = load_mix(pool.mix.name, pool.mix.scale).shapes
+    longest = max(shape.input_tokens + shape.output_tokens for shape in shapes)
+    limits = profile.limits
+    most = min(limits.max_model_len, limits.kv_tokens // limits.block_size * limits.block_size)
+    if longest > most:
+        yield Finding(
+            (*where[:2], "mix"),
+            f"the longest request of {pool.mix.name} at scale {pool.mix.scale:g} has {longest} tokens, {profile.name} "
+            f"holds {most} (context {limits.max_model_len}, KV cache {limits.kv_tokens}); a scale of at most "
+            f"{_cut(pool.mix.scale * most / longest)} fits",
+        )
+
+
+def _cut(value: float) -> str:
+    """Cut to two significant digits, so that what is advised is not above what is right."""
+    unit = 10.0 ** (floor(log10(value)) - 1)
+    return f"{floor(value / unit) * unit:.2g}"
 
 
 def _same_urls(config: Config) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import yaml
 
 MOST_BYTES = 1 << 20
+LARGEST_INT = (1 << 63) - 1
 
 Where = tuple[str | int, ...]
 
@@ -124,8 +125,13 @@ class _Reading:
 
     def _scalar(self, node: yaml.Node) -> object:
         try:
-            return self._loader.construct_object(node, deep=True)
-        except ValueError as error:
-            # 2026-13-45 looks like a date to YAML, and is none.
+            value = self._loader.construct_object(node, deep=True)
+        except (ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            # 2026-13-45 looks like a date to YAML, and is none; a tag such as !!int fails in ways of its own.
             self.problems.append(YamlProblem(node.start_mark.line + 1, f"{node.value!r}: {error}; quote it"))
             return None
+        if isinstance(value, int) and abs(value) > LARGEST_INT:
+            # Python refuses to print much larger ones, so no message could name them.
+            self.problems.append(YamlProblem(node.start_mark.line + 1, f"a number is above {LARGEST_INT}; lower it"))
+            return None
+        return value

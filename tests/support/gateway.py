@@ -48,7 +48,7 @@ def publication(
     default_max_output: int = 64,
     **limits: tuple[int, int],
 ) -> Publication:
-    """One pool behind ``urls``, the org "acme", and the tier "pro": ample limits but for the (per minute, burst) given."""
+    """One pool behind ``urls``, the org "acme", and the tier "pro": ample limits but for the (rate, burst) given."""
     terms = tuple(Limit(name, *limits.get(name, ample), f"why {name}") for name, ample in AMPLE.items())
     pool = PublishedPool(
         model=MODEL,

@@ -160,6 +160,10 @@ def test_a_missing_file(tmp_path: Path) -> None:
         ("a: 1\nb: {c: 1, c: 2}\n", "2: 'c' is given twice, first on line 2; keep one"),
         ("tiers: []\norgs: []\ntiers: []\n", "3: 'tiers' is given twice, first on line 1; keep one"),
         ("? [a]\n: 1\n", "1: a name must be plain text"),
+        ("a: !!int ''\n", "1: '': string index out of range; quote it"),
+        ("a: !!bool x\n", "1: 'x': 'x'; quote it"),
+        ("a: !!timestamp x\n", "1: 'x': "),
+        ("a: 9" + ":0" * 200 + ".0\n", "1: '9:0:0"),
         ("a: 2026-13-45\n", "1: '2026-13-45': month must be in 1..12; quote it"),
         (b"a: 1\nb: \xff\n", "2: is not UTF-8 text"),
         ("a: \x00\n", "1: is not valid YAML"),
@@ -304,6 +308,36 @@ def test_unknown_fields(tmp_path: Path, old: str, new: str, said: str) -> None:
             "    replicas: [{url: 'http://127.0.0.1:8100', profile: h100-llama-3.1-8b}]\n    engines:",
             "3: pools[0].replicas[0].url: http://127.0.0.1:8100 is pools[0].engines[0] already; count it once",
         ),
+        (
+            "h100-llama-3.1-8b, port",
+            "cpu-tiny-llama, port",
+            "2: pools[0].mix: the longest request of chat at scale 1 has 4966 tokens, cpu-tiny-llama holds 4096",
+        ),
+        (
+            "    engines:",
+            "    mix: {scale: 101}\n    engines:",
+            "3: pools[0].mix.scale: input should be less than or equal to 100 (it is 101)",
+        ),
+        (
+            "    engines:",
+            "    slo: {ttft_ms: 1.0e+300}\n    engines:",
+            "3: pools[0].slo.ttft_ms: input should be less than or equal to 3600000 (it is 1e+300)",
+        ),
+        (
+            "port: 8100",
+            "port: 8100, slowdown: 1.0e+300",
+            "4: pools[0].engines[0].slowdown: input should be less than or equal to 10000 (it is 1e+300)",
+        ),
+        ("share: 0.6", "share: 0.6, burst_s: 3601", "6: tiers[0].burst_s: input should be less than or equal to 3600"),
+        (
+            "h100-llama-3.1-8b, port",
+            "~nosuch/x.json, port",
+            "4: pools[0].engines[0].profile: '~nosuch/x.json' begins with the home of nobody here; write the path out",
+        ),
+        ("orgs:", "state_dir: ~nosuch/x\norgs:", "7: state_dir: '~nosuch/x' begins with the home of nobody here"),
+        ("orgs:", 'state_dir: "a\\0b"\norgs:', "7: state_dir: a path cannot hold a null character; take it out"),
+        ("h100-llama-3.1-8b, port", "h" * 300 + ", port", "4: pools[0].engines[0].profile: 'hhhh"),
+        ("port: 8100", "port: 0x" + "f" * 5000, "4: a number is above 9223372036854775807; lower it"),
         ("orgs:", "redis: localhost:6379\norgs:", "7: redis: not a Redis; write embedded, redis://HOST:PORT/0"),
         ("llama-3.1-8b\n", "8\n", "2: pools[0].model: input should be a valid string (it is 8)"),
         ("llama-3.1-8b\n", "'{x}'\n", "2: pools[0].model: '{x}' is not a name"),
@@ -332,3 +366,12 @@ def test_two_pools_for_one_model_are_refused(tmp_path: Path) -> None:
         "tiers:", "  - {model: llama-3.1-8b, replicas: [{url: 'http://a:1', profile: h100-llama-3.1-8b}]}\ntiers:"
     )
     assert problems(tmp_path, text) == ["5: pools[1].model: 'llama-3.1-8b' is pools[0].model too; give each its own"]
+
+
+def test_a_mix_that_no_replica_can_hold_comes_with_the_scale_that_fits(tmp_path: Path) -> None:
+    """A request longer than a profile's context is found before anything starts; the advised scale is accepted."""
+    text = MINIMAL.replace("device: virtual, profile: h100-llama-3.1-8b", "device: cpu, profile: cpu-tiny-llama")
+    (only,) = problems(tmp_path, text)
+    assert only.endswith("(context 4096, KV cache 524288); a scale of at most 0.82 fits")
+    (tmp_path / "penstock.yaml").write_text(text.replace("    engines:", "    mix: {scale: 0.82}\n    engines:"))
+    assert load_config(tmp_path / "penstock.yaml").pools[0].mix.scale == 0.82
