@@ -176,7 +176,9 @@ class Proxy:
             exchange.status, exchange.answered = call.answer.status, True
             headers = ((b"content-type", call.answer.content_type), *headers)
             if request.stream and call.answer.status == 200:
-                stream = StreamFilter(request.shown_usage, request.choices, request.prompts)
+                stream = StreamFilter(
+                    request.shown_usage, request.choices, request.prompts, account.held.prompt_tokens
+                )
                 await self._relay(exchange, account, call, stream, headers, watch, deadline)
             else:
                 self._settle_whole(account, call)

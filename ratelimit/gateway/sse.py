@@ -8,9 +8,10 @@ the stream that the engine would have sent it directly, byte for byte:
 - ``system_fingerprint``, which vLLM puts on the finishing chunk, or on the usage chunk where there is one, moves back.
   (With several choices, on the chunk that finishes the last of them.)
 
-A chunk as vLLM writes it, compact and with its usage, is handled by a few searches in its bytes and never parsed, and
-so are several in one read. All else (a chunk cut in two, several choices, another engine's spacing, the end of the
-stream) takes the general way, event by event. Events end with a blank line, ``\n\n``.
+A chunk as vLLM writes it, one line, compact and with its usage, is handled by a few searches in its bytes and never
+parsed, and so are several in one read. All else (a chunk cut in two, several choices, another engine's spacing, events
+of several lines, the end of the stream) takes the general way, event by event. Events end with a blank line; lines end
+with ``\n`` or ``\r\n``.
 
 An answer is complete when every choice has a ``finish_reason``. ``[DONE]`` alone proves nothing: an engine whose core
 was killed still sends it.
@@ -19,6 +20,7 @@ was killed still sends it.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -27,7 +29,10 @@ from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.wire import ShownUsage
 
 _EVENT_END = b"\n\n"
-_DONE_EVENT = b"data: [DONE]\n\n"
+_ANY_EVENT_END = re.compile(rb"\n\n|\r\n\r\n")
+_DATA = b"data:"
+_NEXT_DATA = b"\n\ndata:"
+_DONE = b"[DONE]"
 _FINISHED = b'"finish_reason":"'
 _USAGE = b',"usage":{'
 _NO_CHOICES = b"[]"
@@ -92,16 +97,22 @@ def answer_usage(body: bytes) -> Usage | None:
 
 
 class StreamFilter:
-    """The state of one stream. ``choices`` answers are expected in all, over ``prompts`` prompts."""
+    """The state of one stream. ``choices`` answers are expected in all, over ``prompts`` prompts.
+
+    A prompt that has not reported its length yet counts with its share of ``held_prompt_tokens``.
+    """
 
     __slots__ = (
         "_by_choice",
         "_choices",
         "_final",
         "_held",
+        "_held_prompt_tokens",
         "_latest",
         "_max_event_bytes",
         "_per_prompt",
+        "_prompts",
+        "_reported",
         "_shown",
         "_tail",
         "done",
@@ -110,15 +121,23 @@ class StreamFilter:
     )
 
     def __init__(
-        self, shown: ShownUsage, choices: int = 1, prompts: int = 1, max_event_bytes: int = 16 * 1024 * 1024
+        self,
+        shown_usage: ShownUsage,
+        choices: int,
+        prompts: int,
+        held_prompt_tokens: int,
+        max_event_bytes: int = 16 * 1024 * 1024,
     ) -> None:
-        self._shown = shown
+        self._shown = shown_usage
         self._choices = choices
+        self._prompts = prompts
         self._per_prompt = max(1, choices // prompts)
+        self._held_prompt_tokens = held_prompt_tokens
         self._max_event_bytes = max_event_bytes
         self._tail = b""  # an event that has not ended
         self._held: bytes | None = None  # the finishing chunk, until the fingerprint is known
-        self._latest = b""  # the newest event that told a single choice's usage, not parsed
+        self._latest = b""  # the newest event that told a single choice's usage, not parsed yet
+        self._reported: Usage | None = None  # a single choice's usage as it was last read
         self._by_choice: dict[int, WireUsage] = {}
         self._final: Usage | None = None
         self.finished = 0
@@ -132,25 +151,35 @@ class StreamFilter:
 
     @property
     def usage(self) -> Usage | None:
-        """What the engine has reported so far."""
+        """What the engine has reported so far; what cannot be read of it leaves the usage read before."""
         if self._final is not None:
             return self._final
-        if self._latest:
-            reported = _chunk_decoder.decode(self._latest[5:]).usage
-            return reported.usage() if reported else None
+        if self._choices == 1:
+            return self._single_usage()
         if not self._by_choice:
             return None
         prompts = {index // self._per_prompt: each.prompt_tokens for index, each in self._by_choice.items()}
         output = sum(each.completion_tokens or 0 for each in self._by_choice.values())
-        return Usage(sum(prompts.values()), output)
+        return Usage(sum(prompts.values()) + self._held_for(self._prompts - len(prompts)), output)
+
+    def _held_for(self, prompts: int) -> int:
+        return -(-self._held_prompt_tokens * max(0, prompts) // self._prompts)
+
+    def _single_usage(self) -> Usage | None:
+        latest, self._latest = self._latest, b""
+        if latest:
+            with suppress(msgspec.DecodeError, UnicodeDecodeError):
+                if told := _chunk_decoder.decode(latest[len(_DATA) :]).usage:
+                    self._reported = told.usage()
+        return self._reported
 
     def feed(self, data: bytes) -> bytes:
         """The bytes to pass on for the bytes that came; ``[DONE]`` is kept back, and ``done`` set.
 
         Raises ``EventTooLargeError``, and ``msgspec.DecodeError`` for an event that is not JSON.
         """
-        end = data.find(_EVENT_END)
-        if end == len(data) - 2 and not self._tail and self._held is None and self._choices == 1:
+        one_line = data.find(b"\n") == len(data) - 2 and data.endswith(_EVENT_END) and data.startswith(_DATA)
+        if one_line and not self._tail and self._held is None and self._choices == 1:
             at = data.rfind(_USAGE)
             if at > 0 and data[at - 2 : at] != _NO_CHOICES and _FINISHED not in data:
                 self._latest = data
@@ -165,10 +194,13 @@ class StreamFilter:
         """Several whole chunks of a single choice in one read, none of them special; ``None`` for anything else."""
         if self._tail or self._held is not None or self._choices != 1 or not data.endswith(_EVENT_END):
             return None
-        if data.count(_USAGE) != data.count(_EVENT_END) or _FINISHED in data or _EMPTY_CHOICES in data:
+        events = data.count(_EVENT_END)
+        if not data.startswith(_DATA) or data.count(_NEXT_DATA) != events - 1 or data.count(b"\n") != 2 * events:
+            return None
+        if data.count(_USAGE) != events or _FINISHED in data or _EMPTY_CHOICES in data:
             return None
         stripped, found = _PLAIN_USAGE.subn(b"", data)
-        if found != data.count(_USAGE):
+        if found != events:
             return None
         self._latest = data[data.rfind(_EVENT_END, 0, -2) + 2 :] if found > 1 else data
         return data if self._shown == "every chunk" else stripped
@@ -183,28 +215,29 @@ class StreamFilter:
 
     def _general(self, data: bytes) -> bytes:
         data = self._take_tail() + data
-        cut = data.rfind(_EVENT_END) + 2
-        if cut < 2:
-            cut = 0
-        self._tail = data[cut:]
+        passed, start = [], 0
+        for end in _ANY_EVENT_END.finditer(data):
+            passed.append(self._event(data[start : end.end()]))
+            start = end.end()
+        self._tail = data[start:]
         if len(self._tail) > self._max_event_bytes:
             raise EventTooLargeError(f"an event is larger than {self._max_event_bytes} bytes")
-        passed = [self._event(event + _EVENT_END) for event in data[:cut].split(_EVENT_END)[:-1]]
         return b"".join(passed)
 
     def _event(self, event: bytes) -> bytes:
-        if event == _DONE_EVENT:
+        told = _data_of(event)
+        if told == _DONE:
             self.done = True
             return self._release()
-        if not event.startswith(b"data:"):
+        if not told:
             return self._release() + event
-        chunk = _chunk_decoder.decode(event[5:])
+        chunk = _chunk_decoder.decode(told)
         if chunk.error is not None:
             self.error_seen = True
         if not chunk.choices and chunk.usage is not None:
             return self._usage_event(event, chunk, chunk.usage)
         if chunk.usage is not None:
-            self._note_usage(event, chunk, chunk.usage)
+            self._note_usage(chunk, chunk.usage)
         self.finished += sum(choice.finish_reason is not None for choice in chunk.choices)
         released = self._release()
         if self._shown == "none" and self.complete and chunk.usage is not None and chunk.system_fingerprint is None:
@@ -212,9 +245,9 @@ class StreamFilter:
             return released
         return released + self._stripped(event, chunk)
 
-    def _note_usage(self, event: bytes, chunk: _Chunk, usage: WireUsage) -> None:
+    def _note_usage(self, chunk: _Chunk, usage: WireUsage) -> None:
         if self._choices == 1:
-            self._latest = event
+            self._latest, self._reported = b"", usage.usage()
         else:
             for choice in chunk.choices:
                 self._by_choice[choice.index] = usage
@@ -237,6 +270,12 @@ class StreamFilter:
         if held is None:
             return b""
         return _replace_usage(held, b"," + fingerprint if fingerprint else b"")
+
+
+def _data_of(event: bytes) -> bytes:
+    """The data of an event, without its comments and other fields; empty where it has none."""
+    lines = [line[len(_DATA) :].strip() for line in event.splitlines() if line.startswith(_DATA)]
+    return b"\n".join(lines)
 
 
 def _replace_usage(event: bytes, member: bytes) -> bytes:

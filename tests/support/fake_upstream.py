@@ -1,8 +1,9 @@
 """A stand-in for one vLLM server: its wire format to the byte, with failures on demand. Raw asyncio, no framework.
 
 It answers ``/v1/chat/completions`` and ``/v1/completions`` in the form of vLLM 0.32: one token a chunk, usage where the
-request asks for it, ``system_fingerprint`` on the last chunk that vLLM puts it on. Ids and times are constant, so that
-two answers to the same request are equal.
+request asks for it, ``system_fingerprint`` on the last chunk that vLLM puts it on. Several prompts are answered each by
+itself, and a chunk tells the usage of its own prompt and choice. Ids and times are constant, so that two answers to the
+same request are equal.
 """
 
 from __future__ import annotations
@@ -27,15 +28,28 @@ def compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def prompt_tokens(body: dict[str, Any]) -> int:
-    """The length of a prompt on this engine: its text's bytes over four, at least 1."""
-    text = body.get("prompt") or "".join(str(message.get("content")) for message in body.get("messages", ()))
+def text_tokens(text: Any) -> int:
+    """The length of a text on this engine: its bytes over four, at least 1."""
     return max(1, len(str(text).encode()) // 4)
 
 
-def output_tokens(body: dict[str, Any]) -> int:
-    """The length of each answer: what the request allows."""
-    return int(body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_OUTPUT)
+def prompt_lengths(body: dict[str, Any]) -> list[int]:
+    """Tokens of each prompt."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+        return [text_tokens(each) for each in prompt]
+    return [text_tokens(prompt or "".join(str(message.get("content")) for message in body.get("messages", ())))]
+
+
+def output_tokens(body: dict[str, Any], ends_after: int | None = None) -> int:
+    """The length of each answer: what the request allows, unless it ends by itself before."""
+    allowed = int(body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_OUTPUT)
+    return allowed if ends_after is None else min(allowed, ends_after)
+
+
+def finish_reason(body: dict[str, Any], ends_after: int | None = None) -> str:
+    """Why answers end: by themselves, or at what the request allows."""
+    return "stop" if output_tokens(body, ends_after) < output_tokens(body) else "length"
 
 
 def usage(prompt: int, output: int) -> dict[str, int]:
@@ -43,15 +57,17 @@ def usage(prompt: int, output: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "total_tokens": prompt + output, "completion_tokens": output}
 
 
-def stream_events(body: dict[str, Any], chat: bool) -> list[bytes]:
-    """Every event of a stream, as vLLM sends them for these ``stream_options``."""
+def stream_events(body: dict[str, Any], chat: bool, ends_after: int | None = None) -> list[bytes]:
+    """Every event of a stream, as vLLM sends them for these options; every choice stops at ``ends_after`` tokens."""
     options = body.get("stream_options") or {}
     asked = bool(options.get("include_usage"))
     every_chunk = asked and bool(options.get("continuous_usage_stats"))
-    prompt, output, n = prompt_tokens(body), output_tokens(body), int(body.get("n") or 1)
-    events = []
+    prompts, output, n = prompt_lengths(body), output_tokens(body, ends_after), int(body.get("n") or 1)
+    reason = finish_reason(body, ends_after)
+    events: list[bytes] = []
 
     def chunk(choices: list[dict[str, Any]], counted: int | None, **more: Any) -> None:
+        prompt = prompts[choices[0]["index"] // n] if choices else sum(prompts)
         told = {"usage": usage(prompt, counted)} if counted is not None else {}
         head = {"id": "cmpl-1", "object": "chunk", "created": 1, "model": body["model"], "choices": choices}
         events.append(f"data: {compact({**head, **told, **more})}\n\n".encode())
@@ -62,9 +78,9 @@ def stream_events(body: dict[str, Any], chat: bool) -> list[bytes]:
             choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
             chunk([choice], 0 if every_chunk else None, prompt_token_ids=None, prompt_text=None)
     for token in range(1, output + 1):
-        for index in range(n):
+        for index in range(n * len(prompts)):
             text = f' tok{token} é "usage":{{}} '
-            finish = "length" if token == output else None
+            finish = reason if token == output else None
             said = {"delta": {"content": text}} if chat else {"text": text}
             more = {"system_fingerprint": FINGERPRINT} if finish and not asked else {}
             chunk(
@@ -73,17 +89,19 @@ def stream_events(body: dict[str, Any], chat: bool) -> list[bytes]:
                 **more,
             )
     if asked:
-        chunk([], n * output, system_fingerprint=FINGERPRINT)
+        chunk([], n * len(prompts) * output, system_fingerprint=FINGERPRINT)
     return [*events, b"data: [DONE]\n\n"]
 
 
-def whole_answer(body: dict[str, Any], chat: bool) -> bytes:
-    """The answer that is not streamed."""
-    n, output = int(body.get("n") or 1), output_tokens(body)
+def whole_answer(body: dict[str, Any], chat: bool, ends_after: int | None = None) -> bytes:
+    """The answer that is not streamed; every choice stops at ``ends_after`` tokens."""
+    prompts, output = prompt_lengths(body), output_tokens(body, ends_after)
+    count = int(body.get("n") or 1) * len(prompts)
     said: dict[str, Any] = {"message": {"role": "assistant", "content": "tok"}} if chat else {"text": "tok"}
-    choices = [{"index": index, **said, "finish_reason": "length"} for index in range(n)]
+    reason = finish_reason(body, ends_after)
+    choices = [{"index": index, **said, "finish_reason": reason} for index in range(count)]
     head = {"id": "cmpl-1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": choices}
-    return compact({**head, "usage": usage(prompt_tokens(body), n * output)}).encode()
+    return compact({**head, "usage": usage(sum(prompts), count * output)}).encode()
 
 
 @dataclass
@@ -91,13 +109,15 @@ class FakeUpstream:
     """One replica. Use as an async context manager; ``failures`` are taken one per request, in order.
 
     While ``gate`` is cleared, streams stop after ``CHUNKS_BEFORE_FAILURE`` chunks and wait for it, and other answers
-    wait before they begin.
+    wait before they begin. Answers stop by themselves at ``ends_after`` tokens, where it is set and the request allows
+    more.
     """
 
     failures: deque[Failure] = field(default_factory=deque)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
+    ends_after: int | None = None
     open_requests: int = 0
     aborted: int = 0
 
@@ -163,9 +183,9 @@ class FakeUpstream:
             refused = compact({"error": {"message": failure, "type": "x", "param": None, "code": None}}).encode()
             return await _send_whole(writer, refusals[failure], refused)
         if body.get("stream"):
-            return await self._stream(writer, stream_events(body, chat), failure)
+            return await self._stream(writer, stream_events(body, chat, self.ends_after), failure)
         await self.gate.wait()
-        return await _send_whole(writer, 200, whole_answer(body, chat))
+        return await _send_whole(writer, 200, whole_answer(body, chat, self.ends_after))
 
     async def _stream(self, writer: asyncio.StreamWriter, events: list[bytes], failure: Failure | None) -> bool:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.sse import EventTooLargeError, StreamFilter, answer_usage
 from ratelimit.gateway.wire import ShownUsage
-from tests.support.fake_upstream import compact, stream_events
+from tests.support.fake_upstream import compact, stream_events, whole_answer
 
 OPTIONS: dict[ShownUsage, dict[str, bool] | None] = {
     "none": None,
@@ -22,6 +23,14 @@ OPTIONS: dict[ShownUsage, dict[str, bool] | None] = {
 }
 FULL = {"include_usage": True, "continuous_usage_stats": True}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x" * 44}], "max_tokens": 5}
+
+#: Prompt tokens that a request held by estimate.
+HELD = 40
+
+
+def single(shown: ShownUsage) -> StreamFilter:
+    """The filter of a stream of one choice."""
+    return StreamFilter(shown, 1, 1, HELD)
 
 
 def relayed(stream: StreamFilter, parts: list[bytes]) -> bytes:
@@ -43,7 +52,7 @@ def test_filtered_stream_equals_the_direct_one(shown: ShownUsage, chat: bool) ->
     body = {**CHAT, "prompt": "hello"}
     direct = b"".join(stream_events({**body, "stream_options": OPTIONS[shown]}, chat))
     asked = stream_events({**body, "stream_options": FULL}, chat)
-    assert relayed(StreamFilter(shown), asked) == direct
+    assert relayed(single(shown), asked) == direct
 
 
 @given(shown=st.sampled_from(list(OPTIONS)), cuts=st.lists(st.integers(0, 3000), max_size=40), n=st.integers(1, 3))
@@ -53,7 +62,7 @@ def test_split_points_change_nothing(shown: ShownUsage, cuts: list[int], n: int)
     whole = b"".join(events)
     bounds = [0, *sorted(cut % len(whole) for cut in cuts), len(whole)]
     parts = [whole[a:b] for a, b in pairwise(bounds) if a < b]
-    by_event, by_part = StreamFilter(shown, choices=n), StreamFilter(shown, choices=n)
+    by_event, by_part = StreamFilter(shown, n, 1, HELD), StreamFilter(shown, n, 1, HELD)
     assert relayed(by_part, parts) == relayed(by_event, events)
     assert by_part.usage == by_event.usage == Usage(11, 5 * n)
     assert by_part.complete
@@ -64,19 +73,19 @@ def test_every_single_byte_boundary() -> None:
     whole = b"".join(events_for(FULL))
     direct = b"".join(events_for(None))
     for cut in range(1, len(whole)):
-        assert relayed(StreamFilter("none"), [whole[:cut], whole[cut:]]) == direct
+        assert relayed(single("none"), [whole[:cut], whole[cut:]]) == direct
 
 
 def test_byte_by_byte() -> None:
     """A stream that arrives one byte at a time comes out the same."""
     whole = b"".join(events_for(FULL))
     parts = [whole[i : i + 1] for i in range(len(whole))]
-    assert relayed(StreamFilter("none"), parts) == b"".join(events_for(None))
+    assert relayed(single("none"), parts) == b"".join(events_for(None))
 
 
 def test_usage_is_known_along_the_way() -> None:
     """The prompt's length is known after the first chunk, and the output so far after each later one."""
-    stream = StreamFilter("none")
+    stream = single("none")
     events = events_for(FULL)
     stream.feed(events[0])
     assert stream.usage == Usage(11, 0)
@@ -88,7 +97,7 @@ def test_usage_is_known_along_the_way() -> None:
 
 def test_usage_of_several_choices_adds_up() -> None:
     """Each choice's chunks tell its own output; what the request used so far is their sum."""
-    stream = StreamFilter("none", choices=2)
+    stream = StreamFilter("none", 2, 1, HELD)
     for event in events_for(FULL, n=2)[:6]:
         stream.feed(event)
     assert stream.usage == Usage(11, 4)
@@ -96,7 +105,7 @@ def test_usage_of_several_choices_adds_up() -> None:
 
 def test_several_prompts_add_up() -> None:
     """Prompts of one completions request are each counted once, whatever the number of choices."""
-    stream = StreamFilter("none", choices=4, prompts=2)
+    stream = StreamFilter("none", 4, 2, HELD)
     for index, prompt in ((0, 10), (1, 10), (2, 7), (3, 7)):
         choice = {"index": index, "text": "a", "finish_reason": None}
         told = {"prompt_tokens": prompt, "completion_tokens": 1}
@@ -104,16 +113,111 @@ def test_several_prompts_add_up() -> None:
     assert stream.usage == Usage(17, 4)
 
 
+def test_prompts_that_have_not_reported_count_as_held() -> None:
+    """From the first chunk to the last, a stream of several prompts never seems to owe less than its prompts."""
+    prompts = ["a" * 400, "b" * 40, "c" * 40, "d" * 40]
+    body = {"model": "m", "prompt": prompts, "n": 2, "max_tokens": 3, "stream_options": FULL}
+    events = stream_events(body, chat=False)
+    stream = StreamFilter("none", 8, 4, held_prompt_tokens=130)
+    stream.feed(events[0])
+    assert stream.usage == Usage(100 + 3 * 33 - 1, 1)  # three quarters of 130, rounded up
+    stream.feed(events[1])
+    assert stream.usage == Usage(100 + 3 * 33 - 1, 2)
+    stream.feed(events[2])
+    assert stream.usage == Usage(110 + 65, 3)
+    for event in events[3:8]:
+        stream.feed(event)
+    assert stream.usage == Usage(130, 8)
+    for event in events[8:]:
+        stream.feed(event)
+    assert stream.usage == Usage(130, 24)
+    assert stream.complete
+
+
+def lines_before_data(event: bytes) -> bytes:
+    return b": ping\nevent: message\n" + event
+
+
+def lines_after_data(event: bytes) -> bytes:
+    return event[:-1] + b"id: 7\nretry: 5\n\n"
+
+
+def with_crlf(event: bytes) -> bytes:
+    return event[:-2] + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize("change", [lines_before_data, lines_after_data, with_crlf])
+@pytest.mark.parametrize("shown", ["none", "final", "every chunk"])
+@pytest.mark.parametrize("reads", ["by event", "pairs", "all at once", "bytes"])
+def test_event_streams_of_every_form(change: Callable[[bytes], bytes], shown: ShownUsage, reads: str) -> None:
+    """Comments, other fields and CRLF pass as they are, and hide no usage, no end and no finish reason."""
+    asked = [change(event) for event in events_for(FULL)]
+    whole = b"".join(asked)
+    parts = {
+        "by event": asked,
+        "pairs": [b"".join(asked[at : at + 2]) for at in range(0, len(asked), 2)],
+        "all at once": [whole],
+        "bytes": [whole[at : at + 1] for at in range(len(whole))],
+    }[reads]
+    stream = single(shown)
+    out = relayed(stream, parts)
+    direct = [change(event) for event in events_for(OPTIONS[shown])[:-1]]
+    assert out == b"".join(direct) + b"data: [DONE]\n\n"
+    assert stream.usage == Usage(11, 5)
+    assert stream.complete
+
+
+@pytest.mark.parametrize("change", [lines_before_data, lines_after_data, with_crlf])
+def test_one_odd_event_among_plain_ones(change: Callable[[bytes], bytes]) -> None:
+    """In one read, an event of several lines is told from the plain ones around it, wherever it comes."""
+    plain = events_for(FULL)[1:4]
+    for odd in range(3):
+        stream = single("none")
+        out = stream.feed(b"".join(change(event) if at == odd else event for at, event in enumerate(plain)))
+        assert out.count(b'"usage":{"') == 0
+        assert stream.usage == Usage(11, 3)
+
+
+@pytest.mark.parametrize(
+    "garbled",
+    [
+        b'data: {"choices":[{"index":0}],"usage":{"prompt_tokens":"x"}}\n\n',
+        b'data: {"choices":[{"index":0}],"usage":{"prompt_tokens"}}\n\n',
+        b'data: {"choices":[{"index":0,"a":"\xff"}],"usage":{"prompt_tokens":\xff}}\n\n',
+    ],
+)
+def test_unreadable_usage_leaves_the_last_one(garbled: bytes) -> None:
+    """Usage that cannot be read raises nothing where an account is settled, and loses nothing read before."""
+    stream = single("none")
+    stream.feed(events_for(FULL)[1])
+    assert stream.usage == Usage(11, 1)
+    stream.feed(garbled)
+    assert stream.usage == Usage(11, 1)
+    stream.feed(events_for(FULL)[2])
+    assert stream.usage == Usage(11, 2)
+
+
+@pytest.mark.parametrize("ends_after", [None, 1, 3])
+def test_answers_that_end_by_themselves_are_complete(ends_after: int | None) -> None:
+    """An answer is complete by its finish reason, whether or not it took all that it was allowed."""
+    body = {**CHAT, "stream_options": FULL}
+    stream = single("none")
+    relayed(stream, stream_events(body, chat=True, ends_after=ends_after))
+    assert stream.complete
+    assert stream.usage == Usage(11, ends_after or 5)
+    assert answer_usage(whole_answer(CHAT, chat=True, ends_after=ends_after)) == Usage(11, ends_after or 5)
+
+
 def test_fingerprint_moves_back_to_the_finishing_chunk() -> None:
     """A client that did not ask for usage finds the fingerprint where the engine alone would have put it."""
-    out = relayed(StreamFilter("none"), events_for(FULL))
+    out = relayed(single("none"), events_for(FULL))
     last = out.split(b"\n\n")[-3]
     assert json.loads(last[5:])["system_fingerprint"]
 
 
 def test_done_without_finish_reason_is_not_complete() -> None:
     """``[DONE]`` alone proves nothing: an engine whose core was killed sends it too."""
-    stream = StreamFilter("none")
+    stream = single("none")
     events = events_for(FULL)
     for event in (*events[:2], events[-1]):
         stream.feed(event)
@@ -123,7 +227,7 @@ def test_done_without_finish_reason_is_not_complete() -> None:
 
 def test_engine_error_is_seen_and_passed() -> None:
     """An error event of the engine reaches the client as it is."""
-    stream = StreamFilter("none")
+    stream = single("none")
     event = b'data: {"error":{"message":"no","code":500}}\n\n'
     assert stream.feed(event) == event
     assert stream.error_seen
@@ -131,7 +235,7 @@ def test_engine_error_is_seen_and_passed() -> None:
 
 def test_other_engines_spacing() -> None:
     """Chunks with spaces in their JSON lose their usage too."""
-    stream = StreamFilter("none")
+    stream = single("none")
     chunk = {"choices": [{"index": 0, "finish_reason": None}], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}
     out = stream.feed(f"data: {json.dumps(chunk)}\n\n".encode())
     assert json.loads(out[5:]) == {"choices": [{"index": 0, "finish_reason": None}]}
@@ -146,7 +250,7 @@ def test_details_inside_usage_go_with_it() -> None:
         "usage": told,
         "prompt_text": None,
     }
-    stream = StreamFilter("none")
+    stream = single("none")
     out = stream.feed(f"data: {compact(chunk)}\n\n".encode())
     del chunk["usage"]
     assert out == f"data: {compact(chunk)}\n\n".encode()
@@ -155,7 +259,7 @@ def test_details_inside_usage_go_with_it() -> None:
 
 def test_an_endless_event_is_refused() -> None:
     """An event that never ends is given up at the bound, so it cannot fill the memory."""
-    stream = StreamFilter("none", max_event_bytes=1000)
+    stream = StreamFilter("none", 1, 1, HELD, max_event_bytes=1000)
     for _ in range(10):
         assert stream.feed(b"x" * 100) == b""
     with pytest.raises(EventTooLargeError):
