@@ -22,6 +22,7 @@ from ratelimit.keys import KeyFile, status
 from ratelimit.publisher import Publisher
 from ratelimit.reaper import Reaper
 from ratelimit.statefile import StateFileError
+from ratelimit.supervisor.departures import Departures
 from ratelimit.supervisor.engines import EngineKeeper
 from ratelimit.supervisor.gateways import GatewayError, GatewayWorkers, gateway_settings
 from ratelimit.supervisor.preflight import StackError, check_ports_free, only_one
@@ -67,13 +68,17 @@ class Ready(msgspec.Struct, frozen=True):
 
 
 def engine_specs(config: Config) -> list[EngineSpec]:
-    """Every engine that the config wants started on this machine."""
-    return [
-        _engine_spec(pool, engine, port) for pool in config.pools for engine in pool.engines for port in engine.ports()
-    ]
+    """Every engine that the config wants started on this machine; those on GPUs share them out in this order."""
+    specs: list[EngineSpec] = []
+    for pool in config.pools:
+        for engine in pool.engines:
+            for port in engine.ports():
+                taken = sum(len(spec.gpus) for spec in specs)
+                specs.append(_engine_spec(pool, engine, port, gpu_index=taken))
+    return specs
 
 
-def _engine_spec(pool: PoolConfig, engine: EngineConfig, port: int) -> EngineSpec:
+def _engine_spec(pool: PoolConfig, engine: EngineConfig, port: int, gpu_index: int) -> EngineSpec:
     return EngineSpec(
         device=engine.device,
         model=pool.model,
@@ -82,6 +87,7 @@ def _engine_spec(pool: PoolConfig, engine: EngineConfig, port: int) -> EngineSpe
         slowdown=engine.slowdown,
         model_path=engine.model_path,
         extra_args=tuple(engine.extra_args),
+        gpu_index=gpu_index,
     )
 
 
@@ -172,14 +178,15 @@ class _Starting:
         publisher = Publisher(redis, self._config.state_dir)
         controller = Controller(self._config, lambda changed: Fleet(session, changed), publisher)
 
+        departures = Departures(session, controller.published_without, engines.let_go)
+
         def adopt(config: Config) -> None:
             specs = engine_specs(config)
-            # The controller first: a replica that goes stops taking requests before its engine is stopped.
             controller.adopt(config)
-            engines.want(specs)
+            departures.add(engines.want(specs))
 
         reaper = Reaper(redis, lambda: [pool.model for pool in self._watch.config.pools])
-        await self._beside(controller.run(), reaper.run(), follow(self._watch, adopt))
+        await self._beside(controller.run(), reaper.run(), departures.run(), follow(self._watch, adopt))
         await or_stop(_first_limits(controller, self._config), self._stop, self._tasks)
         return controller
 
