@@ -1,14 +1,15 @@
 """What a gateway knows of the world: the newest publication and the API keys, read from Redis and swapped whole.
 
 Changes are announced on a channel; a read every second catches what an announcement missed. While Redis is away the
-last good state stays in force. A document that this version cannot read is counted, logged once and left aside.
+last good state stays in force, and so it does while Redis has lost the publication. A publication that this version
+cannot read is counted, logged once and left aside; so is a single key.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from time import time
 
@@ -83,18 +84,19 @@ class Directory:
             pipe.get(PUBLICATION_KEY)
             pipe.hgetall(KEYS_KEY)
             document, key_documents = await pipe.execute()
-        if document is not None and document != self._document:
+        if document is None:  # Redis came back empty, or was never filled: the keys are as little to be believed
+            return
+        if document != self._document:
             self._document = document
-            self._guarded("publication", lambda: self._swap_publication(document))
+            try:
+                self._swap_publication(document)
+            except ValueError as error:  # msgspec's are ValueErrors too
+                self._note_failure("publication", error)
+            else:
+                self._failed.discard("publication")
         if key_documents != self._key_documents:
             self._key_documents = key_documents
-            self._guarded("keys", lambda: self._swap_keys(key_documents))
-
-    def _guarded(self, what: str, swap: Callable[[], None]) -> None:
-        try:
-            swap()
-        except ValueError as error:  # msgspec's are ValueErrors too
-            self._note_failure(what, error)
+            self._swap_keys(key_documents)
 
     def _swap_publication(self, document: bytes) -> None:
         publication = msgspec.json.decode(document, type=Publication)
@@ -106,14 +108,25 @@ class Directory:
         self._metrics.published(publication)
 
     def _swap_keys(self, documents: Mapping[bytes, bytes]) -> None:
-        records = [msgspec.json.decode(document, type=KeyRecord) for document in documents.values()]
+        records: list[KeyRecord] = []
+        unreadable: ValueError | None = None
+        for document in documents.values():
+            try:
+                records.append(msgspec.json.decode(document, type=KeyRecord))
+            except ValueError as error:
+                unreadable = error
+                self._metrics.directory_errors.labels("key").inc()
         self._keys = {record.digest: record for record in records}
         self._metrics.keys.set(len(records))
+        if unreadable is None:
+            self._failed.discard("keys")
+        else:
+            self._note_failure("keys", unreadable)
 
     def _note_failure(self, what: str, error: Exception) -> None:
         self._metrics.directory_errors.labels(what).inc()
         if what not in self._failed:
-            log.error("cannot read %s, the last good state stays in force: %s", what, error)
+            log.error("cannot read %s, what was read before stays in force: %s", what, error)
             self._failed.add(what)
 
     async def run(self) -> None:
