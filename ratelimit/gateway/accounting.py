@@ -1,7 +1,8 @@
 """A reservation's life within one request: admitted, corrected when the engine tells the prompt's length, settled once.
 
 Only admission is waited for. Corrections and settlements run as tasks that no cancellation of the request touches, one
-after the other; ``Ledger.drain`` waits for them when the process ends. What cannot be settled ends with its lease.
+after the other; ``Ledger.drain`` waits for them when the process ends. While the store is away a settlement is tried
+again, for a bounded time and in bounded numbers; what cannot be settled is counted, and ends with its lease.
 
 What a request owes in the end:
 
@@ -15,8 +16,8 @@ What a request owes in the end:
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Coroutine, Sequence
+from random import uniform
 from typing import Any, Protocol
 
 from ratelimit.gateway.charges import charges_for, used_charges
@@ -25,16 +26,22 @@ from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.terms import Terms
 from ratelimit.gateway.wire import ParsedRequest
 from ratelimit.keys import KeyRecord
-from ratelimit.meter import Admitted, Charge, Denied, Reading
+from ratelimit.meter import TOMBSTONE_US, Admitted, Charge, Denied, Reading
 from ratelimit.store import StoreUnavailableError
-
-log = logging.getLogger(__name__)
 
 #: A lease outlives the request timeout by this, so that a settlement at the very end still comes first.
 SETTLE_GRACE_MS = 5_000
-#: Pauses between attempts to settle while the store is away. They double, until the lease has ended the reservation.
+#: Pauses between attempts to settle while the store is away. They double, and are spread by ±half, so that many
+#: settlements do not come back at one instant.
 _FIRST_SETTLE_PAUSE_S = 0.1
 _LONGEST_SETTLE_PAUSE_S = 5.0
+#: From the first attempt to settle to the last. An attempt whose answer was lost may have settled; the store knows that
+#: for as long as its tombstone lasts, and a later attempt would charge once more.
+LONGEST_SETTLING_S = TOMBSTONE_US / 1e6 - 20
+#: Settlements that may wait for the store at once; what is beyond them is left to its lease.
+MOST_WAITING = 10_000
+#: After a failed admission, for the store to have done what it was asked, before that is taken back.
+_GIVE_BACK_PAUSE_S = 0.5
 #: Output beyond the hold is charged in steps of this many tokens while a stream runs.
 OVERRUN_TOKENS = 256
 
@@ -59,6 +66,7 @@ class Ledger:
         self.metrics = metrics
         self.lease_ms = round(request_timeout_s * 1_000) + SETTLE_GRACE_MS
         self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting = 0
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run on, whatever becomes of the request."""
@@ -66,6 +74,17 @@ class Ledger:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def pause(self, pause_s: float) -> bool:
+        """Wait for the store to come back, for about this long; at once False where too many wait already."""
+        if self._waiting >= MOST_WAITING:
+            return False
+        self._waiting += 1
+        try:
+            await asyncio.sleep(pause_s * uniform(0.5, 1.5))  # noqa: S311 - a pause is no secret
+        finally:
+            self._waiting -= 1
+        return True
 
     async def drain(self, timeout_s: float) -> None:
         """Wait for what is under way, at most this long."""
@@ -100,6 +119,7 @@ class Account:
         self._charges = charges_for(record.id, terms, held, self.cost_us)
         self._previous: asyncio.Task[None] | None = None
         self._settled = False
+        self._lease_ends_s = 0.0
 
     def _cost_us(self, usage: Usage, choices: int) -> int:
         return pool_cost_us(self._terms.groups, usage, choices, self._prompts)
@@ -108,13 +128,17 @@ class Account:
         """Ask the store; ``None`` where limits are not enforced. Raises ``StoreUnavailableError``."""
         if self._limiter is None:
             return None
+        self._lease_ends_s = self._lease_from_now_s()
         try:
             answer = await self._limiter.admit(
                 self._request_id, self._charges, self._terms.epoch, self._ledger.lease_ms
             )
-        except BaseException as error:  # re-raised: cancelled or failed, the store may hold what was asked
-            if isinstance(error, StoreUnavailableError):
-                self._ledger.metrics.store_errors.labels("admit").inc()
+        except StoreUnavailableError:
+            self._ledger.metrics.store_errors.labels("admit").inc()
+            self._settled = True
+            self._queue(self._give_back(self._limiter))
+            raise
+        except BaseException:  # cancelled: the store may hold what was asked
             self.settle_unserved()
             raise
         if isinstance(answer, Denied):
@@ -161,25 +185,47 @@ class Account:
         self._previous = self._ledger.spawn(_after(self._previous, work))
 
     async def _extend(self, limiter: Limiter, charges: Sequence[Charge]) -> None:
+        lease_ends_s = self._lease_from_now_s()
         try:
             await limiter.extend(self._request_id, charges, self._ledger.lease_ms)
         except StoreUnavailableError:
             self._ledger.metrics.store_errors.labels("extend").inc()  # the settlement corrects it
+        else:
+            self._lease_ends_s = lease_ends_s
 
     async def _settle_in_store(self, limiter: Limiter, charges: Sequence[Charge]) -> None:
         clock = asyncio.get_running_loop().time
-        give_up_s = clock() + self._ledger.lease_ms / 1_000
+        give_up_s = min(clock() + LONGEST_SETTLING_S, self._lease_ends_s)
         pause_s = _FIRST_SETTLE_PAUSE_S
-        while clock() < give_up_s:
-            try:
-                await limiter.settle(self._request_id, charges)
-            except StoreUnavailableError:
-                self._ledger.metrics.store_errors.labels("settle").inc()
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_SETTLE_PAUSE_S)
-            else:
+        while not await self._settles(limiter, charges):
+            if clock() + pause_s > give_up_s:
+                self._left_to_its_lease("store away")
                 return
-        log.error("reservation %s could not be settled and ends with its lease", self._request_id)
+            if not await self._ledger.pause(pause_s):
+                self._left_to_its_lease("too many")
+                return
+            pause_s = min(2 * pause_s, _LONGEST_SETTLE_PAUSE_S)
+
+    async def _give_back(self, limiter: Limiter) -> None:
+        """Take back, in one attempt, an admission that failed for the caller and may have come through in the store."""
+        if not await self._ledger.pause(_GIVE_BACK_PAUSE_S):
+            self._left_to_its_lease("too many")
+        elif not await self._settles(limiter, used_charges(self._charges, _NOTHING, 0, requests=0)):
+            self._left_to_its_lease("failed admission")
+
+    async def _settles(self, limiter: Limiter, charges: Sequence[Charge]) -> bool:
+        try:
+            await limiter.settle(self._request_id, charges)
+        except StoreUnavailableError:
+            self._ledger.metrics.store_errors.labels("settle").inc()
+            return False
+        return True
+
+    def _left_to_its_lease(self, reason: str) -> None:
+        self._ledger.metrics.unsettled.labels(reason).inc()
+
+    def _lease_from_now_s(self) -> float:
+        return asyncio.get_running_loop().time() + self._ledger.lease_ms / 1_000
 
 
 async def _after(previous: asyncio.Task[None] | None, work: Coroutine[Any, Any, None]) -> None:

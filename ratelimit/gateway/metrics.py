@@ -53,6 +53,9 @@ class GatewayMetrics:
         self.store_errors = Counter(
             "penstock_store_errors", "Calls to the store that failed.", ["operation"], registry=registry
         )
+        self.unsettled = Counter(
+            "penstock_unsettled", "Reservations left to end with their leases.", ["reason"], registry=registry
+        )
         self.directory_errors = Counter(
             "penstock_directory_errors", "Failed reads of the publication or the keys.", ["what"], registry=registry
         )
