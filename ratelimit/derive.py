@@ -25,10 +25,18 @@ from math import fsum
 import msgspec
 
 from ratelimit.explain import approximate, factor_value, factor_value_up, number, shown, timestamp
-from ratelimit.keylimits import Lengths, Supply, burst_of, key_limits, lengths_of
+from ratelimit.keylimits import Lengths, Supply, burst_of, countable, key_limits, lengths_of
 from ratelimit.overrides import Override
 from ratelimit.policy import Policy, PoolPolicy, TierPolicy
-from ratelimit.publication import Limit, Publication, PublishedPool, PublishedReplica, TierLimits
+from ratelimit.publication import (
+    MOST_BUDGET_BURST,
+    MOST_PER_MINUTE,
+    Limit,
+    Publication,
+    PublishedPool,
+    PublishedReplica,
+    TierLimits,
+)
 from serving.capacity import ReplicaGroup, fleet_cost_s
 from serving.stepsim import Knee
 
@@ -114,7 +122,8 @@ def _tier_limits(
         return TierLimits(tier.name, model, keys, ())
     of_tier = [override for override in overrides if override.tier == tier.name]
     derived = key_limits(tier, keys, supply, lengths)
-    return TierLimits(tier.name, model, keys, tuple(_overridden(limit, model, tier, of_tier) for limit in derived))
+    limits = (countable(_overridden(limit, model, tier, of_tier)) for limit in derived)
+    return TierLimits(tier.name, model, keys, tuple(limits))
 
 
 def _overridden(limit: Limit, model: str, tier: TierPolicy, overrides: Sequence[Override]) -> Limit:
@@ -145,9 +154,11 @@ def _published_pool(
     groups = _merged([s.group for s in supplies])
     cost_s = fsum(fleet_cost_s(groups, shape) for shape in pool.mix.shapes) / len(pool.mix.shapes) if groups else 0.0
     usable = float(supply.usable)
-    rate = int(usable * cost_s * 60 * _MICROSECONDS)
+    rate = min(int(usable * cost_s * 60 * _MICROSECONDS), MOST_PER_MINUTE)
     burst_requests = fsum(tier.active_keys * _burst_requests(tier, lengths) for tier in tiers)
-    burst = int(POOL_BURST_FACTOR * burst_requests * cost_s * _MICROSECONDS)
+    full_burst = int(POOL_BURST_FACTOR * burst_requests * cost_s * _MICROSECONDS)
+    burst = min(full_burst, MOST_BUDGET_BURST)
+    cut = ", cut to what can be counted exactly" if burst < full_burst else ""
     return PublishedPool(
         model=pool.model,
         replicas=tuple(s.replica for s in supplies),
@@ -162,7 +173,7 @@ def _published_pool(
         usable_output_tokens_per_s=usable * pool.mix.mean_output_tokens,
         explanation=f"{supply.text}\n× {cost_s:.4g} replica-seconds of cost a request = {usable * cost_s:.4g} of "
         f"{len(supplies)} replicas busy; burst {approximate(Fraction(burst, _MICROSECONDS))} replica-seconds: "
-        f"{POOL_BURST_FACTOR} × the bursts of all keys",
+        f"{POOL_BURST_FACTOR} × the bursts of all keys{cut}",
     )
 
 

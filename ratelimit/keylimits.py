@@ -10,7 +10,7 @@ import msgspec
 
 from ratelimit.explain import Factor, factor_value, factor_value_up, formula, number, product, shown, shown_up
 from ratelimit.policy import TierPolicy
-from ratelimit.publication import Limit, LimitName
+from ratelimit.publication import MOST_BURST, MOST_PER_MINUTE, Limit, LimitName
 from serving.capacity import WorkloadMix
 
 #: A full token bucket lets small requests pass more easily than big ones, so a caller over its limits is admitted more
@@ -73,6 +73,16 @@ def key_limits(tier: TierPolicy, active_keys: int, supply: Supply, lengths: Leng
         _rated("output_tokens", supply, (*fair, outputs), lengths, tier.burst_s),
         _concurrency(supply, fair, requests.burst),
     )
+
+
+def countable(limit: Limit) -> Limit:
+    """The limit, cut to what the meter counts exactly where it is beyond, which its explanation then says."""
+    most_at_once = MOST_BURST if limit.per_minute else MOST_PER_MINUTE
+    per_minute, burst = min(limit.per_minute, MOST_PER_MINUTE), min(limit.burst, most_at_once)
+    if (per_minute, burst) == (limit.per_minute, limit.burst):
+        return limit
+    cut = f"{per_minute:,}/min, burst {burst:,}" if per_minute else f"{burst:,} in flight"
+    return Limit(limit.name, per_minute, burst, f"{limit.explanation}\ncut to {cut}: more cannot be counted exactly")
 
 
 def burst_of(per_minute: Fraction, burst_s: float) -> Fraction:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from ratelimit.publication import LimitName, Publication
+from ratelimit.publication import MOST_PER_MINUTE, LimitName, Publication
 from ratelimit.statefile import StateFile
 
 MOST_OVERRIDES = 1000
@@ -62,6 +62,10 @@ def setting(
     if per_minute < 1:
         raise OverrideError(
             f"{limit} cannot be set to {per_minute}; the least is 1 (to shut a caller out, revoke its key)"
+        )
+    if per_minute > MOST_PER_MINUTE:
+        raise OverrideError(
+            f"{limit} cannot be set to {per_minute}; the largest that can be counted is {MOST_PER_MINUTE}"
         )
     return Override(tier, model, limit, per_minute, until, reason, id=_new_id())
 

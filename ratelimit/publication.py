@@ -9,10 +9,19 @@ from typing import Literal
 
 import msgspec
 
+from ratelimit.meter import EXACT, MINUTE_US
 from ratelimit.policy import OrgPolicy
 from serving.capacity import ReplicaGroup
 
 LimitName = Literal["requests", "input_tokens", "output_tokens", "concurrency"]
+
+#: The largest rate of a limit (a gauge's largest count too), and the largest burst of a rated one, that the meter
+#: counts exactly. A gateway refuses a publication that goes beyond.
+MOST_PER_MINUTE = EXACT - 1
+MOST_BURST = MOST_PER_MINUTE // MINUTE_US
+#: The same for a pool's budget, in replica-microseconds; its level is kept in milliseconds.
+POOL_TICK_US = 1_000
+MOST_BUDGET_BURST = MOST_PER_MINUTE // (MINUTE_US // POOL_TICK_US)
 
 
 class Limit(msgspec.Struct, frozen=True):

@@ -13,10 +13,20 @@ from hypothesis import strategies as st
 
 from ratelimit.derive import POOL_BURST_FACTOR, ReplicaSupply, derive
 from ratelimit.explain import shown
+from ratelimit.gateway.charges import charges_for
+from ratelimit.gateway.hold import Usage
+from ratelimit.gateway.terms import terms_by_tier
 from ratelimit.keylimits import REQUEST_HEADROOM
 from ratelimit.overrides import FrozenLimit, Override, active
 from ratelimit.policy import Policy, PoolPolicy, TierPolicy
-from ratelimit.publication import Limit, Publication, PublishedReplica
+from ratelimit.publication import (
+    MOST_BUDGET_BURST,
+    MOST_BURST,
+    POOL_TICK_US,
+    Limit,
+    Publication,
+    PublishedReplica,
+)
 from serving.capacity import EngineLimits, ReplicaGroup, RequestShape, Slo, StepTimeModel, WorkloadMix, fleet_cost_s
 from serving.stepsim import Knee
 
@@ -97,7 +107,7 @@ def test_explanation_names_every_factor_and_its_source() -> None:
 
 def recomputed(limit: Limit) -> int:
     """The limit as someone with the explanation and a calculator finds it, the supply line included."""
-    supply_line, formula = re.sub(r"\([^()]*\)|\[[^]]*\]", "", limit.explanation).split("\n")
+    supply_line, formula = re.sub(r"\([^()]*\)|\[[^]]*\]", "", limit.explanation).split("\n")[:2]
     supplied, usable = supply_line.split(" = ")
     supplied, _, spare = supplied.partition(" − ")
     kinds = [re.findall(r"(?:^|× )([\d.,]+)", kind) for kind in supplied.split(" + ")]
@@ -276,7 +286,29 @@ def test_pool_burst_holds_every_keys_burst(fleet: list[float], mix: WorkloadMix,
         for limit in tier.limits
         if limit.name == "output_tokens"
     )
-    assert pool.budget_burst >= POOL_BURST_FACTOR * brought * (1 - 1e-6) - 1
+    assert pool.budget_burst >= min(POOL_BURST_FACTOR * brought * (1 - 1e-6) - 1, MOST_BUDGET_BURST)
+
+
+def test_limits_stay_within_what_the_meter_counts() -> None:
+    """However large supply, burst and overrides are, a gateway can charge every limit, and a cut one says so."""
+    rules = policy(TierPolicy("pro", 1.0, 1.0, 0, 3600.0))
+    overrides = (
+        Override("pro", None, "requests", 2**53 - 1, 1e10, "x"),
+        Override("pro", None, None, None, 1e10, "x", (FrozenLimit(MODEL, "concurrency", 0, 2**60),)),
+    )
+    publication = published(supply(1e15), rules=rules, keys={"pro": 10}, overrides=overrides)
+    for terms in terms_by_tier(publication).values():
+        charges = charges_for("k_0", terms, Usage(0, 0), 0)
+    assert [charge.capacity for charge in charges] == [MOST_BURST] * 3 + [2**53 - 1, MOST_BUDGET_BURST]
+    assert charges[-1].tick_us == POOL_TICK_US
+    assert charges[0].rate == charges[-1].rate == 2**53 - 1
+    assert limits(publication)["requests"].explanation.endswith(
+        "\ncut to 9,007,199,254,740,991/min, burst 150,119,987: more cannot be counted exactly"
+    )
+    assert limits(publication)["concurrency"].explanation.endswith(
+        "\ncut to 9,007,199,254,740,991 in flight: more cannot be counted exactly"
+    )
+    assert publication.pools[0].explanation.endswith("the bursts of all keys, cut to what can be counted exactly")
 
 
 def test_best_effort_tier_is_limited_by_its_ceiling() -> None:

@@ -61,6 +61,13 @@ def test_a_limit_cannot_be_set_to_nothing(value: int) -> None:
         setting("pro", "requests", value, 50.0, "x")
 
 
+def test_a_limit_cannot_be_set_beyond_what_is_counted() -> None:
+    """A value that the meter could not count exactly is refused, and the largest it can is named."""
+    with pytest.raises(OverrideError, match=f"the largest that can be counted is {2**53 - 1}"):
+        setting("pro", "requests", 2**53, 50.0, "x")
+    assert setting("pro", "requests", 2**53 - 1, 50.0, "x").per_minute == 2**53 - 1
+
+
 def test_active_until_the_end() -> None:
     """An override is in force before its end and not at it."""
     overrides = [setting("pro", "requests", 1, until, "x") for until in (10.0, 20.0, 30.0)]
