@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from time import time
 from typing import Literal
@@ -24,7 +24,10 @@ MOST_KEYS = 100_000
 _SECRET_BYTES = 32
 _ID_BYTES = 4
 
+DEMO_KEY_NAME = "demo"
+
 KeyStatus = Literal["active", "expired", "revoked"]
+KeyIssuer = Literal["operator", "up"]
 
 
 class ApiKeyError(ValueError):
@@ -32,7 +35,10 @@ class ApiKeyError(ValueError):
 
 
 class KeyRecord(msgspec.Struct, frozen=True):
-    """What is kept of a key. ``id`` is public; times are seconds since 1970, None for never."""
+    """What is kept of a key. ``id`` is public; times are seconds since 1970, None for never.
+
+    ``issued_by`` tells the demo keys that `penstock up` makes, and replaces at its next start, from an operator's.
+    """
 
     id: str
     digest: str
@@ -42,6 +48,7 @@ class KeyRecord(msgspec.Struct, frozen=True):
     created_at: float
     expires_at: float | None = None
     revoked_at: float | None = None
+    issued_by: KeyIssuer = "operator"
 
 
 def digest(secret: str) -> str:
@@ -93,21 +100,35 @@ class KeyFile:
         """All records, oldest first."""
         return self._file.read()
 
-    def create(self, *, org: str, tier: str, name: str, valid_s: float | None = None) -> tuple[str, KeyRecord]:
+    def create(
+        self, *, org: str, tier: str, name: str, valid_s: float | None = None, issued_by: KeyIssuer = "operator"
+    ) -> tuple[str, KeyRecord]:
         """Make and keep a key, valid for ``valid_s`` seconds or until revoked; its secret cannot be had again."""
-        if valid_s is not None and valid_s <= 0:
-            raise ApiKeyError(f"a key cannot be valid for {valid_s:g} s; give a time above 0")
         now_s = self._clock()
-        expires_at = None if valid_s is None else now_s + valid_s
+        expires_at = _expiry(now_s, valid_s)
         with self._file.changing() as records:
-            if len(records) >= MOST_KEYS:
-                raise ApiKeyError(f"there are {MOST_KEYS} keys already, the most this file keeps")
-            taken = {record.id for record in records}
-            secret, record = new_key(org, tier, name, now_s, expires_at)
-            while record.id in taken:
-                secret, record = new_key(org, tier, name, now_s, expires_at)
+            secret, record = _unlike(records, org, tier, name, now_s, expires_at)
+            record = msgspec.structs.replace(record, issued_by=issued_by)
             records.append(record)
         return secret, record
+
+    def replace_demo(self, org: str, tier: str, valid_s: float) -> str:
+        """The secret of a new demo key, which takes the place of the last one, in one change of the file.
+
+        Only keys that `penstock up` issued are touched: the one still active is revoked, those that had ended before
+        are dropped, so that starts do not make the file grow.
+        """
+        now_s = self._clock()
+        expires_at = _expiry(now_s, valid_s)
+        with self._file.changing() as records:
+            records[:] = [
+                record if record.issued_by != "up" else msgspec.structs.replace(record, revoked_at=now_s)
+                for record in records
+                if record.issued_by != "up" or status(record, now_s) == "active"
+            ]
+            secret, record = _unlike(records, org, tier, DEMO_KEY_NAME, now_s, expires_at)
+            records.append(msgspec.structs.replace(record, issued_by="up"))
+        return secret
 
     def revoke(self, key_id: str) -> KeyRecord:
         """Revoke a key by its public id; one already revoked keeps its time. Raises ``ApiKeyError``."""
@@ -118,3 +139,22 @@ class KeyFile:
             if records[position].revoked_at is None:
                 records[position] = msgspec.structs.replace(records[position], revoked_at=self._clock())
             return records[position]
+
+
+def _expiry(now_s: float, valid_s: float | None) -> float | None:
+    if valid_s is not None and valid_s <= 0:
+        raise ApiKeyError(f"a key cannot be valid for {valid_s:g} s; give a time above 0")
+    return None if valid_s is None else now_s + valid_s
+
+
+def _unlike(
+    records: Sequence[KeyRecord], org: str, tier: str, name: str, now_s: float, expires_at: float | None
+) -> tuple[str, KeyRecord]:
+    """A new key whose public id no other has, if there is room for one."""
+    if len(records) >= MOST_KEYS:
+        raise ApiKeyError(f"there are {MOST_KEYS} keys already, the most this file keeps")
+    taken = {record.id for record in records}
+    while True:
+        secret, record = new_key(org, tier, name, now_s, expires_at)
+        if record.id not in taken:
+            return secret, record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import stat
 import threading
@@ -184,6 +185,33 @@ def test_a_failed_write_keeps_the_old_keys(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(StateFileError, match="No space left on device; the old file is unchanged"):
         keys.create(org="acme", tier="pro", name="second")
     assert keys.records() == [kept]
+
+
+def test_the_demo_key_replaces_only_its_like(tmp_path: Path) -> None:
+    """Each start revokes the last demo key and forgets older ones; an operator's key of that name is left alone."""
+    clock = Clock(1000.0)
+    keys = KeyFile(tmp_path, clock)
+    operators = keys.create(org="acme", tier="pro", name="demo")[1]
+    secrets = []
+    for _ in range(4):
+        clock.now_s += 1
+        secrets.append(keys.replace_demo("acme", "pro", valid_s=60.0))
+    kept, last, newest = keys.records()
+    assert kept == operators
+    assert (last.digest, last.revoked_at, last.issued_by) == (digest(secrets[2]), 1004.0, "up")
+    assert (newest.digest, newest.expires_at, newest.name) == (digest(secrets[3]), 1064.0, "demo")
+    assert status(newest, 1004.0) == "active"
+
+
+def test_a_key_file_from_before_issuers_is_read(tmp_path: Path) -> None:
+    """Records without an issuer are the operator's."""
+    record = KeyFile(tmp_path).create(org="acme", tier="pro", name="ci")[1]
+    path = tmp_path / "keys.json"
+    document = json.loads(path.read_text())
+    del document["records"][0]["issued_by"]
+    path.write_text(json.dumps(document))
+    assert KeyFile(tmp_path).records() == [record]
+    assert record.issued_by == "operator"
 
 
 def test_digest_is_hex_sha256() -> None:
