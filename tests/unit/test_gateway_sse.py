@@ -178,6 +178,28 @@ def test_one_odd_event_among_plain_ones(change: Callable[[bytes], bytes]) -> Non
         assert stream.usage == Usage(11, 3)
 
 
+@pytest.mark.parametrize("change", [lines_before_data, lines_after_data, with_crlf])
+def test_usage_of_an_odd_event_is_read_at_once(change: Callable[[bytes], bytes]) -> None:
+    """What an event of several lines reports is known as soon as it came, as for a plain one."""
+    stream = single("none")
+    for output, event in enumerate(events_for(FULL)[:4]):
+        stream.feed(change(event))
+        assert stream.usage == Usage(11, output)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("together", [True, False])
+def test_comments_are_never_taken_for_usage(at: int, together: bool) -> None:
+    """A comment passes untouched, alone and among other events of one read, even where it reads like usage."""
+    comment = b': {"a":1,"usage":{"prompt_tokens":7}}\n\n'
+    events = events_for(FULL)[1:3]
+    events.insert(at, comment)
+    stream = single("none")
+    out = stream.feed(b"".join(events)) if together else b"".join(map(stream.feed, events))
+    assert comment in out
+    assert stream.usage == Usage(11, 2)
+
+
 @pytest.mark.parametrize(
     "garbled",
     [
