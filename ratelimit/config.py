@@ -151,7 +151,10 @@ class PoolConfig(Section):
 
 
 class TierConfig(Section):
-    """A class of callers; see ``TierPolicy``."""
+    """A class of callers; see ``TierPolicy``.
+
+    ``priority`` is accepted and does nothing yet; nor does ``ceiling`` where ``share`` is above 0.
+    """
 
     name: Name
     share: Share

@@ -11,8 +11,11 @@ class TierPolicy(msgspec.Struct, frozen=True):
     """A class of callers.
 
     ``share`` of every pool's usable capacity is assured to the tier's active keys together; a tier with share 0 is
-    best effort and is limited by ``ceiling``, the most of a pool that it may take. ``priority`` is vLLM's: lower is
-    served first. ``burst_s`` seconds of its rate may come at once.
+    best effort and is limited by ``ceiling``, the most of a pool that it may take. ``burst_s`` seconds of its rate may
+    come at once.
+
+    Two fields do nothing yet. ``ceiling`` has no effect where the share is above 0: an assured tier does not borrow
+    what others leave. ``priority`` (vLLM's: lower is served first) is read by nothing.
     """
 
     name: str

@@ -46,8 +46,9 @@ def explain(
         return
     console = Console()
     console.print(f"epoch {published.epoch}, published {published.published_at}: {escape(published.reason)}")
+    ceilings = {tier.name: tier.ceiling for tier in settings.tiers if tier.share}
     for limits in chosen:
-        _print(console, limits)
+        _print(console, limits, ceilings.get(limits.tier))
 
 
 @app.command("set")
@@ -128,8 +129,10 @@ def _tier_named(config: Config, published: Publication, key_or_tier: str | None)
     raise StateFileError(f"{key_or_tier!r} is neither a key's id nor a tier; tiers are {', '.join(sorted(tiers))}")
 
 
-def _print(console: Console, limits: TierLimits) -> None:
+def _print(console: Console, limits: TierLimits, unused_ceiling: float | None) -> None:
     console.print(f"\n[bold]{escape(limits.tier)}[/] on {escape(limits.model)}, {limits.active_keys} active key(s)")
+    if unused_ceiling is not None:
+        console.print(f"  ceiling {unused_ceiling:g}: not borrowed from yet")
     if not limits.limits:
         console.print("  no limits: no replica serves this model, or none meets its SLO", style="red")
     for limit in limits.limits:

@@ -7,6 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ratelimit.cli import app
+from ratelimit.publication import Publication, TierLimits
+from ratelimit.publisher import published_file
 from tests.support.stack import write_config
 
 runner = CliRunner()
@@ -71,6 +73,20 @@ def test_explaining_before_anything_is_published_says_so(config: Path) -> None:
 
     assert result.exit_code == 1
     assert "penstock up" in result.output
+
+
+def test_a_ceiling_without_effect_is_said_to_have_none(config: Path) -> None:
+    """`limits explain` says of an assured tier that its ceiling is not borrowed from yet, and not of best effort."""
+    config.write_text(config.read_text().replace("name: free, share: 0.2", "name: free, share: 0"))
+    tiers = tuple(TierLimits(tier, "llama-3.1-8b", 1, ()) for tier in ("pro", "free"))
+    with published_file(config.parent / "state").changing() as newest:
+        newest[:] = [Publication(1, "now", "test", enforce=True, pools=(), tiers=tiers)]
+
+    explained = {tier: runner.invoke(app, ["limits", "explain", tier, "-c", str(config)]) for tier in ("pro", "free")}
+
+    assert "ceiling 1: not borrowed from yet" in explained["pro"].output
+    assert explained["free"].exit_code == 0
+    assert "ceiling" not in explained["free"].output
 
 
 def test_revoking_an_unknown_key_names_where_ids_are_shown(config: Path) -> None:
