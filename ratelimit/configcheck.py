@@ -105,6 +105,25 @@ def contradictions(config: Config) -> list[Finding]:
     return list(dict.fromkeys(found))
 
 
+def live_change_problems(old: Config, new: Config) -> list[str]:
+    """Why ``new`` cannot take the place of ``old`` while Penstock runs: the state and Redis are where they are."""
+    return [
+        f"{name}: cannot change while Penstock runs; restart it to use the new one, or put the old one back"
+        for name in ("state_dir", "redis")
+        if getattr(old, name) != getattr(new, name)
+    ]
+
+
+def changes_at_restart(old: Config, new: Config) -> list[str]:
+    """What ``new`` changes that takes effect only at the next start: the gateways' settings other than enforce."""
+    return [
+        f"gateway.{name}: changed from {getattr(old.gateway, name)} to {getattr(new.gateway, name)}, "
+        "which takes effect at the next start"
+        for name in type(new.gateway).model_fields
+        if name != "enforce" and getattr(old.gateway, name) != getattr(new.gateway, name)
+    ]
+
+
 def _empty(config: Config) -> Iterator[Finding]:
     for section, entries in (("pools", config.pools), ("tiers", config.tiers), ("orgs", config.orgs)):
         if not entries:

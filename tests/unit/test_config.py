@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ratelimit.config import ConfigError, load_config, policy_of
+from ratelimit.configcheck import changes_at_restart, live_change_problems
 from ratelimit.policy import OrgPolicy, TierPolicy
 from serving.capacity import Slo
 from serving.profile import load_profile, shipped_profiles
@@ -366,6 +367,33 @@ def test_two_pools_for_one_model_are_refused(tmp_path: Path) -> None:
         "tiers:", "  - {model: llama-3.1-8b, replicas: [{url: 'http://a:1', profile: h100-llama-3.1-8b}]}\ntiers:"
     )
     assert problems(tmp_path, text) == ["5: pools[1].model: 'llama-3.1-8b' is pools[0].model too; give each its own"]
+
+
+def test_what_cannot_change_while_running_is_named(tmp_path: Path) -> None:
+    """A new state folder or Redis is a problem, named without its password; anything else is none."""
+    path = tmp_path / "penstock.yaml"
+    path.write_text(MINIMAL)
+    old = load_config(path)
+    path.write_text(MINIMAL.replace("share: 0.6", "share: 0.5") + "gateway: {port: 81}\n")
+    assert live_change_problems(old, load_config(path)) == []
+    path.write_text(MINIMAL + "state_dir: elsewhere\nredis: redis://:hunter2@cache:6379/0\n")
+    found = live_change_problems(old, load_config(path))
+    assert [each.split(":")[0] for each in found] == ["state_dir", "redis"]
+    assert "hunter2" not in "".join(found)
+
+
+def test_what_changes_only_at_the_next_start_is_named(tmp_path: Path) -> None:
+    """Of the gateway's settings only ``enforce`` changes at once; each other one that differs is named."""
+    path = tmp_path / "penstock.yaml"
+    path.write_text(MINIMAL)
+    old = load_config(path)
+    path.write_text(MINIMAL + "gateway: {port: 81, workers: 2, enforce: false}\n")
+    assert changes_at_restart(old, load_config(path)) == [
+        "gateway.port: changed from 8080 to 81, which takes effect at the next start",
+        "gateway.workers: changed from 1 to 2, which takes effect at the next start",
+    ]
+    path.write_text(MINIMAL + "gateway: {enforce: false}\n")
+    assert changes_at_restart(old, load_config(path)) == []
 
 
 def test_a_mix_that_no_replica_can_hold_comes_with_the_scale_that_fits(tmp_path: Path) -> None:
