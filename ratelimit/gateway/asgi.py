@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextlib import suppress
 from secrets import token_hex
 from typing import Any
 
@@ -20,10 +21,12 @@ _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 #: sees the answer.
 _LINGER_BYTES = 64 * 1024 * 1024
 _LINGER_S = 5.0
+#: How long a client may take to make room for the last part of its answer.
+LAST_SEND_S = 5.0
 
 
 class ClientLeftError(Exception):
-    """The client closed its connection."""
+    """The client closed its connection, or has long stopped reading from it."""
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:
@@ -73,6 +76,16 @@ async def _read_parts(receive: Receive, max_bytes: int) -> bytes:
             return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+async def send_within(send: Send, timeout_s: float, *messages: Message) -> None:
+    """Send parts of an answer; raises ``ClientLeftError`` where the client makes no room for them in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            for message in messages:
+                await send(message)
+    except TimeoutError as error:
+        raise ClientLeftError from error
+
+
 async def send_rejection(receive: Receive, send: Send, rejection: Rejection, request_id: bytes) -> None:
     """Answer with a refusal. What is left of a refused body is read and thrown away, within bounds."""
     headers = [
@@ -81,13 +94,14 @@ async def send_rejection(receive: Receive, send: Send, rejection: Rejection, req
         (b"x-request-id", request_id),
         *rejection.headers,
     ]
-    await send({"type": "http.response.start", "status": rejection.status, "headers": headers})
-    if rejection.status in (408, 413):
-        await send({"type": "http.response.body", "body": rejection.body, "more_body": True})
-        await _linger(receive)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-    else:
-        await send({"type": "http.response.body", "body": rejection.body, "more_body": False})
+    lingers = rejection.status in (408, 413)
+    start = {"type": "http.response.start", "status": rejection.status, "headers": headers}
+    with suppress(ClientLeftError):
+        body = {"type": "http.response.body", "body": rejection.body, "more_body": lingers}
+        await send_within(send, LAST_SEND_S, start, body)
+        if lingers:
+            await _linger(receive)
+            await send_within(send, LAST_SEND_S, {"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _linger(receive: Receive) -> None:
@@ -104,10 +118,10 @@ async def _linger(receive: Receive) -> None:
 
 
 async def send_whole(send: Send, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
-    """Send an answer that is all there."""
+    """Send an answer that is all there. Raises ``ClientLeftError`` where the client does not read."""
     told = [(b"content-length", b"%d" % len(body)), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": told})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    start = {"type": "http.response.start", "status": status, "headers": told}
+    await send_within(send, LAST_SEND_S, start, {"type": "http.response.body", "body": body, "more_body": False})
 
 
 class ClientWatch:

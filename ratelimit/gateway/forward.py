@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from time import perf_counter
 
-from ratelimit.gateway.errors import Rejection, reduced_capacity, timed_out
+from ratelimit.gateway.errors import Rejection, error_body, reduced_capacity
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.terms import Terms
 from ratelimit.gateway.upstream import Upstream, UpstreamAnswer, UpstreamError
@@ -28,7 +28,7 @@ _RETRY_US = 1_000_000
 class Call:
     """A request on one replica that has begun to answer: all of the body, or a stream's first part, is in ``first``.
 
-    ``close`` it in any case: it ends the outstanding cost, and aborts what has not ended.
+    ``close`` it in any case, once or more: it ends the outstanding cost, and aborts what has not ended.
     """
 
     __slots__ = ("_cost", "_outstanding", "_url", "answer", "first")
@@ -45,12 +45,12 @@ class Call:
         """Let go of the replica."""
         if answer := getattr(self, "answer", None):
             answer.close()
-        left = self._outstanding[self._url] - self._cost
-        self._cost = 0.0
+        cost, self._cost = self._cost, 0.0
+        left = self._outstanding.get(self._url, 0.0) - cost
         if left > 0:
             self._outstanding[self._url] = left
         else:
-            del self._outstanding[self._url]
+            self._outstanding.pop(self._url, None)
 
 
 class Forwarder:
@@ -72,12 +72,12 @@ class Forwarder:
         timeout_s: float,
         stream: bool,
     ) -> Call:
-        """The first replica's answer that came; raises ``Rejection`` (503, or 504 after ``timeout_s``)."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._call_any(terms, path, body, headers, cost, stream)
-        except TimeoutError as error:
-            raise timed_out(timeout_s) from error
+        """The first replica's answer that came; raises ``Rejection`` (503) where none did.
+
+        Raises ``TimeoutError`` after ``timeout_s``, with a replica at work, and ``AnswerTooLargeError``.
+        """
+        async with asyncio.timeout(timeout_s):
+            return await self._call_any(terms, path, body, headers, cost, stream)
 
     async def _call_any(
         self, terms: Terms, path: str, body: bytes, headers: Mapping[str, str], cost: float, stream: bool
@@ -123,6 +123,12 @@ class Forwarder:
     def _check_accepted(answer: UpstreamAnswer) -> None:
         if answer.status == 503:
             raise UpstreamError("busy", reached=False)
+
+
+def answer_too_large(max_bytes: int) -> Rejection:
+    """502: a replica's answer was above what is kept of one."""
+    message = f"The model's answer is larger than the {max_bytes} bytes passed on here. Stream it, or ask for less."
+    return Rejection(502, error_body(message, "server_error", "answer_too_large"))
 
 
 def no_replica(tried: int) -> Rejection:

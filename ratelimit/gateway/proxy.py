@@ -16,6 +16,7 @@ import msgspec
 from ratelimit.gateway.accounting import Account, Ledger, Limiter
 from ratelimit.gateway.admission import Durations, answer_headers, refusal
 from ratelimit.gateway.asgi import (
+    LAST_SEND_S,
     ClientLeftError,
     ClientWatch,
     Receive,
@@ -27,16 +28,17 @@ from ratelimit.gateway.asgi import (
     request_id_for,
     send_rejection,
     send_whole,
+    send_within,
 )
 from ratelimit.gateway.directory import Directory
-from ratelimit.gateway.errors import Headers, Rejection, internal_error, reduced_capacity, stream_error
-from ratelimit.gateway.forward import Call, Forwarder
-from ratelimit.gateway.hold import estimate
+from ratelimit.gateway.errors import Headers, Rejection, internal_error, reduced_capacity, stream_error, timed_out
+from ratelimit.gateway.forward import Call, Forwarder, answer_too_large
+from ratelimit.gateway.hold import Usage, estimate
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.settings import GatewaySettings
-from ratelimit.gateway.sse import EventTooLargeError, StreamFilter, answer_usage
+from ratelimit.gateway.sse import StreamFilter, answer_usage
 from ratelimit.gateway.terms import Terms
-from ratelimit.gateway.upstream import UpstreamError
+from ratelimit.gateway.upstream import AnswerTooLargeError, UpstreamError
 from ratelimit.gateway.wire import ParsedRequest, Route, parse_request, upstream_body
 from ratelimit.keys import KeyRecord
 from ratelimit.meter import Admitted, Denied
@@ -45,6 +47,7 @@ from ratelimit.store import StoreUnavailableError
 log = logging.getLogger(__name__)
 
 _PATHS: Mapping[Route, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+_SERVED = 200
 _CLIENT_LEFT_STATUS = 499
 _STORE_RETRY_US = 1_000_000
 _DONE_EVENT = b"data: [DONE]\n\n"
@@ -119,6 +122,7 @@ class Proxy:
         body = await read_body(exchange.scope, receive, settings.max_body_bytes, settings.body_timeout_s)
         received = perf_counter()
         request = parse_request(exchange.route, body)
+        del body  # here and below: a large request is not kept while its answer comes
         terms = self._directory.terms(record, request.model)
         exchange.model = terms.pool.model
         held = estimate(request, terms.pool)
@@ -136,7 +140,8 @@ class Proxy:
                 await self._answer(exchange, account, record, terms, request, headers, watch)
             finally:
                 account.settle_unserved()  # does nothing where a more exact settlement came before
-        self._durations.note(terms.pool.model, perf_counter() - received)
+        if exchange.status == _SERVED:
+            self._durations.note(terms.pool.model, perf_counter() - received)
 
     async def _admit(self, account: Account, record: KeyRecord, terms: Terms) -> Admitted | None:
         try:
@@ -158,34 +163,45 @@ class Proxy:
         headers: Headers,
         watch: ClientWatch,
     ) -> None:
-        upstream_headers = {"Content-Type": "application/json", "X-Request-Id": exchange.reservation_id}
-        body = upstream_body(request, cache_salt_of(record.org))
         deadline = asyncio.get_running_loop().time() + self._settings.request_timeout_s
+        call = await self._call(exchange, account, terms, request, cache_salt_of(record.org))
         try:
-            call = await self._forwarder.call(
-                terms, _PATHS[exchange.route], body, upstream_headers, account.cost_us,
-                self._settings.request_timeout_s, request.stream,
-            )  # fmt: skip
-        except asyncio.CancelledError:
-            if request.stream:
-                account.settle_used(None)
-            else:
-                account.settle_as_held()
-            raise
-        try:
-            exchange.status, exchange.answered = call.answer.status, True
+            exchange.status = call.answer.status
             headers = ((b"content-type", call.answer.content_type), *headers)
-            if request.stream and call.answer.status == 200:
-                stream = StreamFilter(
-                    request.shown_usage, request.choices, request.prompts, account.held.prompt_tokens
-                )
+            if request.stream and call.answer.status == _SERVED:
+                stream = StreamFilter(request.shown_usage, request.choices, request.prompts, account.held.prompt_tokens)
                 await self._relay(exchange, account, call, stream, headers, watch, deadline)
             else:
                 self._settle_whole(account, call)
                 watch.stop()
+                exchange.answered = True
                 await send_whole(exchange.send, call.answer.status, headers, call.first)
         finally:
             call.close()
+
+    async def _call(
+        self, exchange: _Exchange, account: Account, terms: Terms, request: ParsedRequest, cache_salt: str
+    ) -> Call:
+        """Reach a replica. Once one may be at work, its work is paid for, however the wait for its answer ends."""
+        timeout_s = self._settings.request_timeout_s
+        headers = {"Content-Type": "application/json", "X-Request-Id": exchange.reservation_id}
+        body = upstream_body(request, cache_salt)
+        request.members.clear()
+        try:
+            return await self._forwarder.call(
+                terms, _PATHS[exchange.route], body, headers, account.cost_us, timeout_s, request.stream
+            )
+        except (asyncio.CancelledError, TimeoutError) as error:
+            if request.stream:
+                account.settle_used(None)
+            else:
+                account.settle_as_held()
+            if isinstance(error, TimeoutError):
+                raise timed_out(timeout_s) from error
+            raise
+        except AnswerTooLargeError as error:
+            account.settle_as_held()
+            raise answer_too_large(error.max_bytes) from error
 
     @staticmethod
     def _settle_whole(account: Account, call: Call) -> None:
@@ -211,44 +227,44 @@ class Proxy:
         deadline: float,
     ) -> None:
         """Pass a stream on as it comes; its end is kept back until the account is settled."""
-        send = exchange.send
         broken = ""
         try:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    out = stream.feed(call.first)
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
-                    if usage := stream.usage:
-                        account.correct(usage)
-                    await self._pump(account, call, stream, send, out)
-            except UpstreamError as error:
-                broken = error.reason
-            except (EventTooLargeError, msgspec.DecodeError, UnicodeDecodeError):
-                broken = "garbled"
-            except TimeoutError:
-                broken = "timeout"
+            start = {"type": "http.response.start", "status": _SERVED, "headers": headers}
+            await send_within(exchange.send, deadline - asyncio.get_running_loop().time(), start)
+            exchange.answered = True
+            async with asyncio.timeout_at(deadline):
+                await self._pump(account, call, stream, exchange.send)
+        except UpstreamError as error:
+            broken = error.reason
+        except TimeoutError:
+            broken = "timeout"
+        except ClientLeftError:
+            raise
+        except Exception as error:  # whatever a replica sends: counted, and told to the client
+            log.warning("request %s: cannot read the stream: %r", exchange.reservation_id, error)
+            broken = "garbled"
         finally:
-            account.settle_used(stream.usage)
+            account.settle_used(_usage_of(stream))
+            call.close()  # before anything that waits for the client
         watch.stop()
         last = self._ending(exchange.model, stream, broken)
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        await send_within(exchange.send, LAST_SEND_S, {"type": "http.response.body", "body": last, "more_body": False})
 
     @staticmethod
-    async def _pump(account: Account, call: Call, stream: StreamFilter, send: Send, out: bytes) -> None:
+    async def _pump(account: Account, call: Call, stream: StreamFilter, send: Send) -> None:
         read, feed = call.answer.read_some, stream.feed
-        look_in = _CHUNKS_PER_LOOK
-        while True:
-            if out:
-                await send({"type": "http.response.body", "body": out, "more_body": True})
-            data = await read()
-            if not data:
-                return
+        data = call.first
+        look_in = 1
+        while data:
             out = feed(data)
             look_in -= 1
             if not look_in:
                 look_in = _CHUNKS_PER_LOOK
                 if usage := stream.usage:
                     account.correct(usage)
+            if out:
+                await send({"type": "http.response.body", "body": out, "more_body": True})
+            data = await read()
 
     def _ending(self, model: str, stream: StreamFilter, broken: str) -> bytes:
         """The last bytes of a stream: its end, or an error event and no ``[DONE]`` where it is not complete."""
@@ -261,6 +277,14 @@ class Proxy:
         reason = broken or "unfinished"
         self._metrics.broken_streams.labels(model, reason).inc()
         return stream_error(f"The answer broke off before it was complete ({reason}).")
+
+
+def _usage_of(stream: StreamFilter) -> Usage | None:
+    """What a stream has told of its usage; ``None`` where that cannot be read."""
+    try:
+        return stream.usage
+    except (ValueError, RecursionError):  # msgspec's are ValueErrors too
+        return None
 
 
 def cache_salt_of(org: str) -> str:

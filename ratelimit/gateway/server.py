@@ -109,7 +109,7 @@ async def _wired(settings: GatewaySettings, redis: Redis) -> AsyncIterator[tuple
     directory = Directory(redis, metrics, settings.poll_interval_s)
     ledger = Ledger(metrics, settings.request_timeout_s)
     limiter_for = lru_cache(1024)(lambda model: Store(redis, model, settings.store_timeout_s))
-    async with AiohttpUpstream(settings.connect_timeout_s, settings.chunk_timeout_s) as upstream:
+    async with _upstream(settings) as upstream:
         forwarder = Forwarder(upstream, metrics, settings.first_byte_timeout_s)
         proxy = Proxy(settings, directory, limiter_for, forwarder, ledger, metrics)
         await directory.refresh()
@@ -121,6 +121,10 @@ async def _wired(settings: GatewaySettings, redis: Redis) -> AsyncIterator[tuple
             following.cancel()
             with suppress(asyncio.CancelledError):
                 await following
+
+
+def _upstream(settings: GatewaySettings) -> AiohttpUpstream:
+    return AiohttpUpstream(settings.connect_timeout_s, settings.chunk_timeout_s, settings.max_answer_bytes)
 
 
 async def _serve(data: _Server, data_socket: socket.socket, admin: _Server, admin_socket: socket.socket) -> None:

@@ -15,7 +15,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
 
     Several processes may share ``port``; each has an ``admin_port`` of its own. ``request_timeout_s`` bounds a request
     from its admission to its last byte. ``first_byte_timeout_s`` bounds the wait for a stream's first chunk on one
-    replica, ``chunk_timeout_s`` the silence between two chunks. On SIGTERM open requests get ``drain_s`` to finish.
+    replica, ``chunk_timeout_s`` the silence between two chunks. An answer that is not streamed is kept whole, up to
+    ``max_answer_bytes``. On SIGTERM open requests get ``drain_s`` to finish.
     """
 
     redis_url: str
@@ -25,6 +26,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     request_timeout_s: float = 600.0
     max_body_bytes: int = 8 * 1024 * 1024
     body_timeout_s: float = 20.0
+    max_answer_bytes: int = 64 * 1024 * 1024
     connect_timeout_s: float = 2.0
     first_byte_timeout_s: float = 120.0
     chunk_timeout_s: float = 60.0

@@ -30,6 +30,14 @@ class UpstreamError(Exception):
         self.reached = reached
 
 
+class AnswerTooLargeError(Exception):
+    """A replica's answer that is not streamed is above ``max_bytes``; another replica would give no smaller one."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"the answer is larger than {max_bytes} bytes")
+        self.max_bytes = max_bytes
+
+
 class UpstreamAnswer(Protocol):
     """A replica's answer, its body still to come."""
 
@@ -40,7 +48,7 @@ class UpstreamAnswer(Protocol):
         """Whatever has arrived, at least a byte; empty at the end. Raises ``UpstreamError``."""
 
     async def read_all(self) -> bytes:
-        """The whole body. Raises ``UpstreamError``."""
+        """The whole body. Raises ``UpstreamError``, or ``AnswerTooLargeError`` as soon as it passes the bound."""
 
     def close(self) -> None:
         """Let go; an answer that has not ended is aborted."""
@@ -56,12 +64,13 @@ class Upstream(Protocol):
 class AiohttpAnswer:
     """An answer through aiohttp."""
 
-    __slots__ = ("_content", "_open", "_response", "_silent_sweeps", "content_type", "status")
+    __slots__ = ("_content", "_max_bytes", "_open", "_response", "_silent_sweeps", "content_type", "status")
 
-    def __init__(self, response: aiohttp.ClientResponse, open_answers: set[AiohttpAnswer]) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, open_answers: set[AiohttpAnswer], max_bytes: int) -> None:
         self._response = response
         self._content = response.content
         self._open = open_answers
+        self._max_bytes = max_bytes
         self._silent_sweeps = -1  # below 0: nobody is reading
         self.status = response.status
         self.content_type = response.headers.get("Content-Type", "application/json").encode("latin-1")
@@ -77,10 +86,18 @@ class AiohttpAnswer:
             self._silent_sweeps = -1
 
     async def read_all(self) -> bytes:
+        parts: list[bytes] = []
+        size = 0
         try:
-            return await self._response.read()
+            while size <= self._max_bytes:
+                part = await self._content.readany()
+                if not part:
+                    return parts[0] if len(parts) == 1 else b"".join(parts)
+                parts.append(part)
+                size += len(part)
         except (aiohttp.ClientError, OSError) as error:
             raise self._broken(error) from error
+        raise AnswerTooLargeError(self._max_bytes)
 
     def _broken(self, error: Exception) -> UpstreamError:
         return UpstreamError("silent" if isinstance(error, _SilentError) else "broken", reached=True)
@@ -104,7 +121,8 @@ class _SilentError(aiohttp.ClientError):
 class AiohttpUpstream:
     """Connections to all replicas, kept open between requests. Use as an async context manager."""
 
-    def __init__(self, connect_timeout_s: float, chunk_timeout_s: float) -> None:
+    def __init__(self, connect_timeout_s: float, chunk_timeout_s: float, max_answer_bytes: int) -> None:
+        self._max_answer_bytes = max_answer_bytes
         self._connect_timeout_s = connect_timeout_s
         self._sweep_interval_s = chunk_timeout_s / _SWEEPS_PER_TIMEOUT
         self._open: set[AiohttpAnswer] = set()
@@ -144,4 +162,4 @@ class AiohttpUpstream:
             raise UpstreamError("connect timeout", reached=False) from error
         except (aiohttp.ClientError, OSError) as error:
             raise UpstreamError("broken", reached=True) from error
-        return AiohttpAnswer(response, self._open)
+        return AiohttpAnswer(response, self._open, self._max_answer_bytes)

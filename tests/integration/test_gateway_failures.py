@@ -20,6 +20,8 @@ from tests.support.gateway import MODEL, GatewayProcess, gateway_settings
 
 PATH = "/v1/chat/completions"
 PROMPT_TOKENS = 11
+#: 44 bytes at 0.25 tokens a byte, and 4 for the message.
+ESTIMATED_PROMPT = 15
 #: One chunk has the role and no token.
 SENT_TOKENS = CHUNKS_BEFORE_FAILURE - 1
 
@@ -103,6 +105,32 @@ async def test_engine_error_passes_without_done(bench: Bench) -> None:
     await bench.settled(Usage(PROMPT_TOKENS, SENT_TOKENS))
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_engine_that_fails_is_not_paid(bench: Bench, stream: bool) -> None:
+    """An engine's 500 passes unchanged, and costs the caller nothing."""
+    bench.upstream.failures.append("broken")
+    async with bench.http() as http:
+        answer = await http.post(PATH, json=chat(stream=stream))
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "broken"
+    await bench.settled(Usage(0, 0), requests=0)
+
+
+async def test_an_answer_above_the_bound_is_a_502(redis_url: str, redis_client: Redis) -> None:
+    """An answer that would fill the memory is given up, told as OpenAI does, and charged as held."""
+    settings = msgspec.structs.replace(gateway_settings(redis_url), max_answer_bytes=100)
+    with GatewayProcess(settings) as gateway:
+        async with FakeUpstream() as upstream:
+            small = Bench(gateway, redis_client, upstream, epoch=0)
+            await small.publish()
+            async with small.http() as http:
+                answer = await http.post(PATH, json=chat())
+                streamed = await http.post(PATH, json=chat(stream=True))
+            await small.settled(Usage(ESTIMATED_PROMPT + PROMPT_TOKENS, 16), requests=2)
+    assert (answer.status_code, streamed.status_code) == (502, 200)
+    assert answer.json()["error"]["code"] == "answer_too_large"
+
+
 @pytest.fixture
 async def impatient(redis_url: str, redis_client: Redis) -> AsyncIterator[Bench]:
     """A bench whose gateway gives a replica and the store half a second."""
@@ -160,8 +188,7 @@ async def test_client_that_leaves_before_an_answer(bench: Bench) -> None:
         async with bench.http() as http:
             await http.post(PATH, json=chat(), timeout=0.3)
     await bench.until(lambda: bench.upstream.aborted == 1)
-    estimated_prompt = 15  # 44 bytes at 0.25 tokens a byte, and 4 for the message
-    await bench.settled(Usage(estimated_prompt, 8))
+    await bench.settled(Usage(ESTIMATED_PROMPT, 8))
 
 
 async def test_true_prompt_is_held_from_the_first_chunk_on(bench: Bench) -> None:
