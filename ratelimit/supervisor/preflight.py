@@ -1,14 +1,18 @@
-"""What must hold before a stack is started: its state folder is its own, and its ports are free."""
+"""What must hold before a stack is started: its state folder is its own, its ports are free,
+and its SLOs can be met.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from ratelimit.config import GatewayConfig
+from ratelimit.config import Config, GatewayConfig
+from ratelimit.feasibility import feasibility_problems
 from ratelimit.statefile import private_folder
 
 
@@ -42,3 +46,10 @@ def check_ports_free(gateway: GatewayConfig) -> None:
                     f"port {port} ({setting}) on {gateway.host} cannot be used: {error.strerror}; "
                     f"stop what listens there or set another {setting}"
                 ) from error
+
+
+async def check_feasible(config: Config) -> None:
+    """Raise ``StackError`` where no load meets an SLO: its limits would be missing, and nobody would know why."""
+    problems = await asyncio.to_thread(feasibility_problems, config)
+    if problems:
+        raise StackError("\n".join(problems))

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Coroutine
-from time import time
 
 import msgspec
 from redis.asyncio import Redis
@@ -18,14 +17,14 @@ from redis.exceptions import RedisError
 from ratelimit.config import Config, EngineConfig, PoolConfig
 from ratelimit.controller import Controller
 from ratelimit.embedded_redis import EmbeddedRedisError, connect
-from ratelimit.keys import KeyFile, status
+from ratelimit.keys import KeyFile
 from ratelimit.publisher import Publisher
 from ratelimit.reaper import Reaper
 from ratelimit.statefile import StateFileError
 from ratelimit.supervisor.departures import Departures
 from ratelimit.supervisor.engines import EngineKeeper
 from ratelimit.supervisor.gateways import GatewayError, GatewayWorkers, gateway_settings
-from ratelimit.supervisor.preflight import StackError, check_ports_free, only_one
+from ratelimit.supervisor.preflight import StackError, check_feasible, check_ports_free, only_one
 from ratelimit.supervisor.redis import RedisKeeper
 from ratelimit.supervisor.tasks import StoppedError, background, or_stop, until_stopped
 from ratelimit.watch import ConfigWatch, follow
@@ -34,7 +33,6 @@ from serving.engine.launch import EngineError, EngineSpec
 from serving.fleet import Fleet, probe_session
 from serving.profile import ProfileError, load_profile
 
-DEMO_KEY_NAME = "demo"
 DEMO_KEY_VALID_S = 24 * 3600.0
 DRAIN_S = 5.0
 FIRST_LIMITS_TIMEOUT_S = 60.0
@@ -103,6 +101,7 @@ async def run_stack(
     with only_one(config.state_dir):
         (config.state_dir / "logs").mkdir(mode=0o700, exist_ok=True)
         check_ports_free(config.gateway)
+        await check_feasible(config)
         with contextlib.suppress(StoppedError):
             async with contextlib.AsyncExitStack() as stack:
                 await _Starting(watch, stop, progress, stack).run(on_ready)
@@ -227,12 +226,5 @@ def _published_replicas(controller: Controller) -> tuple[dict[str, str], ...]:
 
 def _demo_key(config: Config) -> tuple[str, str]:
     """A fresh key for trying the stack out, which replaces the one of the last start, and its tier."""
-    if not config.orgs or not config.tiers:
-        return "", ""
-    keys = KeyFile(config.state_dir)
     org, tier = config.orgs[0].name, config.tiers[0].name
-    for record in keys.records():
-        if record.name == DEMO_KEY_NAME and status(record, time()) == "active":
-            keys.revoke(record.id)
-    secret, _ = keys.create(org=org, tier=tier, name=DEMO_KEY_NAME, valid_s=DEMO_KEY_VALID_S)
-    return secret, tier
+    return KeyFile(config.state_dir).replace_demo(org, tier, DEMO_KEY_VALID_S), tier

@@ -36,6 +36,16 @@ def test_check_says_what_is_wrong_where_and_what_would_be_right(config: Path) ->
     assert "h100-llama-3.1-8b" in result.output
 
 
+def test_check_finds_an_slo_that_no_load_meets(config: Path) -> None:
+    """A bound below what one lone request takes is refused, and the message names it."""
+    config.write_text(config.read_text().replace("tpot_ms: 50", "tpot_ms: 2"))
+
+    result = runner.invoke(app, ["check", str(config)])
+
+    assert result.exit_code == 1
+    assert "2 ms" in result.output.replace("0.002 s", "2 ms")
+
+
 def test_a_key_is_shown_once_and_its_secret_is_kept_nowhere(config: Path) -> None:
     """`keys create` prints the key; neither the state folder nor `keys list` holds it."""
     made = runner.invoke(app, ["keys", "create", "--org", "acme", "--tier", "pro", "--json", "--config", str(config)])
