@@ -107,6 +107,7 @@ class Proxy:
             exchange.status = _CLIENT_LEFT_STATUS
         except Exception:
             # Counted as status 500, and told to the caller where nothing else was.
+            exchange.status = 500
             log.exception("request %s failed", exchange.reservation_id)
             if exchange.answered:
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -179,6 +180,27 @@ async def test_client_that_leaves_a_stream_pays_for_what_was_sent(bench: Bench) 
     await bench.until(lambda: bench.upstream.aborted == 1)
     await bench.settled(Usage(PROMPT_TOKENS, SENT_TOKENS))
     assert bench.metric("penstock_requests_total", status="499") == 1
+
+
+async def test_client_that_stops_reading_holds_no_replica(redis_url: str, redis_client: Redis) -> None:
+    """A stream that its client does not read is aborted and settled at the request timeout, and its place is free."""
+    settings = msgspec.structs.replace(gateway_settings(redis_url), request_timeout_s=2)
+    with GatewayProcess(settings) as gateway:
+        async with FakeUpstream() as upstream:
+            stalled = Bench(gateway, redis_client, upstream, epoch=0)
+            await stalled.publish()
+            body = msgspec.json.encode(chat(stream=True, max_tokens=1_000, n=32))
+            head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {stalled.secret}\r\n"
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect((settings.host, settings.port))
+                client.sendall(head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
+                await stalled.until(lambda: stalled.metric("penstock_requests_total", status="499") == 1)
+                await stalled.until(lambda: upstream.open_requests == 0)
+                await stalled.idle()
+            used = await stalled.used()
+    assert (used["requests"], used["concurrency"]) == (1, 0)
+    assert used["output_tokens"] < 32_000
 
 
 async def test_client_that_leaves_before_an_answer(bench: Bench) -> None:
