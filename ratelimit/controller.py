@@ -4,6 +4,8 @@ Everything that the limits depend on (the config, the keys, the overrides, the r
 every round, so there is no path by which a change could be missed. A round runs when a replica changes phase, and
 every ``ROUND_INTERVAL_S`` for what only time or a file changes. Limits fall in the round after a replica is
 lost; they rise when a new one has been healthy for its pool's ``raise_after_s``, or at once where none served before.
+No round waits for a knee: a replica whose knee is not known yet does not count, and a pool whose promise changes keeps
+the old one until its replicas' knees under the new one are known.
 If Redis is away, or a state file is damaged, a round fails, is logged once and is tried again; gateways keep the
 limits they have.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from time import monotonic, time
 
@@ -24,7 +26,7 @@ from ratelimit.config import Config, PoolConfig, policy_of
 from ratelimit.derive import ReplicaSupply, derive
 from ratelimit.keys import KeyFile, KeyRecord, active_keys
 from ratelimit.overrides import Override, OverrideFile
-from ratelimit.policy import Policy
+from ratelimit.policy import Policy, PoolPolicy
 from ratelimit.publication import Publication
 from ratelimit.publisher import Publisher
 from ratelimit.statefile import StateFileError
@@ -85,6 +87,7 @@ def counted(
 
 class _Inputs(msgspec.Struct, frozen=True):
     policy: Policy
+    supplies: Mapping[str, tuple[ReplicaSupply, ...]]
     counted: frozenset[str]
     specs: tuple[ReplicaSpec, ...]
     active_keys: Mapping[str, int]
@@ -100,8 +103,9 @@ class Controller:
         self._publisher = publisher
         self._keys = KeyFile(config.state_dir)
         self._overrides = OverrideFile(config.state_dir)
-        self._supplies = SupplyBook()
+        self._supplies = SupplyBook(self._wake.set)
         self._published: Publication | None = None
+        self._publishing = asyncio.Condition()
         self._published_keys: tuple[KeyRecord, ...] | None = None
         self._inputs_published: _Inputs | None = None
         self._failure = ""
@@ -113,20 +117,48 @@ class Controller:
         return self._published
 
     def adopt(self, config: Config) -> None:
-        """Take up a new config, whole, from the next round on."""
-        self._config = config
-        self._policy = policy_of(config)
-        self._fleet.watch(replica_specs(config))
+        """Take up a new config and its profiles as they are now, whole, from the next round on.
+
+        Raises ``ProfileError``, and then keeps the one it has.
+        """
+        policy, specs = policy_of(config), replica_specs(config)
+        self._supplies.read({spec.profile for spec in specs})
+        self._config, self._policy = config, policy
+        self._fleet.watch(specs)
         self._wake.set()
+
+    async def published_without(self, urls: Collection[str], timeout_s: float) -> bool:
+        """Wait until the limits in force count none of these replicas, so that their engines may be stopped.
+
+        False if after ``timeout_s`` they still do, or nothing has been published.
+        """
+
+        def gone() -> bool:
+            pools = self._published.pools if self._published else None
+            return pools is not None and not any(r.url in urls for pool in pools for r in pool.replicas)
+
+        try:
+            async with asyncio.timeout(timeout_s), self._publishing:
+                await self._publishing.wait_for(gone)
+        except TimeoutError:
+            return False
+        return True
 
     async def run(self) -> None:
         """Publish for ever; the last publication stays in force when this is cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._supplies.run(), name="find knees")
+            tasks.create_task(self._rounds(), name="controller rounds")
+
+    async def _rounds(self) -> None:
         try:
             await self._fleet.probed_once()
             while True:
                 await self._try_round()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), ROUND_INTERVAL_S)
+                    # Not wait_for: in Python 3.11 it swallows a cancellation that meets the wake-up.
+                    async with asyncio.timeout(ROUND_INTERVAL_S):
+                        await self._wake.wait()
                 self._wake.clear()
         finally:
             self._fleet.watch(())
@@ -134,7 +166,7 @@ class Controller:
     async def _try_round(self) -> None:
         try:
             await self.round()
-        except (RedisError, OSError, StateFileError) as error:
+        except (RedisError, OSError, StateFileError, ValueError) as error:  # a profile's, a document's or a policy's
             if str(error) != self._failure:
                 log.error("limits cannot be published, the last ones stay in force: %s", error)
             self._failure = str(error)
@@ -145,45 +177,73 @@ class Controller:
 
     async def round(self) -> None:
         """Derive from everything as it is now; publish what differs from what is in force."""
-        lost_by_redis = self._published is not None and await self._publisher.is_missing()
+        lost = await self._publisher.lost()
+        self._publisher.save()
         records = tuple(self._keys.records())
-        if records != self._published_keys or lost_by_redis:
+        if records != self._published_keys or lost.keys:
             await self._publisher.publish_keys(records)
             self._published_keys = records
         inputs = self._inputs(records)
-        if inputs == self._inputs_published and not lost_by_redis:
+        if inputs == self._inputs_published and not lost.publication:
             return
-        epoch = await self._publisher.newest_epoch() if self._published is None else self._published.epoch
-        candidate = await self._derive(inputs, epoch + 1)
-        if lost_by_redis or not _same_limits(candidate, self._published):
+        candidate = self._derive(inputs, await self._publisher.next_epoch())
+        if lost.publication or not _same_limits(candidate, self._published):
             await self._publisher.publish(candidate)
-            self._published = candidate
+            async with self._publishing:
+                self._published = candidate
+                self._publishing.notify_all()
             log.warning("epoch %d published: %s", candidate.epoch, candidate.reason)
         self._inputs_published = inputs
 
     def _inputs(self, records: Iterable[KeyRecord]) -> _Inputs:
-        statuses = self._fleet.statuses()
+        statuses = list(self._fleet.statuses().values())
+        policy = self._policy_now(statuses)
+        pools = {pool.model: pool for pool in policy.pools}
+        known = [status for status in statuses if self._supplies.knows(status.spec, pools[status.spec.model])]
         raise_after_s = {pool.model: pool.raise_after_s for pool in self._config.pools}
-        before = self._inputs_published.counted if self._inputs_published else frozenset()
+        counting = counted(known, self._counted_before(statuses), raise_after_s, monotonic())
         return _Inputs(
-            policy=self._policy,
-            counted=counted(statuses.values(), before, raise_after_s, monotonic()),
-            specs=tuple(status.spec for status in statuses.values()),
+            policy=policy,
+            supplies={model: self._supply_of(pool, known, counting) for model, pool in pools.items()},
+            counted=counting,
+            specs=tuple(status.spec for status in statuses),
             active_keys=active_keys(records, time()),
             overrides=self._overrides.active(time()),
         )
 
-    async def _derive(self, inputs: _Inputs, epoch: int) -> Publication:
-        supplies: dict[str, list[ReplicaSupply]] = {}
-        for pool in inputs.policy.pools:
-            specs = [spec for spec in inputs.specs if spec.model == pool.model and spec.url in inputs.counted]
-            supplies[pool.model] = await self._supplies.supplies(specs, pool)
+    def _policy_now(self, statuses: Iterable[ReplicaStatus]) -> Policy:
+        """The policy, with each pool as it was until the knees of those that serve it are known as it is to be."""
+        before = {pool.model: pool for pool in self._inputs_published.policy.pools} if self._inputs_published else {}
+        counted_before = self._counted_before(statuses)
+        serving = [status.spec for status in statuses if status.spec.url in counted_before]
+
+        def is_known(pool: PoolPolicy) -> bool:
+            return all(self._supplies.knows(spec, pool) for spec in serving if spec.model == pool.model)
+
+        pools = tuple(pool if is_known(pool) else before.get(pool.model, pool) for pool in self._policy.pools)
+        return msgspec.structs.replace(self._policy, pools=pools)
+
+    def _counted_before(self, statuses: Iterable[ReplicaStatus]) -> frozenset[str]:
+        """Those that count in the limits in force and are the same replicas still."""
+        if self._inputs_published is None:
+            return frozenset()
+        watched = {status.spec for status in statuses}
+        before = self._inputs_published
+        return frozenset(spec.url for spec in before.specs if spec.url in before.counted and spec in watched)
+
+    def _supply_of(
+        self, pool: PoolPolicy, statuses: Iterable[ReplicaStatus], counting: Collection[str]
+    ) -> tuple[ReplicaSupply, ...]:
+        specs = [status.spec for status in statuses if status.spec.url in counting]
+        return tuple(self._supplies.supplies([spec for spec in specs if spec.model == pool.model], pool))
+
+    def _derive(self, inputs: _Inputs, epoch: int) -> Publication:
         return derive(
             epoch=epoch,
             published_at=datetime.now(UTC).isoformat(timespec="seconds"),
             reason=what_changed(self._inputs_published, inputs),
             policy=inputs.policy,
-            supplies=supplies,
+            supplies=inputs.supplies,
             active_keys=inputs.active_keys,
             overrides=inputs.overrides,
         )
@@ -196,6 +256,7 @@ def what_changed(before: _Inputs | None, now: _Inputs) -> str:
     changes = [f"{url} joined" for url in sorted(now.counted - before.counted)]
     changes += [f"{url} left" for url in sorted(before.counted - now.counted)]
     changes += ["the config changed"] if (now.policy, now.specs) != (before.policy, before.specs) else []
+    changes += ["supplies changed"] if not changes and now.supplies != before.supplies else []
     changes += ["active keys changed"] if now.active_keys != before.active_keys else []
     changes += ["overrides changed"] if now.overrides != before.overrides else []
     return ", ".join(changes) or "Redis had lost the limits"

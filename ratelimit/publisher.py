@@ -1,23 +1,31 @@
-"""Makes a publication known: in Redis, where gateways read it, and on disk, from where an empty Redis is refilled.
+"""Makes a publication known: in Redis, where gateways read it, and on disk, so that its epoch outlives Redis.
 
 Redis names, shared with the gateways: ``penstock:publication`` (JSON), ``penstock:keys`` (hash: digest of the secret to
 JSON ``KeyRecord``), and the channel ``penstock:changed``, on which "publication" or "keys" is said after a write.
+``penstock:keys:version`` is the publisher's own: which keys the hash holds. A Redis has one publisher: whatever else it
+is found to hold, for one restarted from an old dump or failed over to a lagging replica does, is not what is in force.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from redis.asyncio import Redis
 
 from ratelimit.keys import KeyRecord
 from ratelimit.publication import Publication
-from ratelimit.statefile import StateFile
+from ratelimit.statefile import StateFile, StateFileError
+
+log = logging.getLogger(__name__)
 
 PUBLICATION_KEY = "penstock:publication"
 KEYS_KEY = "penstock:keys"
+KEYS_VERSION_KEY = "penstock:keys:version"
 CHANGED_CHANNEL = "penstock:changed"
 
 
@@ -35,45 +43,112 @@ def read_published(state_dir: Path) -> Publication | None:
 _Encodable = bytes | bytearray | memoryview | str | int | float
 
 
+class Lost(NamedTuple):
+    """What Redis no longer holds as it was published."""
+
+    publication: bool
+    keys: bool
+
+
 class Publisher:
     """Writes publications and keys to one Redis. Redis errors pass through: the caller tries again."""
 
     def __init__(self, redis: Redis, state_dir: Path) -> None:
         self._redis = redis
         self._state_dir = state_dir
+        self._newest_epoch = 0
+        self._looked_for_epochs = False
+        self._document: bytes | None = None
+        self._keys: _KeysState | None = None
+        self._unsaved: Publication | None = None
+        self._save_failure = ""
 
-    async def newest_epoch(self) -> int:
-        """The highest epoch known on disk or in Redis, so that no epoch is ever given out twice."""
-        on_disk = read_published(self._state_dir)
-        in_redis = await self._redis.get(PUBLICATION_KEY)
-        epochs = [on_disk.epoch if on_disk else 0]
-        if in_redis is not None:
-            epochs.append(msgspec.json.decode(in_redis, type=_EpochOnly).epoch)
-        return max(epochs)
+    async def next_epoch(self) -> int:
+        """An epoch above all that were given out, by this publisher or by others that left one on disk or in Redis.
+
+        Raises ``StateFileError`` where the file on disk cannot be understood when it is first asked for.
+        """
+        if not self._looked_for_epochs:
+            on_disk = read_published(self._state_dir)
+            self._note_epoch(on_disk.epoch if on_disk else 0)
+            self._note_epoch(_epoch_of(await self._redis.get(PUBLICATION_KEY)))
+            self._looked_for_epochs = True
+        return self._newest_epoch + 1
 
     async def publish(self, publication: Publication) -> None:
-        """Make these limits the ones in force."""
+        """Make these limits the ones in force.
+
+        They are in force once Redis has them. The disk follows, now or by a later ``save``. The epoch counts as given
+        out before Redis is asked: an error may come after Redis took the publication.
+        """
+        self._note_epoch(publication.epoch)
+        document = msgspec.json.encode(publication)
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(PUBLICATION_KEY, msgspec.json.encode(publication))
+            pipe.set(PUBLICATION_KEY, document)
             pipe.publish(CHANGED_CHANNEL, "publication")
             await pipe.execute()
-        with published_file(self._state_dir).changing() as newest:
-            newest[:] = [publication]
+        self._document = document
+        self._unsaved = publication
+        self.save()
+
+    def save(self) -> None:
+        """Write to disk what is not there yet; a failure is logged once, and the next call tries again."""
+        if self._unsaved is None:
+            return
+        try:
+            with published_file(self._state_dir).changing() as newest:
+                newest[:] = [self._unsaved]
+        except (StateFileError, OSError) as error:
+            if str(error) != self._save_failure:
+                log.error("the limits are in force but not on disk: %s", error)
+            self._save_failure = str(error)
+        else:
+            self._unsaved, self._save_failure = None, ""
 
     async def publish_keys(self, records: Iterable[KeyRecord]) -> None:
         """Make exactly these API keys the known ones."""
         fields: dict[_Encodable, _Encodable] = {record.digest: msgspec.json.encode(record) for record in records}
+        version = hashlib.sha256(msgspec.json.encode(list(fields.values()))).hexdigest()
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(KEYS_KEY)
             if fields:
                 pipe.hset(KEYS_KEY, mapping=fields)
+            pipe.set(KEYS_VERSION_KEY, version)
             pipe.publish(CHANGED_CHANNEL, "keys")
             await pipe.execute()
+        self._keys = _KeysState(version.encode(), len(fields))
 
-    async def is_missing(self) -> bool:
-        """Whether Redis has lost the publication, as one restarted empty has."""
-        return not await self._redis.exists(PUBLICATION_KEY)
+    async def lost(self) -> Lost:
+        """What Redis no longer holds of what this publisher has published, as after a restart or a failover."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.get(PUBLICATION_KEY)
+            pipe.get(KEYS_VERSION_KEY)
+            pipe.hlen(KEYS_KEY)
+            document, *keys = await pipe.execute()
+        publication = self._document is not None and document != self._document
+        if publication:
+            self._note_epoch(_epoch_of(document))
+        return Lost(publication, self._keys is not None and tuple(keys) != self._keys)
+
+    def _note_epoch(self, epoch: int) -> None:
+        self._newest_epoch = max(self._newest_epoch, epoch)
+
+
+class _KeysState(NamedTuple):
+    version: bytes
+    known: int
 
 
 class _EpochOnly(msgspec.Struct):
     epoch: int
+
+
+def _epoch_of(document: bytes | str | None) -> int:
+    """The epoch of what Redis holds; 0 where that is nothing, or nothing that anyone published."""
+    if document is None:
+        return 0
+    try:
+        return msgspec.json.decode(document, type=_EpochOnly).epoch
+    except msgspec.DecodeError as error:
+        log.error("%s in Redis is damaged and will be replaced: %s", PUBLICATION_KEY, error)
+        return 0

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ratelimit.config import Config, ConfigError, load_config
+from serving.profile import ProfileError
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,20 @@ class ConfigWatch:
 
 
 async def follow(watch: ConfigWatch, adopt: Callable[[Config], None]) -> None:
-    """Hand every new good config to ``adopt``, until cancelled."""
+    """Hand every new good config to ``adopt``, until cancelled.
+
+    One whose profiles ``adopt`` can no longer read is not taken up either: a file may change after it was checked.
+    """
     while True:
         await asyncio.sleep(POLL_INTERVAL_S)
-        config = watch.poll()
-        if config is not None:
+        before, config = watch.config, watch.poll()
+        if config is None:
+            continue
+        try:
             adopt(config)
+        except ProfileError as error:
+            log.error("config not taken up, the last good one stays: %s", error)
+            watch.config = before
 
 
 def _signature(path: Path) -> _Signature | None:

@@ -1,0 +1,254 @@
+"""The controller's rounds against a real Redis, with a fleet of our making and knees that take as long as we want."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from redis.asyncio import Redis
+
+from ratelimit import controller as controller_module
+from ratelimit import supply
+from ratelimit.config import Config
+from ratelimit.controller import Controller, OnChange
+from ratelimit.keys import KeyFile
+from ratelimit.publication import Publication
+from ratelimit.publisher import KEYS_KEY, PUBLICATION_KEY, Publisher
+from serving.capacity import EngineLimits, Slo, StepTimeModel, WorkloadMix
+from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus
+from serving.health import ReplicaHealth, ReplicaPhase
+from serving.profile import Profile, ProfileError, dump_profile, load_profile
+from serving.stepsim import Knee
+
+A, B = "http://127.0.0.1:8100", "http://127.0.0.1:8101"
+WAIT_S = 20.0
+
+
+class FakeFleet(Fleet):
+    """Replicas that are as the test says; those it says nothing of have been healthy for ever."""
+
+    def __init__(self, on_change: OnChange) -> None:
+        self.wake = on_change
+        self.specs: tuple[ReplicaSpec, ...] = ()
+        self.phases: dict[str, ReplicaPhase] = {}
+
+    def watch(self, specs: Iterable[ReplicaSpec]) -> None:
+        self.specs = tuple(specs)
+
+    async def probed_once(self) -> None:
+        return
+
+    def statuses(self) -> Mapping[str, ReplicaStatus]:
+        return {s.url: ReplicaStatus(s, ReplicaHealth(self.phases.get(s.url, "healthy"))) for s in self.specs}
+
+    def turn(self, url: str, phase: ReplicaPhase) -> None:
+        self.phases[url] = phase
+        self.wake(self.statuses()[url])
+
+
+class Knees:
+    """Knees that are found when the gate is open: twice as many requests/s for twice the TTFT."""
+
+    def __init__(self) -> None:
+        self.gate, self.asked = threading.Event(), threading.Event()
+        self.gate.set()
+        self.found = 0
+
+    def __call__(self, step_time: StepTimeModel, _limits: EngineLimits, _mix: WorkloadMix, slo: Slo) -> Knee:
+        self.asked.set()
+        if not self.gate.wait(WAIT_S):
+            raise AssertionError("the test never opened the gate")
+        self.found += 1
+        return Knee(slo.ttft_s * 0.03 / step_time.base_s, 0.5, slo.ttft_s / 2, slo.tpot_s, "tpot")
+
+
+@pytest.fixture
+def knees(monkeypatch: pytest.MonkeyPatch) -> Iterator[Knees]:
+    """Knees without simulation; the gate is open in the end, so that no thread is left behind."""
+    made = Knees()
+    monkeypatch.setattr(supply, "knee", made)
+    monkeypatch.setattr(controller_module, "ROUND_INTERVAL_S", 0.02)
+    yield made
+    made.gate.set()
+
+
+class Running:
+    """A controller at work, its fleet, and what Redis holds."""
+
+    def __init__(self, config: Config, redis: Redis) -> None:
+        fleets: list[FakeFleet] = []
+
+        def fleet(on_change: OnChange) -> Fleet:
+            fleets.append(FakeFleet(on_change))
+            return fleets[0]
+
+        self.redis = redis
+        self.controller = Controller(config, fleet, Publisher(redis, config.state_dir))
+        self.fleet = fleets[0]
+
+    async def publication(self) -> Publication | None:
+        document = await self.redis.get(PUBLICATION_KEY)
+        return None if document is None else msgspec.json.decode(document, type=Publication)
+
+    async def until(self, what: Callable[[Publication], object]) -> Publication:
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                published = await self.publication()
+                if published is not None and what(published):
+                    return published
+                await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def running(config: Config, redis: Redis) -> AsyncIterator[Running]:
+    made = Running(config, redis)
+    task = asyncio.create_task(made.controller.run())
+    try:
+        yield made
+        assert not task.done(), "the controller ended"
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def config_of(state_dir: Path, *, count: int = 2, ttft_ms: float = 1000, profile: str = "h100-llama-3.1-8b") -> Config:
+    engines = [{"device": "virtual", "profile": profile, "port": 8100, "count": count}]
+    pool = {"model": "m", "slo": {"ttft_ms": ttft_ms}, "engines": engines}
+    tiers, orgs = [{"name": "pro", "share": 0.5}], [{"name": "acme"}]
+    document = {"state_dir": str(state_dir), "pools": [pool], "tiers": tiers, "orgs": orgs}
+    return Config.model_validate(document, context={"folder": state_dir})
+
+
+def urls(published: Publication) -> set[str]:
+    return {replica.url for pool in published.pools for replica in pool.replicas}
+
+
+def rates(published: Publication) -> list[float]:
+    return [replica.requests_per_s for pool in published.pools for replica in pool.replicas]
+
+
+async def test_a_loss_is_published_while_a_knee_is_being_found(
+    redis_client: Redis, tmp_path: Path, knees: Knees
+) -> None:
+    """Limits fall at once although the promise has changed and the knees under the new one are not known yet."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await stack.until(lambda seen: urls(seen) == {A, B})
+        knees.gate.clear()
+        knees.asked.clear()
+        stack.controller.adopt(config_of(tmp_path, ttft_ms=2000))
+        await asyncio.to_thread(knees.asked.wait, WAIT_S)
+
+        stack.fleet.turn(B, "down")
+        fallen = await stack.until(lambda seen: urls(seen) == {A})
+        assert rates(fallen) == rates(before)[:1], "the old promise holds until the new one is known"
+
+        knees.gate.set()
+        await stack.until(lambda seen: rates(seen) == [rates(before)[0] * 2])
+
+
+async def test_a_replica_does_not_count_before_its_knee_is_known(
+    redis_client: Redis, tmp_path: Path, knees: Knees
+) -> None:
+    """The first limits are published without waiting, and again when the knee is found."""
+    knees.gate.clear()
+    async with running(config_of(tmp_path), redis_client) as stack:
+        assert urls(await stack.until(lambda _seen: True)) == set()
+
+        knees.gate.set()
+
+        await stack.until(lambda seen: urls(seen) == {A, B})
+        assert knees.found == 1, "replicas of one profile share a knee"
+
+
+async def test_a_removal_is_known_to_be_published(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """Who stops the engines of a changed config can wait until the limits in force do not count them."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        await stack.until(lambda seen: urls(seen) == {A, B})
+        assert not await stack.controller.published_without([B], timeout_s=0.05)
+
+        stack.controller.adopt(config_of(tmp_path, count=1))
+
+        assert await stack.controller.published_without([B], WAIT_S)
+        published = await stack.publication()
+        assert published is not None
+        assert urls(published) == {A}
+    assert knees.found == 1
+
+
+async def test_a_failover_to_an_older_redis_is_mended_under_a_new_epoch(
+    redis_client: Redis, tmp_path: Path, knees: Knees
+) -> None:
+    """Older limits are replaced, and a revoked key does not come back."""
+    keys = KeyFile(tmp_path)
+    _, key = keys.create(org="acme", tier="pro", name="one")
+    keys.create(org="acme", tier="pro", name="two")
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await stack.until(lambda seen: urls(seen) == {A, B})
+        old_keys = await redis_client.hgetall(KEYS_KEY)
+        keys.revoke(key.id)
+        newest = await stack.until(lambda seen: "keys" in seen.reason)
+
+        async with redis_client.pipeline(transaction=True) as pipe:
+            pipe.flushall()
+            pipe.set(PUBLICATION_KEY, msgspec.json.encode(before))
+            pipe.hset(KEYS_KEY, mapping=dict(old_keys.items()))
+            await pipe.execute()
+
+        await stack.until(lambda seen: seen.epoch > newest.epoch)
+        assert (await redis_client.hgetall(KEYS_KEY)) != old_keys
+    assert knees.found == 1
+
+
+async def test_a_profile_overwritten_counts_from_the_next_config_on(
+    redis_client: Redis, tmp_path: Path, knees: Knees
+) -> None:
+    """A config is taken up with its profiles as they are then; one that cannot be read leaves everything as it was."""
+    path = tmp_path / "ours.json"
+    profile = load_profile("h100-llama-3.1-8b")
+    path.write_bytes(dump_profile(profile))
+    async with running(config_of(tmp_path, profile=str(path)), redis_client) as stack:
+        before = await stack.until(lambda seen: urls(seen) == {A, B})
+        path.write_bytes(dump_profile(twice_as_slow(profile)))
+        stack.controller.adopt(config_of(tmp_path, profile=str(path)))
+        after = await stack.until(lambda seen: rates(seen) == [rate / 2 for rate in rates(before)])
+
+        path.unlink()
+        with pytest.raises(ProfileError):
+            stack.controller.adopt(config_of(tmp_path, profile=str(path), count=1))
+        stack.fleet.turn(B, "down")
+        fallen = await stack.until(lambda seen: urls(seen) == {A})
+        assert rates(fallen) == rates(after)[:1]
+    assert knees.found == 2
+
+
+async def test_a_value_that_cannot_be_used_does_not_end_the_controller(
+    redis_client: Redis, tmp_path: Path, knees: Knees, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A round that fails is logged once, the last limits stay, and rounds go on."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await stack.until(lambda seen: urls(seen) == {A, B})
+        with monkeypatch.context() as broken:
+            tries = threading.Semaphore(0)
+
+            def fails(*_args: object, **_named: object) -> Publication:
+                tries.release()
+                raise ProfileError("no such profile")
+
+            broken.setattr(controller_module, "derive", fails)
+            stack.fleet.turn(B, "down")
+            for _ in range(3):
+                assert await asyncio.to_thread(tries.acquire, timeout=WAIT_S)
+            assert await stack.publication() == before
+
+        await stack.until(lambda seen: urls(seen) == {A})
+    assert caplog.text.count("no such profile") == 1
+    assert knees.found == 1
+
+
+def twice_as_slow(profile: Profile) -> Profile:
+    return msgspec.structs.replace(profile, step_time=profile.step_time.slowed(2))
