@@ -153,7 +153,8 @@ class Controller:
     async def _rounds(self) -> None:
         try:
             await self._fleet.probed_once()
-            while True:
+            # A cancellation that meets Redis traffic may be swallowed there; it is kept in the task's count.
+            while not _is_cancelled():
                 await self._try_round()
                 with contextlib.suppress(TimeoutError):
                     # Not wait_for: in Python 3.11 it swallows a cancellation that meets the wake-up.
@@ -247,6 +248,11 @@ class Controller:
             active_keys=inputs.active_keys,
             overrides=inputs.overrides,
         )
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def what_changed(before: _Inputs | None, now: _Inputs) -> str:

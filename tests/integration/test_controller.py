@@ -250,5 +250,18 @@ async def test_a_value_that_cannot_be_used_does_not_end_the_controller(
     assert knees.found == 1
 
 
+async def test_knees_are_no_longer_sought_when_the_controller_has_ended(
+    redis_client: Redis, tmp_path: Path, knees: Knees
+) -> None:
+    """A controller that is cancelled while a knee is found leaves no task behind."""
+    knees.gate.clear()
+    async with running(config_of(tmp_path), redis_client):
+        await asyncio.to_thread(knees.asked.wait, WAIT_S)
+    knees.gate.set()
+
+    names = {task.get_name() for task in asyncio.all_tasks()}
+    assert not names & {"find knees", "controller rounds"}
+
+
 def twice_as_slow(profile: Profile) -> Profile:
     return msgspec.structs.replace(profile, step_time=profile.step_time.slowed(2))
