@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 
 from ratelimit.config import Config, PoolConfig, policy_of
 from ratelimit.derive import ReplicaSupply, derive
-from ratelimit.keys import KeyFile, KeyRecord, active_keys
+from ratelimit.keys import KeyFile, KeyRecord, active_keys, valid_records
 from ratelimit.overrides import Override, OverrideFile
 from ratelimit.policy import Policy, PoolPolicy
 from ratelimit.publication import Publication
@@ -208,7 +208,7 @@ class Controller:
             supplies={model: self._supply_of(pool, known, counting) for model, pool in pools.items()},
             counted=counting,
             specs=tuple(status.spec for status in statuses),
-            active_keys=active_keys(records, time()),
+            active_keys=active_keys(self._known(records), time()),
             overrides=self._overrides.active(time()),
         )
 
@@ -237,6 +237,11 @@ class Controller:
     ) -> tuple[ReplicaSupply, ...]:
         specs = [status.spec for status in statuses if status.spec.url in counting]
         return tuple(self._supplies.supplies([spec for spec in specs if spec.model == pool.model], pool))
+
+    def _known(self, records: Iterable[KeyRecord]) -> list[KeyRecord]:
+        """The keys whose org and tier the policy knows; the others reach nothing."""
+        orgs, tiers = {org.name for org in self._policy.orgs}, {tier.name for tier in self._policy.tiers}
+        return valid_records(records, orgs, tiers)
 
     def _derive(self, inputs: _Inputs, epoch: int) -> Publication:
         return derive(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ratelimit.config import Config, ConfigError, load_config
+from ratelimit.configcheck import changes_at_restart, live_change_problems
 from serving.profile import ProfileError
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,12 @@ class ConfigWatch:
             return None
         if config == self.config:
             return None
-        if config.gateway.model_copy(update={"enforce": self.config.gateway.enforce}) != self.config.gateway:
-            log.warning("gateway settings other than enforce take effect at the next start")
+        if problems := live_change_problems(self.config, config):
+            for problem in problems:
+                log.error("config not taken up, the last good one stays: %s", problem)
+            return None
+        for change in changes_at_restart(self.config, config):
+            log.warning("%s", change)
         self.config = config
         return config
 

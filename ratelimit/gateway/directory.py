@@ -143,7 +143,8 @@ class Directory:
             except (RedisError, OSError) as error:
                 self._note_failure("redis", error)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._poll_interval_s)
+                async with asyncio.timeout(self._poll_interval_s):
+                    await self._changed.wait()
             self._changed.clear()
 
     async def _listen(self) -> None:

@@ -45,3 +45,16 @@ async def test_a_config_whose_profile_vanishes_does_not_end_the_watch(
         await asyncio.wait_for(adopted.wait(), 10)
     finally:
         following.cancel()
+
+
+def test_a_config_that_moves_the_state_is_not_taken_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Keys made in a new state folder would never work while the controller reads the old one, so nothing changes."""
+    path = tmp_path / "penstock.yaml"
+    path.write_text(CONFIG.format(raise_after_s=1))
+    watching = ConfigWatch(path)
+
+    path.write_text("state_dir: elsewhere\n" + CONFIG.format(raise_after_s=2))
+
+    assert watching.poll() is None
+    assert watching.config.pools[0].raise_after_s == 1
+    assert "state_dir" in caplog.text
