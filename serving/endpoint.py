@@ -21,6 +21,10 @@ SAMPLE_TEXT = (
 )
 
 
+#: vLLM closes a connection that was idle for 5 s; one reused at that very moment breaks off, and spoils a sweep.
+KEEPALIVE_S = 2.0
+
+
 class EndpointError(RuntimeError):
     """The endpoint cannot be measured; the message says what it did and what is needed."""
 
@@ -65,7 +69,7 @@ class Endpoint:
         self._timeout = aiohttp.ClientTimeout(total=request_timeout_s)
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
         self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, timeout=self._timeout)
         return self
 
