@@ -96,7 +96,7 @@ class Stack:
         self._config_path = workdir / "penstock.yaml"
         self._keys = KeyFile(workdir / "state")
         self._log_path = workdir / "up.log"
-        self._ports = _free_ports(2 + settings.most_replicas)
+        self._ports = free_ports(2 + settings.most_replicas)
         self._process: GuardedProcess | None = None
         self._session: aiohttp.ClientSession | None = None
         self._ready = _Ready("", "", "", "")
@@ -236,9 +236,9 @@ def requests_in_engine(metrics: bytes) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(_IN_ENGINE))
 
 
-def _free_ports(count: int) -> list[int]:
-    """Neighbouring ports of 127.0.0.1 that are free right now."""
-    for base in range(18_000, 60_000, 2 * count):
+def free_ports(count: int, first: int = 18_000) -> list[int]:
+    """Neighbouring ports of 127.0.0.1, from ``first`` on, that are free right now. Raises ``StackError``."""
+    for base in range(first, 60_000, 2 * count):
         probes = [socket.socket() for _ in range(count)]
         try:
             for offset, probe in enumerate(probes):

@@ -6,7 +6,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import httpx
 import psutil
 
+from loadtests.stack import free_ports as neighbouring_free_ports
 from tests.support.waiting import eventually
 
 PENSTOCK = (sys.executable, "-m", "ratelimit.cli")
@@ -43,20 +43,8 @@ orgs:
 
 
 def free_ports(count: int) -> list[int]:
-    """``count`` neighbouring ports of 127.0.0.1 that nothing listens on at the moment."""
-    for base in range(20_000 + os.getpid() % 5_000, 60_000, 16):
-        sockets = [socket.socket() for _ in range(count)]
-        try:
-            for offset, probe in enumerate(sockets):
-                probe.bind(("127.0.0.1", base + offset))
-        except OSError:
-            continue
-        else:
-            return [base + offset for offset in range(count)]
-        finally:
-            for probe in sockets:
-                probe.close()
-    raise AssertionError("no free ports")
+    """``count`` neighbouring ports that nothing listens on; tests in other processes look elsewhere first."""
+    return neighbouring_free_ports(count, first=20_000 + 32 * (os.getpid() % 256))
 
 
 def write_config(folder: Path, count: int = 1, workers: int = 1, text: str = CONFIG) -> Path:

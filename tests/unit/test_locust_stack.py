@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loadtests.scenario_01_added_capacity import KEYS_BY_TIER, SETTINGS
-from loadtests.stack import MODEL, Stack, StackError, _free_ports, requests_in_engine
+from loadtests.stack import MODEL, Stack, StackError, free_ports, requests_in_engine
 from ratelimit.config import load_config
 
 EXPOSITION = b"""\
@@ -40,13 +40,13 @@ def test_written_config_is_a_valid_one(tmp_path: Path, count: int, enforce: bool
     assert sum(KEYS_BY_TIER.values()) == 6
 
 
-def test_free_ports_are_neighbours_and_free() -> None:
+def testfree_ports_are_neighbours_and_free() -> None:
     """Every port given can be listened on, and none that is taken is given."""
-    first = _free_ports(3)
+    first = free_ports(3)
     assert first == list(range(first[0], first[0] + 3))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", first[1]))
-        assert not set(first) & set(_free_ports(3))
+        assert not set(first) & set(free_ports(3))
 
 
 async def test_a_stack_that_was_not_started_says_so(tmp_path: Path) -> None:
