@@ -184,6 +184,8 @@ class Controller:
         if records != self._published_keys or lost.keys:
             await self._publisher.publish_keys(records)
             self._published_keys = records
+        if self._is_settling():
+            return
         inputs = self._inputs(records)
         if inputs == self._inputs_published and not lost.publication:
             return
@@ -195,6 +197,18 @@ class Controller:
                 self._publishing.notify_all()
             log.warning("epoch %d published: %s", candidate.epoch, candidate.reason)
         self._inputs_published = inputs
+
+    def _is_settling(self) -> bool:
+        """Whether this has just started, and the knee of a healthy replica is still being found.
+
+        What is in force then is the promise of the controller before; a round without that replica would break it.
+        """
+        if self._published is not None:
+            return False
+        pools = {pool.model: pool for pool in self._policy.pools}
+        healthy = [s.spec for s in self._fleet.statuses().values() if s.health.phase == "healthy"]
+        unknown = [spec for spec in healthy if not self._supplies.knows(spec, pools[spec.model])]
+        return bool(unknown)
 
     def _inputs(self, records: Iterable[KeyRecord]) -> _Inputs:
         statuses = list(self._fleet.statuses().values())

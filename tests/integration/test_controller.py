@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -151,17 +152,31 @@ async def test_a_loss_is_published_while_a_knee_is_being_found(
         await stack.until(lambda seen: rates(seen) == [rates(before)[0] * 2])
 
 
-async def test_a_replica_does_not_count_before_its_knee_is_known(
-    redis_client: Redis, tmp_path: Path, knees: Knees
+async def test_a_restarted_controller_keeps_the_promise_of_the_one_before(
+    redis_client: Redis, tmp_path: Path, knees: Knees, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first limits are published without waiting, and again when the knee is found."""
-    knees.gate.clear()
+    """Limits do not collapse for the seconds that a new controller needs to find the knees of a healthy fleet."""
     async with running(config_of(tmp_path), redis_client) as stack:
-        assert urls(await stack.until(lambda _seen: True)) == set()
+        before = await stack.until(lambda seen: urls(seen) == {A, B})
+    knees.gate.clear()
+    knees.found = 0
+    async with running(config_of(tmp_path), redis_client) as stack:
+        rounds, enough = itertools.count(), asyncio.Event()
+        statuses = stack.fleet.statuses
+
+        def counting() -> Mapping[str, ReplicaStatus]:
+            if next(rounds) >= 10:
+                enough.set()
+            return statuses()
+
+        monkeypatch.setattr(stack.fleet, "statuses", counting)
+        async with asyncio.timeout(WAIT_S):
+            await enough.wait()
+        assert await stack.publication() == before
 
         knees.gate.set()
 
-        await stack.until(lambda seen: urls(seen) == {A, B})
+        assert urls(await stack.until(lambda seen: seen.epoch > before.epoch)) == {A, B}
         assert knees.found == 1, "replicas of one profile share a knee"
 
 
