@@ -37,7 +37,7 @@ from ratelimit.publication import (
     PublishedReplica,
     TierLimits,
 )
-from serving.capacity import ReplicaGroup, fleet_cost_s
+from serving.capacity import ReplicaGroup, fleet_cost_s, merged_groups
 from serving.stepsim import Knee
 
 #: The pool's bucket holds this many times what the bursts of all keys can bring, so that callers inside their own
@@ -151,7 +151,7 @@ def _published_pool(
     lengths: Lengths,
     tiers: Sequence[TierLimits],
 ) -> PublishedPool:
-    groups = _merged([s.group for s in supplies])
+    groups = merged_groups([s.group for s in supplies])
     cost_s = fsum(fleet_cost_s(groups, shape) for shape in pool.mix.shapes) / len(pool.mix.shapes) if groups else 0.0
     usable = float(supply.usable)
     rate = min(int(usable * cost_s * 60 * _MICROSECONDS), MOST_PER_MINUTE)
@@ -175,13 +175,6 @@ def _published_pool(
         f"{len(supplies)} replicas busy; burst {approximate(Fraction(burst, _MICROSECONDS))} replica-seconds: "
         f"{POOL_BURST_FACTOR} × the bursts of all keys{cut}",
     )
-
-
-def _merged(groups: Sequence[ReplicaGroup]) -> tuple[ReplicaGroup, ...]:
-    counts: Counter[ReplicaGroup] = Counter()
-    for group in groups:
-        counts[msgspec.structs.replace(group, count=1)] += group.count
-    return tuple(msgspec.structs.replace(group, count=count) for group, count in counts.items())
 
 
 def _burst_requests(tier: TierLimits, lengths: Lengths) -> float:

@@ -17,7 +17,8 @@ forms are its upper bounds, and the shares by which unlike GPUs and unlike reque
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from math import fsum
 
 import msgspec
@@ -172,6 +173,14 @@ def closed_form_requests_per_s(group: ReplicaGroup, mix: WorkloadMix) -> float:
 def mean_replica_seconds(group: ReplicaGroup, mix: WorkloadMix) -> float:
     """E[u] over the mix."""
     return fsum(replica_seconds(group, shape) for shape in mix.shapes) / len(mix.shapes)
+
+
+def merged_groups(groups: Iterable[ReplicaGroup]) -> tuple[ReplicaGroup, ...]:
+    """The same fleet with identical groups counted together, so that a cost takes one term per kind of replica."""
+    counts: Counter[ReplicaGroup] = Counter()
+    for group in groups:
+        counts[msgspec.structs.replace(group, count=1)] += group.count
+    return tuple(msgspec.structs.replace(kind, count=count) for kind, count in counts.items())
 
 
 def fleet_cost_s(groups: Sequence[ReplicaGroup], shape: RequestShape) -> float:

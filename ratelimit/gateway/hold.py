@@ -60,21 +60,6 @@ def check_context(request: ParsedRequest, max_model_len: int) -> None:
         raise context_length_exceeded(max_model_len, asked)
 
 
-def merged_groups(groups: Sequence[ReplicaGroup]) -> tuple[ReplicaGroup, ...]:
-    """The same fleet with identical groups counted together, so that a cost takes one term per kind of replica."""
-    counts: dict[tuple[object, ...], int] = {}
-    kinds: dict[tuple[object, ...], ReplicaGroup] = {}
-    for group in groups:
-        kind = (
-            msgspec.structs.astuple(group.step_time),
-            msgspec.structs.astuple(group.limits),
-            msgspec.structs.astuple(group.slo),
-        )
-        counts[kind] = counts.get(kind, 0) + group.count
-        kinds[kind] = group
-    return tuple(msgspec.structs.replace(kinds[kind], count=count) for kind, count in counts.items())
-
-
 def pool_cost_us(groups: Sequence[ReplicaGroup], usage: Usage, choices: int, prompts: int) -> int:
     """Replica-microseconds of a request: each prompt is computed once, its further choices find it in the cache."""
     prompt, output = ceil(usage.prompt_tokens / prompts), ceil(usage.output_tokens / choices)

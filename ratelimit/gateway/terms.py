@@ -5,9 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from ratelimit.gateway.headers import policy_header
-from ratelimit.gateway.hold import merged_groups
 from ratelimit.publication import Limit, Publication, PublishedPool
-from serving.capacity import ReplicaGroup
+from serving.capacity import ReplicaGroup, merged_groups
 
 
 class Terms(msgspec.Struct, frozen=True):

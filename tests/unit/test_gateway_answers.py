@@ -14,12 +14,12 @@ from ratelimit.gateway.admission import Durations, answer_headers, refusal
 from ratelimit.gateway.charges import charges_for, used_charges
 from ratelimit.gateway.errors import Rejection, retry_headers
 from ratelimit.gateway.headers import Room, go_duration, limit_headers, policy_header
-from ratelimit.gateway.hold import Usage, estimate, merged_groups, pool_cost_us
+from ratelimit.gateway.hold import Usage, estimate, pool_cost_us
 from ratelimit.gateway.terms import Terms, terms_by_tier
 from ratelimit.gateway.wire import parse_request
 from ratelimit.meter import Admitted, Denied
 from ratelimit.publication import Limit
-from serving.capacity import RequestShape, fleet_cost_s
+from serving.capacity import RequestShape, fleet_cost_s, merged_groups
 from tests.support.gateway import MAX_MODEL_LEN, MODEL, group, publication
 
 
