@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from secrets import token_hex
+
 import msgspec
 
 #: The environment variable by which a supervisor tells a worker its settings, as JSON.
 SETTINGS_VARIABLE = "PENSTOCK_GATEWAY_SETTINGS"
 #: For settlements that are under way when the last request has ended.
 SETTLE_DRAIN_S = 5.0
+
+
+def new_gateway_id() -> str:
+    """An id that no other start of a gateway has."""
+    return "g_" + token_hex(6)
 
 
 class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -17,6 +25,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     from its admission to its last byte. ``first_byte_timeout_s`` bounds the wait for a stream's first chunk on one
     replica, ``chunk_timeout_s`` the silence between two chunks. An answer that is not streamed is kept whole, up to
     ``max_answer_bytes``. On SIGTERM open requests get ``drain_s`` to finish.
+
+    ``admin_token`` is what the admin port asks for; where it is empty, as in tests, the admin port is open.
+    ``gateway_id`` is unique to one start of one process. A call of the store may take ``store_timeout_s``, and a
+    reservation that nobody renews ends after ``lease_s``.
     """
 
     redis_url: str
@@ -31,5 +43,17 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     first_byte_timeout_s: float = 120.0
     chunk_timeout_s: float = 60.0
     drain_s: float = 20.0
-    store_timeout_s: float = 1.0
+    store_timeout_s: float = 0.03
+    lease_s: float = 15.0
     poll_interval_s: float = 1.0
+    admin_token: str = ""
+    gateway_id: str = msgspec.field(default_factory=new_gateway_id)
+
+    def __rich_repr__(self) -> Iterator[tuple[str, object]]:
+        """Every field but secrets: the token, and the Redis URL, which may hold a password."""
+        for name, value in msgspec.structs.asdict(self).items():
+            yield name, "…" if value and name in ("admin_token", "redis_url") else value
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.__rich_repr__())
+        return f"GatewaySettings({fields})"
