@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from serving.capacity import Slo, WorkloadMix
+
+LimitName = Literal["requests", "input_tokens", "output_tokens", "concurrency"]
+#: Who shares a limit: one key, all keys of an org, all keys of a tier, or all callers of a model.
+LimitScope = Literal["key", "org", "tier", "model"]
+#: A minute leaks continuously; the longer ones are fixed windows that begin with their first use.
+LimitWindow = Literal["minute", "5h", "week"]
+#: What a request holds of the output: what its caller usually takes, or the most it may take.
+Holds = Literal["learned", "maximum"]
+
+
+class LimitRule(msgspec.Struct, frozen=True):
+    """A limit that the operator sets, beside those derived: ``amount`` in each ``window``, for the callers named.
+
+    ``tiers``, ``orgs``, ``models`` and ``keys`` (ids) choose the callers; None means all. ``burst`` is what may come at
+    once of a rate per minute, None for all of ``amount``. ``concurrency`` counts requests in flight, in no window.
+    """
+
+    name: LimitName
+    amount: int
+    per: LimitScope = "key"
+    window: LimitWindow = "minute"
+    burst: int | None = None
+    tiers: tuple[str, ...] | None = None
+    orgs: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
+    keys: tuple[str, ...] | None = None
+    reason: str = ""
 
 
 class TierPolicy(msgspec.Struct, frozen=True):
     """A class of callers.
 
-    ``share`` of every pool's usable capacity is assured to the tier's active keys together; a tier with share 0 is
-    best effort and is limited by ``ceiling``, the most of a pool that it may take. ``burst_s`` seconds of its rate may
-    come at once.
+    ``share`` of every pool's usable capacity is assured to the tier's active keys together; up to ``ceiling`` of it
+    may be borrowed while others leave it idle. With share == ceiling the tier never borrows; with share 0 it only
+    borrows. ``burst_s`` seconds of its rate may come at once. ``priority`` is vLLM's: lower is served first, and may
+    fill more of the pool's bucket with borrowed work.
 
-    Two fields do nothing yet. ``ceiling`` has no effect where the share is above 0: an assured tier does not borrow
-    what others leave. ``priority`` (vLLM's: lower is served first) is read by nothing.
+    ``unlimited`` names the derived limits that the tier does not have. ``shadow``: its limits are decided and counted,
+    and refuse nobody.
     """
 
     name: str
@@ -23,23 +53,28 @@ class TierPolicy(msgspec.Struct, frozen=True):
     ceiling: float
     priority: int
     burst_s: float
+    unlimited: tuple[LimitName, ...] = ()
+    holds: Holds = "learned"
+    shadow: bool = False
 
 
 class PoolPolicy(msgspec.Struct, frozen=True):
     """One model's promise (the SLO, as for a device at full speed) and the traffic it is sized for.
 
-    ``spare_replicas`` of the largest replicas are kept free. ``default_max_output`` tokens are held for a request
-    that names no maximum. ``max_model_len`` and ``tokens_per_byte`` hold for every replica the pool may have, so
-    that they outlive the loss of all of them.
+    ``spare_replicas`` of the largest replicas are kept free. ``default_max_output`` tokens are what an answer is
+    expected to need where nothing is known of it; None takes the mix's p90. ``max_model_len`` and ``tokens_per_byte``
+    hold for every replica the pool may have, so that they outlive the loss of all of them. ``priority_scheduling``:
+    every one of them serves lower priorities first.
     """
 
     model: str
     slo: Slo
     mix: WorkloadMix
-    default_max_output: int
+    default_max_output: int | None
     spare_replicas: int
     max_model_len: int
     tokens_per_byte: float
+    priority_scheduling: bool = False
 
 
 class OrgPolicy(msgspec.Struct, frozen=True):
@@ -56,3 +91,5 @@ class Policy(msgspec.Struct, frozen=True):
     pools: tuple[PoolPolicy, ...]
     enforce: bool
     orgs: tuple[OrgPolicy, ...] = ()
+    rules: tuple[LimitRule, ...] = ()
+    shadow_keys: tuple[str, ...] = ()

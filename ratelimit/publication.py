@@ -5,18 +5,31 @@ A publication is plain data. Gateways hold the newest one whole; they never mix 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
 from ratelimit.meter import EXACT, MINUTE_US
-from ratelimit.policy import OrgPolicy
+from ratelimit.policy import Holds, LimitName, LimitRule, LimitScope, LimitWindow, OrgPolicy
 from serving.capacity import ReplicaGroup
 
-LimitName = Literal["requests", "input_tokens", "output_tokens", "concurrency"]
+__all__ = [
+    "MOST_BUDGET_BURST",
+    "MOST_BURST",
+    "MOST_PER_MINUTE",
+    "POOL_TICK_US",
+    "Holds",
+    "Limit",
+    "LimitName",
+    "LimitRule",
+    "LimitScope",
+    "LimitWindow",
+    "Publication",
+    "PublishedPool",
+    "PublishedReplica",
+    "TierLimits",
+]
 
-#: The largest rate of a limit (a gauge's largest count too), and the largest burst of a rated one, that the meter
-#: counts exactly. A gateway refuses a publication that goes beyond.
+#: The largest rate of a limit (a gauge's and a window's largest count too), and the largest burst of a rated one, that
+#: the meter counts exactly. A gateway refuses a publication that goes beyond.
 MOST_PER_MINUTE = EXACT - 1
 MOST_BURST = MOST_PER_MINUTE // MINUTE_US
 #: The same for a pool's budget, in replica-microseconds; its level is kept in milliseconds.
@@ -25,21 +38,40 @@ MOST_BUDGET_BURST = MOST_PER_MINUTE // (MINUTE_US // POOL_TICK_US)
 
 
 class Limit(msgspec.Struct, frozen=True):
-    """One limit of one key. ``concurrency`` has no rate: ``per_minute`` is 0 and ``burst`` the requests in flight."""
+    """One limit of those whom ``per`` names together.
+
+    ``concurrency`` has no rate: ``per_minute`` is 0 and ``burst`` the requests in flight. Nor has a window longer than
+    a minute: ``burst`` is its amount. Where ``ceiling_per_minute`` is above 0, ``per_minute`` and ``burst`` are
+    assured, and may be exceeded up to the ceilings while others leave capacity idle; the ceilings are never below them.
+    """
 
     name: LimitName
     per_minute: int
     burst: int
     explanation: str
+    per: LimitScope = "key"
+    window: LimitWindow = "minute"
+    ceiling_per_minute: int = 0
+    ceiling_burst: int = 0
 
 
 class TierLimits(msgspec.Struct, frozen=True):
-    """What every key of one tier may take of one model, and how many active keys the share was divided by."""
+    """What every key of one tier may take of one model, and how many active keys the share was divided by.
+
+    ``priority`` is vLLM's: lower is served first. A request beyond what is assured is admitted only while it leaves the
+    pool's bucket at or below ``borrow_up_to`` thousandths of its capacity; 0: the tier does not borrow. ``assured``: a
+    share is promised, and a limit carries it.
+    """
 
     tier: str
     model: str
     active_keys: int
     limits: tuple[Limit, ...]
+    priority: int = 0
+    borrow_up_to: int = 0
+    assured: bool = True
+    holds: Holds = "learned"
+    shadow: bool = False
 
 
 class PublishedReplica(msgspec.Struct, frozen=True):
@@ -56,6 +88,8 @@ class PublishedPool(msgspec.Struct, frozen=True):
     """One model's replicas and what they can serve together, under the pool's SLO.
 
     ``budget_per_minute`` and ``budget_burst`` are the pool bucket's rate and capacity in replica-microseconds of cost.
+    ``default_max_output`` is what an answer is expected to need while nothing is learned of it.
+    ``priority_scheduling``: every replica serves requests of lower priority first, so that they may be told one.
     """
 
     model: str
@@ -70,10 +104,15 @@ class PublishedPool(msgspec.Struct, frozen=True):
     usable_input_tokens_per_s: float
     usable_output_tokens_per_s: float
     explanation: str
+    priority_scheduling: bool = False
 
 
 class Publication(msgspec.Struct, frozen=True):
-    """The published limits at one epoch, and every org that may use them: one that is not in ``orgs`` is refused."""
+    """The published limits at one epoch, and every org that may use them: one that is not in ``orgs`` is refused.
+
+    ``rules`` are the operator's own limits, which hold beside those of the tier. The keys in ``shadow_keys`` (ids) are
+    counted and never refused.
+    """
 
     epoch: int
     published_at: str
@@ -82,6 +121,8 @@ class Publication(msgspec.Struct, frozen=True):
     pools: tuple[PublishedPool, ...]
     tiers: tuple[TierLimits, ...]
     orgs: tuple[OrgPolicy, ...] = ()
+    rules: tuple[LimitRule, ...] = ()
+    shadow_keys: tuple[str, ...] = ()
 
     def pool(self, model: str) -> PublishedPool | None:
         """The pool that serves ``model``."""
