@@ -2,6 +2,7 @@
 
 Redis names, shared with the gateways: ``penstock:publication`` (JSON), ``penstock:keys`` (hash: digest of the secret to
 JSON ``KeyRecord``), and the channel ``penstock:changed``, on which "publication" or "keys" is said after a write.
+``penstock:keys:used`` is the gateways' (hash: key id to the second since 1970 of its last use).
 ``penstock:keys:version`` is the publisher's own: which keys the hash holds. A Redis has one publisher: whatever else it
 is found to hold, for one restarted from an old dump or failed over to a lagging replica does, is not what is in force.
 """
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 PUBLICATION_KEY = "penstock:publication"
 KEYS_KEY = "penstock:keys"
+KEYS_USED_KEY = "penstock:keys:used"
 KEYS_VERSION_KEY = "penstock:keys:version"
 CHANGED_CHANNEL = "penstock:changed"
 

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ratelimit.cli import app
+from ratelimit.keyuse import KeyUse, uses_file
 from ratelimit.publication import Publication, TierLimits
 from ratelimit.publisher import published_file
 from tests.support.stack import write_config
@@ -57,6 +58,42 @@ def test_a_key_is_shown_once_and_its_secret_is_kept_nowhere(config: Path) -> Non
     state = config.parent / "state"
     assert state.stat().st_mode & 0o777 == 0o700
     assert all(key["key"] not in path.read_text() for path in state.iterdir())
+
+
+def test_a_key_is_rotated_and_each_of_its_secrets_is_listed(config: Path) -> None:
+    """`keys rotate` prints a new secret for the same id; the list shows both, and when the key was last used."""
+    options = ["--json", "--config", str(config)]
+    made = json.loads(runner.invoke(app, ["keys", "create", "--org", "acme", "--tier", "pro", *options]).stdout)
+
+    rotated = json.loads(runner.invoke(app, ["keys", "rotate", made["id"], "--overlap", "2h", *options]).stdout)
+
+    assert rotated["id"] == made["id"]
+    assert rotated["key"] != made["key"]
+    with uses_file(config.parent / "state").changing() as uses:
+        uses[:] = [KeyUse(made["id"], 1_700_000_000)]
+    old, new = json.loads(runner.invoke(app, ["keys", "list", *options]).stdout)
+    assert (old["id"], old["status"], old["last_used_at"]) == (made["id"], "active", 1_700_000_000)
+    assert old["expires_at"] - new["created_at"] == 7200
+    assert (new["id"], new["status"], new["expires_at"]) == (made["id"], "active", None)
+    listed = runner.invoke(app, ["keys", "list", "--config", str(config)], env={"COLUMNS": "200"}).stdout
+    assert "2023-11-14 22:13" in listed
+    assert made["key"] not in listed
+
+
+def test_an_overlap_of_nothing_ends_the_old_secret(config: Path) -> None:
+    """`--overlap 0` is taken, and a duration that is none is refused with the form that is right."""
+    options = ["--json", "--config", str(config)]
+    made = json.loads(runner.invoke(app, ["keys", "create", "--org", "acme", "--tier", "pro", *options]).stdout)
+
+    assert runner.invoke(app, ["keys", "rotate", made["id"], "--overlap", "0", *options]).exit_code == 0
+
+    assert [row["status"] for row in json.loads(runner.invoke(app, ["keys", "list", *options]).stdout)] == [
+        "expired",
+        "active",
+    ]
+    wrong = runner.invoke(app, ["keys", "rotate", made["id"], "--overlap", "soon", *options])
+    assert wrong.exit_code == 1
+    assert "2h" in wrong.output
 
 
 def test_keys_of_unknown_tiers_and_orgs_are_refused(config: Path) -> None:

@@ -27,7 +27,8 @@ class Clock:
 
 
 def key(tier: str = "pro", expires_at: float | None = None, revoked_at: float | None = None) -> KeyRecord:
-    return KeyRecord("k_00000000", "0" * 64, "acme", tier, "test", 0.0, expires_at, revoked_at)
+    made = new_key("acme", tier, "test", 0.0, expires_at)[1]
+    return msgspec.structs.replace(made, revoked_at=revoked_at)
 
 
 def test_secret_has_256_random_bits() -> None:
@@ -93,9 +94,9 @@ def test_create_list_revoke(tmp_path: Path) -> None:
     other = keys.create(org="acme", tier="free", name="app")[1]
     assert KeyFile(tmp_path / "state").records() == [record, other]
     clock.now_s = 1030.0
-    assert keys.revoke(record.id).revoked_at == 1030.0
+    assert [each.revoked_at for each in keys.revoke(record.id)] == [1030.0]
     clock.now_s = 1040.0
-    assert keys.revoke(record.id).revoked_at == 1030.0
+    assert [each.revoked_at for each in keys.revoke(record.id)] == [1030.0]
     assert [status(each, 1040.0) for each in keys.records()] == ["revoked", "active"]
     assert find({each.digest: each for each in keys.records()}, secret) is not None
 
@@ -217,3 +218,78 @@ def test_a_key_file_from_before_issuers_is_read(tmp_path: Path) -> None:
 def test_digest_is_hex_sha256() -> None:
     """The digest is the one any tool computes."""
     assert digest("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_rotated_key_is_one_key_with_two_secrets_for_a_while(tmp_path: Path) -> None:
+    """Both secrets are active during the overlap, under one id that is counted once; then only the new one is."""
+    clock = Clock(1000.0)
+    keys = KeyFile(tmp_path, clock)
+    old = keys.create(org="acme", tier="pro", name="ci")[1]
+    keys.create(org="acme", tier="pro", name="other")
+    clock.now_s = 2000.0
+
+    secret, new = keys.rotate(old.id, overlap_s=60.0)
+
+    assert (new.id, new.org, new.tier, new.name, new.created_at) == (old.id, "acme", "pro", "ci", 2000.0)
+    assert new.digest == digest(secret)
+    found = {each.digest: each for each in keys.records()}
+    assert [each.name for each in keys.records()] == ["ci", "ci", "other"]
+    assert (status(found[old.digest], 2059.9), status(found[old.digest], 2060.0)) == ("active", "expired")
+    assert status(new, 2060.0) == "active"
+    assert active_keys(keys.records(), 2001.0) == active_keys(keys.records(), 2060.0) == {"pro": 2}
+
+
+def test_rotation_prolongs_nothing(tmp_path: Path) -> None:
+    """A key made for an hour ends with it, rotated or not, unless a new time is given; so does each old secret."""
+    clock = Clock(1000.0)
+    keys = KeyFile(tmp_path, clock)
+    key_id = keys.create(org="acme", tier="pro", name="ci", valid_s=3600)[1].id
+    keys.rotate(key_id, overlap_s=86_400)
+    assert [each.expires_at for each in keys.records()] == [4600.0, 4600.0]
+    keys.rotate(key_id, overlap_s=10)
+    keys.rotate(key_id, overlap_s=100, valid_s=9000)
+    assert [each.expires_at for each in keys.records()] == [1010.0, 1010.0, 1100.0, 10_000.0]
+
+
+def test_rotation_forgets_secrets_that_have_ended(tmp_path: Path) -> None:
+    """Rotating every day does not make the file grow."""
+    clock = Clock(0.0)
+    keys = KeyFile(tmp_path, clock)
+    key_id = keys.create(org="acme", tier="pro", name="ci")[1].id
+    for _ in range(5):
+        clock.now_s += 86_400
+        keys.rotate(key_id, overlap_s=3600)
+    assert [status(each, clock.now_s) for each in keys.records()] == ["active", "active"]
+
+
+def test_no_overlap_ends_the_old_secret_at_once(tmp_path: Path) -> None:
+    """A leaked secret can be replaced without giving it another moment."""
+    clock = Clock(1000.0)
+    keys = KeyFile(tmp_path, clock)
+    key_id = keys.create(org="acme", tier="pro", name="ci")[1].id
+    keys.rotate(key_id, overlap_s=0)
+    assert [status(each, 1000.0) for each in keys.records()] == ["expired", "active"]
+
+
+def test_revoking_ends_every_secret_of_a_key(tmp_path: Path) -> None:
+    """A revoked key cannot go on under its other secret, nor be rotated back to life."""
+    keys = KeyFile(tmp_path, Clock(1000.0))
+    key_id = keys.create(org="acme", tier="pro", name="ci")[1].id
+    other = keys.create(org="acme", tier="pro", name="other")[1]
+    keys.rotate(key_id, overlap_s=60)
+
+    assert [each.revoked_at for each in keys.revoke(key_id)] == [1000.0, 1000.0]
+
+    assert active_keys(keys.records(), 1000.0) == {"pro": 1}
+    assert keys.records()[-1] == other
+    with pytest.raises(ApiKeyError, match="no active secret"):
+        keys.rotate(key_id, overlap_s=60)
+
+
+def test_rotating_what_is_not_there_or_backwards_is_refused(tmp_path: Path) -> None:
+    """The message names the way to the ids, or the bound."""
+    keys = KeyFile(tmp_path)
+    with pytest.raises(ApiKeyError, match=r"no key 'k_nothere'.*penstock keys list"):
+        keys.rotate("k_nothere", overlap_s=60)
+    with pytest.raises(ApiKeyError, match="0 or more"):
+        keys.rotate("k_nothere", overlap_s=-1)
