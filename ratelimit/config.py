@@ -13,9 +13,21 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
 from ratelimit.configcheck import contradictions, invalid_fields
-from ratelimit.policy import OrgPolicy, Policy, PoolPolicy, TierPolicy
+from ratelimit.policy import (
+    Holds,
+    LimitName,
+    LimitRule,
+    LimitScope,
+    LimitWindow,
+    OrgPolicy,
+    Policy,
+    PoolPolicy,
+    TierPolicy,
+)
+from ratelimit.publication import MOST_BURST, MOST_PER_MINUTE
 from ratelimit.yamlfile import YamlFileError, read_document
 from serving.capacity import Slo
+from serving.engine.command import schedules_by_priority
 from serving.mixes import load_mix
 from serving.profile import load_profile
 
@@ -66,6 +78,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SloBound = Annotated[float, Field(gt=0, le=3_600_000)]
 Slowdown = Annotated[float, Field(ge=1, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
+KeyId = Annotated[str, Field(pattern=r"^k_[0-9a-f]{1,64}$")]
+Amount = Annotated[int, Field(ge=1, le=MOST_PER_MINUTE)]
 LocalPath = Annotated[Path, AfterValidator(_in_folder)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 
@@ -77,7 +91,10 @@ class Section(BaseModel):
 
 
 class GatewayConfig(Section):
-    """The gateway's sockets and bounds. Worker i has its metrics and administration on ``admin_port`` + i."""
+    """The gateway's sockets and bounds. Worker i has its metrics and administration on ``admin_port`` + i.
+
+    ``redis_timeout_ms`` bounds each decision of the limiter; a slower Redis counts as away.
+    """
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: Port = 8080
@@ -87,6 +104,7 @@ class GatewayConfig(Section):
     request_timeout_s: Positive = 600
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     body_timeout_s: Positive = 20
+    redis_timeout_ms: float = Field(default=30, ge=1, le=60_000)
 
     def admin_ports(self) -> list[int]:
         """The admin port of each worker."""
@@ -125,20 +143,25 @@ class EngineConfig(Section):
 
 
 class ReplicaConfig(Section):
-    """One vLLM server that runs elsewhere."""
+    """One vLLM server that runs elsewhere. ``priority_scheduling``: it was started with that scheduling policy."""
 
     url: HttpUrl
     profile: ProfileName
     slowdown: Slowdown = 1.0
+    priority_scheduling: bool = False
 
 
 class PoolConfig(Section):
-    """One model: its promise, its traffic and its replicas."""
+    """One model: its promise, its traffic and its replicas.
+
+    ``default_max_output``: the tokens that an answer is expected to need while nothing is learned of it; if unset, the
+    90th percentile of the mix.
+    """
 
     model: ModelName
     slo: SloConfig = SloConfig()
     mix: MixConfig = MixConfig()
-    default_max_output: int = Field(default=512, ge=1)
+    default_max_output: int | None = Field(default=None, ge=1)
     spare_replicas: int = Field(default=0, ge=0)
     raise_after_s: float = Field(default=5.0, ge=0, allow_inf_nan=False)
     stuck_after_s: Positive = 5.0
@@ -151,16 +174,16 @@ class PoolConfig(Section):
 
 
 class TierConfig(Section):
-    """A class of callers; see ``TierPolicy``.
-
-    ``priority`` is accepted and does nothing yet; nor does ``ceiling`` where ``share`` is above 0.
-    """
+    """A class of callers; see ``TierPolicy``."""
 
     name: Name
     share: Share
     ceiling: float = Field(default=1.0, gt=0, le=1)
     priority: int = Field(default=0, ge=0)
     burst_s: float = Field(default=5.0, gt=0, le=3600)
+    unlimited: tuple[LimitName, ...] = ()
+    holds: Holds = "learned"
+    shadow: bool = False
 
 
 class OrgConfig(Section):
@@ -168,6 +191,25 @@ class OrgConfig(Section):
 
     name: Name
     models: tuple[ModelName, ...] | None = None
+
+
+class LimitConfig(Section):
+    """A limit that the operator sets, beside those derived; see ``LimitRule``."""
+
+    name: LimitName
+    amount: Amount
+    per: LimitScope = "key"
+    window: LimitWindow = "minute"
+    burst: int | None = Field(default=None, ge=1, le=MOST_BURST)
+    tiers: tuple[Name, ...] | None = Field(default=None, min_length=1)
+    orgs: tuple[Name, ...] | None = Field(default=None, min_length=1)
+    models: tuple[ModelName, ...] | None = Field(default=None, min_length=1)
+    keys: tuple[KeyId, ...] | None = Field(default=None, min_length=1)
+    reason: str = Field(default="", max_length=500)
+
+    def rule(self) -> LimitRule:
+        """The same as a pure value."""
+        return LimitRule(**self.model_dump())
 
 
 class Config(Section):
@@ -179,6 +221,8 @@ class Config(Section):
     pools: tuple[PoolConfig, ...]
     tiers: tuple[TierConfig, ...]
     orgs: tuple[OrgConfig, ...]
+    limits: tuple[LimitConfig, ...] = ()
+    shadow_keys: tuple[KeyId, ...] = ()
 
 
 def load_config(path: Path) -> Config:
@@ -204,10 +248,12 @@ def load_config(path: Path) -> Config:
 def policy_of(config: Config) -> Policy:
     """The rules of a config, as the pure values that limits are derived from."""
     return Policy(
-        tiers=tuple(TierPolicy(t.name, t.share, t.ceiling, t.priority, t.burst_s) for t in config.tiers),
+        tiers=tuple(TierPolicy(**tier.model_dump()) for tier in config.tiers),
         pools=tuple(_pool_policy(pool) for pool in config.pools),
         enforce=config.gateway.enforce,
         orgs=tuple(OrgPolicy(org.name, org.models) for org in config.orgs),
+        rules=tuple(limit.rule() for limit in config.limits),
+        shadow_keys=config.shadow_keys,
     )
 
 
@@ -221,4 +267,6 @@ def _pool_policy(pool: PoolConfig) -> PoolPolicy:
         spare_replicas=pool.spare_replicas,
         max_model_len=min(profile.limits.max_model_len for profile in profiles),
         tokens_per_byte=max(profile.tokens_per_byte for profile in profiles),
+        priority_scheduling=all(schedules_by_priority(engine.extra_args) for engine in pool.engines)
+        and all(replica.priority_scheduling for replica in pool.replicas),
     )

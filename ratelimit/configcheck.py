@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from math import floor, log10
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ratelimit.publication import MOST_BURST
 from ratelimit.yamlfile import Document, Where
 from serving.mixes import MIX_NAMES, load_mix
 from serving.profile import Profile, ProfileError, load_profile
 
 if TYPE_CHECKING:
-    from ratelimit.config import Config, EngineConfig, PoolConfig, TierConfig
+    from ratelimit.config import Config, EngineConfig, LimitConfig, PoolConfig, TierConfig
 
 #: Fields whose value may hold a password.
 _SECRET_FIELDS = frozenset({"redis"})
@@ -101,6 +102,7 @@ def contradictions(config: Config) -> list[Finding]:
         *_tiers(config.tiers),
         *_twice("orgs", "name", [org.name for org in config.orgs]),
         *_org_models(config),
+        *_rules(config),
     )
     return list(dict.fromkeys(found))
 
@@ -195,7 +197,7 @@ def _profile(where: Where, name: str, pool: PoolConfig) -> Iterator[Finding]:
     else:
         yield from _hopeless_slo(where, profile, pool)
         yield from _too_long_mix(where, profile, pool)
-        if pool.default_max_output >= profile.limits.max_model_len:
+        if pool.default_max_output is not None and pool.default_max_output >= profile.limits.max_model_len:
             yield Finding(
                 (*where[:2], "default_max_output"),
                 f"{pool.default_max_output} leaves no room for a prompt: the context of {profile.name} has "
@@ -269,3 +271,74 @@ def _org_models(config: Config) -> Iterator[Finding]:
         for j, model in enumerate(org.models or ()):
             if model not in served:
                 yield Finding(("orgs", i, "models", j), f"no pool serves {model!r}; there are {', '.join(served)}")
+
+
+def _rules(config: Config) -> Iterator[Finding]:
+    """The operator's own limits: names that are not there, numbers that mean nothing, and buckets that two share."""
+    known = {
+        "tiers": [tier.name for tier in config.tiers],
+        "orgs": [org.name for org in config.orgs],
+        "models": [pool.model for pool in config.pools],
+    }
+    for i, limit in enumerate(config.limits):
+        where: Where = ("limits", i)
+        for selector, names in known.items():
+            for j, name in enumerate(getattr(limit, selector) or ()):
+                if name not in names:
+                    yield Finding(
+                        (*where, selector, j), f"there is no {selector[:-1]} {name!r}; there are {', '.join(names)}"
+                    )
+        yield from _rule_numbers(where, limit)
+        yield from _rule_bucket(where, limit, config.limits[:i])
+
+
+def _rule_numbers(where: Where, limit: LimitConfig) -> Iterator[Finding]:
+    if limit.name == "concurrency" and limit.window != "minute":
+        yield Finding(
+            (*where, "window"), "requests in flight are counted at each moment, not in a window; take window out"
+        )
+        return
+    rated = limit.name != "concurrency" and limit.window == "minute"
+    if limit.burst is not None and not rated:
+        yield Finding((*where, "burst"), "only a rate per minute has a burst; take it out")
+    elif rated and limit.burst is None and limit.amount > MOST_BURST:
+        yield Finding(
+            (*where, "burst"),
+            f"is missing, so all of {limit.amount} might come at once; the most that can be counted is {MOST_BURST}, "
+            "write a burst of at most that",
+        )
+
+
+#: The callers who share a bucket may still differ in these; those in one ``per`` are told apart by the others.
+_MIXED_IN: dict[str, tuple[str, ...]] = {
+    "key": (),
+    "org": ("tiers", "keys"),
+    "tier": ("orgs", "keys"),
+    "model": ("tiers", "orgs", "keys"),
+}
+
+
+def _rule_bucket(where: Where, limit: LimitConfig, earlier: Sequence[LimitConfig]) -> Iterator[Finding]:
+    """A bucket has one size for all who share it, so what is said of it is the same for all of them."""
+    mixed = [selector for selector in _MIXED_IN[limit.per] if getattr(limit, selector) is not None]
+    if mixed and limit.per == "tier" and limit.window == "minute":
+        yield Finding(
+            (*where, mixed[0]),
+            f"limits per tier are derived too, for all its callers; take {mixed[0]} out, or limit per key or org",
+        )
+    for j, other in enumerate(earlier):
+        if (other.name, other.per, other.window) != (limit.name, limit.per, limit.window):
+            continue
+        if _selectors(limit) == _selectors(other):
+            yield Finding(where, f"limits the same callers' {limit.name} as limits[{j}]; keep one")
+        elif any(getattr(limit, selector) != getattr(other, selector) for selector in _MIXED_IN[limit.per]):
+            yield Finding(
+                where,
+                f"shares a bucket per {limit.per} with limits[{j}], which names other callers; give both the same "
+                f"{' and '.join(_MIXED_IN[limit.per])}, or limit per key",
+            )
+
+
+def _selectors(limit: LimitConfig) -> tuple[frozenset[str] | None, ...]:
+    chosen = (limit.tiers, limit.orgs, limit.models, limit.keys)
+    return tuple(None if names is None else frozenset(names) for names in chosen)

@@ -1,17 +1,21 @@
 """Capacity × policy → limits. Pure: the same fleet, policy, keys and overrides give the same publication.
 
     usable     = Σ requests/s of the replicas that count − the ``spare_replicas`` largest, but at least the largest one
-    per key    = usable × tier share ÷ active keys of the tier          requests/s, the key's *fair rate*
-    tokens     = fair rate × mean tokens of the mix × 60                 per minute, uncached input and output apart
-    requests   = fair rate × REQUEST_HEADROOM × 60                       per minute
-    in flight  = fair rate × residence within the SLO × CONCURRENCY_HEADROOM            (Little's law)
+    assured    = usable × tier share ÷ active keys of the tier          requests/s of one key
+    most       = usable × tier ceiling                                  requests/s, of one key and of the tier
+    tokens     = assured × mean tokens of the mix × 60                  per minute, uncached input and output apart
+    ceilings   = most × mean tokens of the mix × 60                     per minute, while others leave it idle
+    requests   = most × REQUEST_HEADROOM × 60                           per minute
+    in flight  = most × residence within the SLO × CONCURRENCY_HEADROOM                (Little's law)
 
 A replica's requests/s are its simulated knee, which already leaves the room that percentiles need. Tokens carry the
 promise: over all assured tiers they never add up to more than the usable capacity, down to the floor of 1 per limit.
-A tier with share 0 is best effort: its ceiling takes the place of the share, and the pool's budget is what stops it.
+Where share == ceiling nothing is borrowed and ``assured`` takes the place of ``most``. A tier with share 0 is best
+effort: it has ceilings only, and the pool's budget is what stops it.
 
 The pool's budget is the cost (``fleet_cost_s``, in replica-microseconds) of the usable requests: the number of
-replicas × their utilization at the knee.
+replicas × their utilization at the knee. Its bucket holds as much work as the fleet does within the part of the TTFT
+bound that a request may wait, so that what is admitted late is still in time.
 """
 
 from __future__ import annotations
@@ -20,14 +24,24 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
-from math import fsum
+from math import ceil, fsum
 
 import msgspec
 
 from ratelimit.explain import approximate, factor_value, factor_value_up, number, shown, timestamp
-from ratelimit.keylimits import Lengths, Supply, burst_of, countable, key_limits, lengths_of
+from ratelimit.keylimits import (
+    BURST_PERCENTILE,
+    Supply,
+    amount_text,
+    burst_of,
+    countable,
+    key_limits,
+    lengths_of,
+    nearest_rank,
+    tier_limits,
+)
 from ratelimit.overrides import Override
-from ratelimit.policy import Policy, PoolPolicy, TierPolicy
+from ratelimit.policy import Policy, PoolPolicy, TierPolicy, borrow_thresholds, promise_carriers
 from ratelimit.publication import (
     MOST_BUDGET_BURST,
     MOST_PER_MINUTE,
@@ -40,9 +54,11 @@ from ratelimit.publication import (
 from serving.capacity import ReplicaGroup, fleet_cost_s, merged_groups
 from serving.stepsim import Knee
 
-#: The pool's bucket holds this many times what the bursts of all keys can bring, so that callers inside their own
-#: limits do not meet it under the mix the pool is sized for.
-POOL_BURST_FACTOR = 2
+#: The part of the TTFT bound that a request may wait behind work admitted before it. The rest is for computing its own
+#: prompt, and for the bursts of assured callers, whom the pool's bucket does not stop.
+TTFT_SLACK_SHARE = 0.5
+#: Of the mix's output lengths: what an answer is expected to need where the operator does not say.
+DEFAULT_OUTPUT_PERCENTILE = 90
 
 _MICROSECONDS = 1_000_000
 
@@ -71,16 +87,26 @@ def derive(
     """
     pools: list[PublishedPool] = []
     tiers: list[TierLimits] = []
+    thresholds = borrow_thresholds(policy.tiers)
     for pool in policy.pools:
         replicas = supplies.get(pool.model, ())
-        supply, lengths = _supply(pool, replicas), lengths_of(pool.mix)
-        of_pool = [
-            _tier_limits(tier, pool.model, max(1, active_keys.get(tier.name, 0)), supply, lengths, overrides)
-            for tier in policy.tiers
-        ]
-        pools.append(_published_pool(pool, replicas, supply, lengths, of_pool))
-        tiers += of_pool
-    return Publication(epoch, published_at, reason, policy.enforce, tuple(pools), tuple(tiers), policy.orgs)
+        supply = _supply(pool, replicas)
+        pools.append(_published_pool(pool, replicas, supply))
+        for tier in policy.tiers:
+            keys = max(1, active_keys.get(tier.name, 0))
+            limits = _tier_limits(tier, pool, keys, supply, overrides)
+            tiers.append(_published_tier(tier, pool.model, keys, limits, thresholds[tier.name]))
+    return Publication(
+        epoch,
+        published_at,
+        reason,
+        policy.enforce,
+        tuple(pools),
+        tuple(tiers),
+        policy.orgs,
+        policy.rules,
+        policy.shadow_keys,
+    )
 
 
 def _supply(pool: PoolPolicy, supplies: Sequence[ReplicaSupply]) -> Supply:
@@ -116,70 +142,100 @@ def _kinds(pool: PoolPolicy, supplies: Sequence[ReplicaSupply]) -> list[str]:
 
 
 def _tier_limits(
-    tier: TierPolicy, model: str, keys: int, supply: Supply, lengths: Lengths, overrides: Sequence[Override]
-) -> TierLimits:
+    tier: TierPolicy, pool: PoolPolicy, keys: int, supply: Supply, overrides: Sequence[Override]
+) -> tuple[Limit, ...]:
+    """The limits of each of the tier's keys, and those of all of them together."""
     if not supply.usable:
-        return TierLimits(tier.name, model, keys, ())
+        return ()
     of_tier = [override for override in overrides if override.tier == tier.name]
-    derived = key_limits(tier, keys, supply, lengths)
-    limits = (countable(_overridden(limit, model, tier, of_tier)) for limit in derived)
-    return TierLimits(tier.name, model, keys, tuple(limits))
+    derived = key_limits(tier, keys, supply, lengths_of(pool.mix))
+    keyed = [countable(_overridden(limit, pool.model, tier, of_tier)) for limit in derived]
+    # A limit that an operator has set for each key bounds nothing else.
+    unset = [limit for limit in keyed if all(each.sets(pool.model, limit.name) is None for each in of_tier)]
+    return (*keyed, *map(countable, tier_limits(tier, keys, unset)))
+
+
+def _published_tier(
+    tier: TierPolicy, model: str, keys: int, limits: tuple[Limit, ...], borrow_up_to: int
+) -> TierLimits:
+    return TierLimits(
+        tier=tier.name,
+        model=model,
+        active_keys=keys,
+        limits=limits,
+        priority=tier.priority,
+        borrow_up_to=borrow_up_to,
+        assured=tier.share > 0 and bool(promise_carriers(tier)),
+        holds=tier.holds,
+        shadow=tier.shadow,
+    )
 
 
 def _overridden(limit: Limit, model: str, tier: TierPolicy, overrides: Sequence[Override]) -> Limit:
     for override in reversed(overrides):
         frozen, value = override.freezes(model, limit.name), override.sets(model, limit.name)
         if frozen is not None:
-            return _replaced(limit, frozen.per_minute, frozen.burst, "frozen at", override)
+            ceiling = (frozen.ceiling_per_minute, frozen.ceiling_burst)
+            return _replaced(limit, (frozen.per_minute, frozen.burst), ceiling, "frozen at", override)
         if value is not None and limit.name == "concurrency":
-            return _replaced(limit, 0, value, "set to", override)
+            return _replaced(limit, (0, value), (0, 0), "set to", override)
         if value is not None:
-            return _replaced(limit, value, shown(burst_of(Fraction(value), tier.burst_s)), "set to", override)
+            amount = (value, shown(burst_of(Fraction(value), tier.burst_s)))
+            return _replaced(limit, amount, amount, "set to", override)
     return limit
 
 
-def _replaced(limit: Limit, per_minute: int, burst: int, verb: str, override: Override) -> Limit:
-    value = f"{per_minute:,}/min, burst {burst:,}" if per_minute else f"{burst:,} in flight"
-    said = f"{verb} {value} by operator until {timestamp(override.until)}: {override.reason}"
-    return Limit(limit.name, per_minute, burst, f"{said}\nwithout it: {limit.explanation}")
+def _replaced(limit: Limit, amount: tuple[int, int], ceiling: tuple[int, int], verb: str, override: Override) -> Limit:
+    """The limit at an operator's numbers. One of two colours keeps them: its ceiling is at least its amount."""
+    two_colours = limit.ceiling_per_minute > 0
+    replaced = msgspec.structs.replace(
+        limit,
+        per_minute=amount[0],
+        burst=amount[1],
+        ceiling_per_minute=max(amount[0], ceiling[0]) if two_colours else 0,
+        ceiling_burst=max(amount[1], ceiling[1]) if two_colours else 0,
+    )
+    said = f"{verb} {amount_text(replaced)} by operator until {timestamp(override.until)}: {override.reason}"
+    return msgspec.structs.replace(replaced, explanation=f"{said}\nwithout it: {limit.explanation}")
 
 
-def _published_pool(
-    pool: PoolPolicy,
-    supplies: Sequence[ReplicaSupply],
-    supply: Supply,
-    lengths: Lengths,
-    tiers: Sequence[TierLimits],
-) -> PublishedPool:
+def _published_pool(pool: PoolPolicy, supplies: Sequence[ReplicaSupply], supply: Supply) -> PublishedPool:
     groups = merged_groups([s.group for s in supplies])
-    cost_s = fsum(fleet_cost_s(groups, shape) for shape in pool.mix.shapes) / len(pool.mix.shapes) if groups else 0.0
+    costs_s = [fleet_cost_s(groups, shape) for shape in pool.mix.shapes] if groups else [0.0]
+    cost_s = fsum(costs_s) / len(costs_s)
     usable = float(supply.usable)
     rate = min(int(usable * cost_s * 60 * _MICROSECONDS), MOST_PER_MINUTE)
-    burst_requests = fsum(tier.active_keys * _burst_requests(tier, lengths) for tier in tiers)
-    full_burst = int(POOL_BURST_FACTOR * burst_requests * cost_s * _MICROSECONDS)
-    burst = min(full_burst, MOST_BUDGET_BURST)
-    cut = ", cut to what can be counted exactly" if burst < full_burst else ""
+    burst, burst_text = _pool_burst(usable * cost_s, costs_s, groups)
+    default_output = pool.default_max_output
+    if default_output is None:
+        default_output = nearest_rank((shape.output_tokens for shape in pool.mix.shapes), DEFAULT_OUTPUT_PERCENTILE)
     return PublishedPool(
         model=pool.model,
         replicas=tuple(s.replica for s in supplies),
         groups=groups,
         max_model_len=pool.max_model_len,
         tokens_per_byte=pool.tokens_per_byte,
-        default_max_output=pool.default_max_output,
+        default_max_output=default_output,
         budget_per_minute=rate,
         budget_burst=burst,
         usable_requests_per_s=usable,
         usable_input_tokens_per_s=usable * pool.mix.mean_input_tokens,
         usable_output_tokens_per_s=usable * pool.mix.mean_output_tokens,
         explanation=f"{supply.text}\n× {cost_s:.4g} replica-seconds of cost a request = {usable * cost_s:.4g} of "
-        f"{len(supplies)} replicas busy; burst {approximate(Fraction(burst, _MICROSECONDS))} replica-seconds: "
-        f"{POOL_BURST_FACTOR} × the bursts of all keys{cut}",
+        f"{len(supplies)} replicas busy; {burst_text}",
+        priority_scheduling=pool.priority_scheduling,
     )
 
 
-def _burst_requests(tier: TierLimits, lengths: Lengths) -> float:
-    """Mean requests that the token bursts of one key can bring at once."""
-    bursts = {limit.name: limit.burst for limit in tier.limits}
-    if not bursts:
-        return 0.0
-    return max(bursts["input_tokens"] / float(lengths.mean_input), bursts["output_tokens"] / float(lengths.mean_output))
+def _pool_burst(busy: float, costs_s: Sequence[float], groups: Sequence[ReplicaGroup]) -> tuple[int, str]:
+    """The capacity of a pool's bucket, in replica-microseconds, and why; ``busy`` replicas drain it."""
+    slack_s = TTFT_SLACK_SHARE * min((group.slo.ttft_s for group in groups), default=0.0)
+    big_us = ceil(nearest_rank(costs_s, BURST_PERCENTILE) * _MICROSECONDS)
+    full = max(int(busy * slack_s * _MICROSECONDS), big_us)
+    burst = min(full, MOST_BUDGET_BURST)
+    cut = ", cut to what can be counted exactly" if burst < full else ""
+    return burst, (
+        f"burst {approximate(Fraction(burst, _MICROSECONDS))} replica-seconds: {slack_s:g} s of it, the part of the "
+        f"TTFT bound that a request may wait (× {TTFT_SLACK_SHARE:g}: the rest is for its own prompt), at least "
+        f"{approximate(Fraction(big_us, _MICROSECONDS))} (the p{BURST_PERCENTILE} request){cut}"
+    )

@@ -31,25 +31,39 @@ def rules_for(rules: Iterable[LimitRule], key_id: str, org: str, tier: str, mode
     return _tightest(_limit(rule) for rule in rules if _names(rule, key_id, org, tier, model))
 
 
+def rule_text(rule: LimitRule) -> str:
+    """A rule in words: its amount, for whom, and why."""
+    chosen = (("keys", rule.keys), ("orgs", rule.orgs), ("tiers", rule.tiers), ("models", rule.models))
+    callers = "; ".join(f"{what} {', '.join(names)}" for what, names in chosen if names is not None)
+    return f"{_explanation(rule)} (for {callers or 'all callers'})"
+
+
 def _names(rule: LimitRule, key_id: str, org: str, tier: str, model: str) -> bool:
     chosen = ((rule.keys, key_id), (rule.orgs, org), (rule.tiers, tier), (rule.models, model))
     return all(names is None or name in names for names, name in chosen)
 
 
 def _limit(rule: LimitRule) -> Limit:
-    rated = rule.window == "minute" and rule.name != "concurrency"
-    burst = rule.amount if rule.burst is None or not rated else rule.burst
-    return Limit(rule.name, rule.amount if rated else 0, burst, _explanation(rule, burst), rule.per, rule.window)
+    per_minute = rule.amount if _is_rated(rule) else 0
+    return Limit(rule.name, per_minute, _burst(rule), _explanation(rule), rule.per, rule.window)
 
 
-def _explanation(rule: LimitRule, burst: int) -> str:
-    what = f"{rule.amount:,} {rule.name.replace('_', ' ')}"
+def _is_rated(rule: LimitRule) -> bool:
+    return rule.window == "minute" and rule.name != "concurrency"
+
+
+def _burst(rule: LimitRule) -> int:
+    return rule.amount if rule.burst is None or not _is_rated(rule) else rule.burst
+
+
+def _explanation(rule: LimitRule) -> str:
     if rule.name == "concurrency":
         what = f"{rule.amount:,} requests in flight"
     else:
-        what += f" {_WINDOWS[rule.window]}"
-        what += f", burst {burst:,}" if rule.window == "minute" else ""
-    return f"{what} per {rule.per}: set by operator" + (f": {rule.reason}" if rule.reason else "")
+        what = f"{rule.amount:,} {rule.name.replace('_', ' ')} {_WINDOWS[rule.window]}"
+    if _is_rated(rule):
+        what += f", burst {_burst(rule):,}"
+    return f"{what}, per {rule.per}: set by operator" + (f": {rule.reason}" if rule.reason else "")
 
 
 def _tightest(limits: Iterable[Limit]) -> tuple[Limit, ...]:

@@ -20,19 +20,22 @@ class OverrideError(ValueError):
 
 
 class FrozenLimit(msgspec.Struct, frozen=True):
-    """A limit as it was when it was frozen."""
+    """A key's limit as it was when it was frozen."""
 
     model: str
     name: LimitName
     per_minute: int
     burst: int
+    ceiling_per_minute: int = 0
+    ceiling_burst: int = 0
 
 
 class Override(msgspec.Struct, frozen=True):
     """One decision of an operator about the keys of one tier, in force before ``until`` (seconds since 1970).
 
     It sets one ``limit`` to ``per_minute`` (for ``concurrency``: requests in flight) on one model, or on all where
-    ``model`` is None. With ``limit`` None it freezes all the tier's limits at the values in ``frozen``.
+    ``model`` is None; nothing is borrowed beyond it. With ``limit`` None it freezes all the tier's limits at
+    the values in ``frozen``.
     """
 
     tier: str
@@ -73,10 +76,13 @@ def setting(
 def freezing(publication: Publication, tier: str, until: float, reason: str, model: str | None = None) -> Override:
     """An override that keeps a tier's limits as they are published now. Raises ``OverrideError``."""
     frozen = tuple(
-        FrozenLimit(of_tier.model, limit.name, limit.per_minute, limit.burst)
+        FrozenLimit(
+            of_tier.model, limit.name, limit.per_minute, limit.burst, limit.ceiling_per_minute, limit.ceiling_burst
+        )
         for of_tier in publication.tiers
         if of_tier.tier == tier and model in (None, of_tier.model)
         for limit in of_tier.limits
+        if limit.per == "key"
     )
     if not frozen:
         known = sorted({of_tier.tier for of_tier in publication.tiers if of_tier.limits})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -93,3 +94,32 @@ class Policy(msgspec.Struct, frozen=True):
     orgs: tuple[OrgPolicy, ...] = ()
     rules: tuple[LimitRule, ...] = ()
     shadow_keys: tuple[str, ...] = ()
+
+
+#: The best priority may fill this many thousandths of a pool's bucket with borrowed work, each next one a step less.
+BEST_BORROW, BORROW_STEP, LEAST_BORROW = 900, 100, 500
+
+
+def promise_carriers(tier: TierPolicy) -> tuple[LimitName, ...]:
+    """The limits that state what is assured: the token limits that the tier has; where it has none, its requests."""
+    tokens: tuple[LimitName, ...] = ("input_tokens", "output_tokens")
+    requests: tuple[LimitName, ...] = ("requests",)
+    had = tuple(name for name in tokens if name not in tier.unlimited)
+    return had or tuple(name for name in requests if name not in tier.unlimited)
+
+
+def may_borrow(tier: TierPolicy) -> bool:
+    """Whether the tier takes what others leave idle; one without rated limits does, so that the pool bounds it."""
+    return tier.share < tier.ceiling or not promise_carriers(tier)
+
+
+def borrow_thresholds(tiers: Sequence[TierPolicy]) -> dict[str, int]:
+    """Per tier, the thousandths of a pool's bucket that it may fill with borrowed work; 0 where it borrows nothing.
+
+    Tiers that borrow are ranked by priority, equal ones together, so that the lower fill up while the best has room.
+    """
+    ranks = sorted({tier.priority for tier in tiers if may_borrow(tier)})
+    return {
+        tier.name: max(LEAST_BORROW, BEST_BORROW - BORROW_STEP * ranks.index(tier.priority)) if may_borrow(tier) else 0
+        for tier in tiers
+    }

@@ -14,7 +14,8 @@ from ratelimit.cli.common import DEFAULT_CONFIG, ConfigOption, JsonOption, faili
 from ratelimit.config import Config
 from ratelimit.duration import parse_duration
 from ratelimit.explain import timestamp
-from ratelimit.keys import KeyFile
+from ratelimit.keys import KeyFile, KeyRecord
+from ratelimit.limitrules import limits_for, rule_text
 from ratelimit.overrides import Override, OverrideError, OverrideFile, freezing, setting
 from ratelimit.publication import LimitName, Publication, TierLimits
 from ratelimit.publisher import read_published
@@ -38,17 +39,20 @@ def explain(
     settings = read_config(config)
     with failing_clearly(StateFileError):
         published = _published(settings)
-        tier = _tier_named(settings, published, key_or_tier)
-    chosen = [limits for limits in published.tiers if tier in (None, limits.tier)]
+        key = _key_named(settings, published, key_or_tier)
+    tier = key_or_tier if key is None else key.tier
+    chosen = [_of_key(limits, published, key) for limits in published.tiers if tier in (None, limits.tier)]
+    rules = () if key else [rule for rule in published.rules if tier is None or tier in (rule.tiers or (tier,))]
     if as_json:
-        document = {"epoch": published.epoch, "published_at": published.published_at, "tiers": chosen}
+        document = {"epoch": published.epoch, "published_at": published.published_at, "tiers": chosen, "rules": rules}
         typer.echo(msgspec.json.encode(document).decode())
         return
     console = Console()
     console.print(f"epoch {published.epoch}, published {published.published_at}: {escape(published.reason)}")
-    ceilings = {tier.name: tier.ceiling for tier in settings.tiers if tier.share}
     for limits in chosen:
-        _print(console, limits, ceilings.get(limits.tier))
+        _print(console, limits)
+    for rule in rules:
+        console.print(f"\n{rule_text(rule)}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("set")
@@ -67,7 +71,7 @@ def set_limit(
         raise typer.Exit(1)
     settings = read_config(config)
     with failing_clearly(ValueError, OverrideError, StateFileError):
-        _tier_named(settings, _published(settings), tier)
+        _check_tier(_published(settings), tier)
         until = time() + parse_duration(hold_for)
         _keep(settings, setting(tier, limit, value, until, reason, model))  # type: ignore[arg-type]  # checked above
 
@@ -119,23 +123,54 @@ def _published(config: Config) -> Publication:
     return published
 
 
-def _tier_named(config: Config, published: Publication, key_or_tier: str | None) -> str | None:
-    tiers = {limits.tier for limits in published.tiers}
-    if key_or_tier is None or key_or_tier in tiers:
-        return key_or_tier
+def _key_named(config: Config, published: Publication, key_or_tier: str | None) -> KeyRecord | None:
+    """The key that is meant; None where it is a tier, or nothing. Raises ``StateFileError``."""
+    if key_or_tier is None or key_or_tier in {limits.tier for limits in published.tiers}:
+        return None
     for record in KeyFile(config.state_dir).records():
         if record.id == key_or_tier:
-            return record.tier
-    raise StateFileError(f"{key_or_tier!r} is neither a key's id nor a tier; tiers are {', '.join(sorted(tiers))}")
+            return record
+    raise StateFileError(f"{key_or_tier!r} is neither a key's id nor a tier; tiers are {_tiers(published)}")
 
 
-def _print(console: Console, limits: TierLimits, unused_ceiling: float | None) -> None:
+def _check_tier(published: Publication, tier: str) -> None:
+    if tier not in {limits.tier for limits in published.tiers}:
+        raise StateFileError(f"there is no tier {tier!r}; tiers are {_tiers(published)}")
+
+
+def _tiers(published: Publication) -> str:
+    return ", ".join(sorted({limits.tier for limits in published.tiers}))
+
+
+def _of_key(limits: TierLimits, published: Publication, key: KeyRecord | None) -> TierLimits:
+    """A tier's limits, with the operator's where one key is meant."""
+    if key is None:
+        return limits
+    own = limits_for(limits.limits, published.rules, key.id, key.org, key.tier, limits.model)
+    shadow = limits.shadow or key.id in published.shadow_keys
+    return msgspec.structs.replace(limits, limits=own, shadow=shadow)
+
+
+def _print(console: Console, limits: TierLimits) -> None:
     console.print(f"\n[bold]{escape(limits.tier)}[/] on {escape(limits.model)}, {limits.active_keys} active key(s)")
-    if unused_ceiling is not None:
-        console.print(f"  ceiling {unused_ceiling:g}: not borrowed from yet")
+    console.print(f"  {_borrowing(limits)}", highlight=False)
+    if limits.shadow:
+        console.print("  shadow: decided and counted, nobody is refused")
     if not limits.limits:
         console.print("  no limits: no replica serves this model, or none meets its SLO", style="red")
     for limit in limits.limits:
         value = f"{limit.per_minute:,}/min" if limit.per_minute else f"{limit.burst:,}"
+        value += f", up to {limit.ceiling_per_minute:,}/min while idle" if limit.ceiling_per_minute else ""
+        value += f" in a window of {limit.window}" if limit.window != "minute" else ""
+        value += f" per {limit.per}" if limit.per != "key" else ""
         console.print(f"  [bold]{limit.name}[/] {value}")
         console.print("\n".join(f"    {line}" for line in limit.explanation.splitlines()), markup=False, soft_wrap=True)
+
+
+def _borrowing(limits: TierLimits) -> str:
+    if not limits.borrow_up_to:
+        return "never borrows: its ceiling is its share"
+    return (
+        f"borrows what others leave idle (priority {limits.priority}), while the pool's bucket is at most "
+        f"{limits.borrow_up_to / 1000:g} full with it"
+    )

@@ -31,6 +31,10 @@ _PARALLELISM_OPTIONS = frozenset(
 )
 
 
+#: vLLM's policy that serves requests of lower priority first.
+_SCHEDULING_OPTION, _BY_PRIORITY = "--scheduling-policy", "priority"
+
+
 class EngineError(RuntimeError):
     """An engine that cannot start, or did not; says why, and what to do."""
 
@@ -130,11 +134,23 @@ def engine_argv(spec: EngineSpec, model: TinyModel | None) -> list[str]:
         # Its count of open requests tells of work that a frozen engine has not taken up.
         "--enable-server-load-tracking",
         "--disable-uvicorn-access-log",
+        # Without a priority in a request it is first come, first served, as without this.
+        *(_SCHEDULING_OPTION, _BY_PRIORITY),
         *_limit_options(spec),
         *_parallelism_options(spec),
         *_DEVICE_OPTIONS[spec.device],
         *spec.extra_args,
     ]
+
+
+def schedules_by_priority(extra_args: Sequence[str]) -> bool:
+    """Whether an engine started here serves lower priorities first: it does, unless its arguments say otherwise."""
+    policy = _BY_PRIORITY
+    for argument, following in zip(extra_args, (*extra_args[1:], ""), strict=True):
+        option, is_joined, joined = argument.partition("=")
+        if option.replace("_", "-") == _SCHEDULING_OPTION:
+            policy = joined if is_joined else following
+    return policy == _BY_PRIORITY
 
 
 def engine_environment(

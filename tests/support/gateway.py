@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import httpx
 import msgspec
@@ -16,7 +16,16 @@ from ratelimit.gateway.server import GatewayStartError, run_gateway
 from ratelimit.gateway.settings import GatewaySettings
 from ratelimit.keys import KeyRecord, new_key
 from ratelimit.policy import OrgPolicy
-from ratelimit.publication import Limit, LimitName, Publication, PublishedPool, PublishedReplica, TierLimits
+from ratelimit.publication import (
+    Holds,
+    Limit,
+    LimitName,
+    LimitRule,
+    Publication,
+    PublishedPool,
+    PublishedReplica,
+    TierLimits,
+)
 from ratelimit.publisher import CHANGED_CHANNEL, KEYS_KEY, PUBLICATION_KEY
 from serving.capacity import EngineLimits, ReplicaGroup, Slo, StepTimeModel
 from tests.support.stack import free_ports
@@ -46,10 +55,33 @@ def publication(
     enforce: bool = True,
     pool_budget: tuple[int, int] = (10**12, 10**11),
     default_max_output: int = 64,
+    *,
+    ceilings: Mapping[LimitName, tuple[int, int]] | None = None,
+    priority: int = 0,
+    borrow_up_to: int = 0,
+    assured: bool = True,
+    holds: Holds = "maximum",
+    shadow: bool = False,
+    rules: Sequence[LimitRule] = (),
+    shadow_keys: Sequence[str] = (),
+    priority_scheduling: bool = False,
     **limits: tuple[int, int],
 ) -> Publication:
-    """One pool behind ``urls``, the org "acme", and the tier "pro": ample limits but for the (rate, burst) given."""
-    terms = tuple(Limit(name, *limits.get(name, ample), f"why {name}") for name, ample in AMPLE.items())
+    """One pool behind ``urls``, the org "acme", and the tier "pro": ample limits but for the (rate, burst) given.
+
+    The tier borrows nothing and holds the maximum unless told otherwise; ``ceilings`` are (rate, burst) too.
+    """
+    found = ceilings or {}
+    terms = tuple(
+        Limit(
+            name,
+            *limits.get(name, ample),
+            f"why {name}",
+            ceiling_per_minute=found.get(name, (0, 0))[0],
+            ceiling_burst=found.get(name, (0, 0))[1],
+        )
+        for name, ample in AMPLE.items()
+    )
     pool = PublishedPool(
         model=MODEL,
         replicas=tuple(PublishedReplica(url, "virtual", "test", 1.0, 10.0) for url in urls),
@@ -63,9 +95,13 @@ def publication(
         usable_input_tokens_per_s=1000.0,
         usable_output_tokens_per_s=500.0,
         explanation="test",
+        priority_scheduling=priority_scheduling,
     )
-    tiers = (TierLimits("pro", MODEL, 1, terms),)
-    return Publication(epoch, "2026-01-01T00:00:00Z", "test", enforce, (pool,), tiers, (OrgPolicy("acme"),))
+    tier = TierLimits("pro", MODEL, 1, terms, priority, borrow_up_to, assured, holds, shadow)
+    orgs = (OrgPolicy("acme"),)
+    return Publication(
+        epoch, "2026-01-01T00:00:00Z", "test", enforce, (pool,), (tier,), orgs, tuple(rules), tuple(shadow_keys)
+    )
 
 
 def make_key(expires_at: float | None = None, tier: str = "pro") -> tuple[str, KeyRecord]:
