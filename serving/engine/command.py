@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -146,7 +147,7 @@ def engine_argv(spec: EngineSpec, model: TinyModel | None) -> list[str]:
 def schedules_by_priority(extra_args: Sequence[str]) -> bool:
     """Whether an engine started here serves lower priorities first: it does, unless its arguments say otherwise."""
     policy = _BY_PRIORITY
-    for argument, following in zip(extra_args, (*extra_args[1:], ""), strict=True):
+    for argument, following in pairwise((*extra_args, "")):
         option, is_joined, joined = argument.partition("=")
         if option.replace("_", "-") == _SCHEDULING_OPTION:
             policy = joined if is_joined else following
