@@ -1,34 +1,39 @@
-"""The meter of a bucket, and the cell of meters that one admission decides over. Exact integers, no clock of its own.
+"""The meter of a bucket, and the rule by which one admission decides over many. Exact integers, no clock of its own.
 
 A meter is a *level* of use that leaks away at ``rate`` a minute. A request is admitted when its cost fits under
-``capacity`` in every bucket it names, and is then charged in all of them; a level may exceed the capacity (*debt*),
-and later requests wait for it. A level, unlike a refill time, keeps its debt when the rate changes.
+``capacity`` in the buckets it names, and is then charged; a level may exceed the capacity (*debt*), and later requests
+wait for it. A level, unlike a refill time, keeps its debt when the rate changes.
 
 **Units.** Time is counted in ticks of ``tick_us``, levels in 1/(ticks a minute) of a token, so that ``rate × ticks``
 is an integer. All of it stays below 2⁵³, where Redis's Lua numbers (doubles) are exact, so ``scripts/*.lua`` and this
 module agree to the bit. At 1 µs a bucket holds up to 150 million tokens, at 1 ms up to 150 thousand million.
+
+**Kinds of bucket.** One with a rate *leaks*. One with a ``window_s`` is a *fixed window*: it opens at its first use and
+``window_s`` later all of ``capacity`` is there again. One with neither is a *gauge*: what is in flight.
 
 **Rules** (the Lua repeats them; ``tests/integration/test_store_model.py`` holds the two together)
 
 1. Leak at the *stored* rate, then adopt the caller's rate and capacity if its epoch is newer. Time never moves back.
 2. A cost fits if ``level + min(cost, capacity) <= capacity``: one larger than the bucket waits for it to be empty and
    leaves debt. A capacity of 0 admits nothing but cost 0.
-3. Check all, then charge all or none. The same request id gets the same answer, for as long as it is remembered.
-4. A denial names the bucket with the longest wait; waiting exactly that long, alone, succeeds, and 1 µs less does
-   not. A *gauge* (rate 0: what is in flight) has no such time and is named, with no wait, only where no rated bucket
-   is short. A bucket of capacity 0 is named before all others, with no wait: it will not come.
-5. ``extend`` sets what is held, up (charged without asking) or down (given back), and renews the lease.
-6. ``settle`` corrects the hold to what was used; the first one wins. Gauges are given back whole.
-7. At the end of its lease a reservation is reaped: rated buckets stay charged with what is held, gauges are given
-   back. A later ``extend`` opens it again, a later ``settle`` corrects it.
-8. A reservation that is unknown is charged in full at ``settle``, in its rated buckets, and not at all at ``extend``.
-   Settled and reaped ones are remembered for ``TOMBSTONE_US``.
+3. Two colours. A request is *green* if all its ASSURED charges fit. Anything else *borrows*: its CEILING and POOL
+   charges must fit, the POOL's under ``borrow_up_to`` thousandths of the capacity. PLAIN charges must fit for both.
+4. Check all, then charge all or none: PLAIN, CEILING, POOL and COUNTED in any case, ASSURED if green. The same request
+   id gets the same answer, for as long as it is remembered. A denial keeps leak, epoch and promise, never a charge.
+5. A denial names the bucket with the longest wait; waiting exactly that long, alone, succeeds, and 1 µs less does not.
+   A borrower waits for whichever comes first, its assured buckets or the shared ones, and is told its assured one. A
+   gauge has no such time and is named, with no wait, only where no other is short. A bucket of capacity 0 is named
+   before all others, with no wait: it will not come.
+6. No herd. Who is told a time is promised the room that comes then, and whoever is refused after it is told the time
+   after that (``due``). The line starts anew when all who stand in it were admitted (``waiting``), when its end has
+   passed, and when it is longer than ``SPREAD_US``. A lone caller always gets the exact time.
+7. A pool's bucket that is not stored starts full: Redis has lost it, and nobody knows what is in flight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import heappop, heappush
+from enum import IntEnum
 from typing import NamedTuple
 
 import msgspec
@@ -38,14 +43,30 @@ MINUTE_US = 60_000_000
 EXACT = 2**53
 #: The longest wait that is told, some 31 years: a bound that keeps times exact.
 LONGEST_WAIT_US = 10**15
-#: How long a settled or reaped reservation is remembered, so that a repeated call finds it.
-TOMBSTONE_US = 120_000_000
-#: Ended leases, and ended tombstones, that each admission clears away on its way.
-REAPED_PER_ADMIT = 8
+#: The longest fixed window: 31 days.
+LONGEST_WINDOW_S = 31 * 86_400
+#: Refused callers are told to come back within this of the exact time, one after the other.
+SPREAD_US = 30_000_000
 #: The epoch of limits that nobody published: any publication is newer.
 NO_EPOCH = -1
+#: The scope whose buckets start full and are never forgotten.
+POOL_SCOPE = "pool"
+#: ``borrow_up_to`` is counted in these parts of the capacity.
+THOUSANDTHS = 1000
+GAUGE = 0
 
-OPEN, REAPED, SETTLED = 0, 1, 2
+_NEVER = EXACT
+_UNTOLD = -1
+
+
+class Role(IntEnum):
+    """What a charge is to the decision (rule 3)."""
+
+    PLAIN = 0
+    ASSURED = 1
+    CEILING = 2
+    POOL = 3
+    COUNTED = 4
 
 
 class _ChargeFields(NamedTuple):
@@ -54,39 +75,96 @@ class _ChargeFields(NamedTuple):
     capacity: int
     rate: int
     tick_us: int
+    role: Role
+    window_s: int
+    at_reap: int
+    borrow_up_to: int
 
 
 class Charge(_ChargeFields):
     """What one request takes of one bucket, and that bucket's limits: ``rate`` a minute, ``capacity`` at once.
 
-    A rate of 0 makes the bucket a gauge. ``tick_us`` (1 or 1000) belongs to the bucket and never changes: 1000 is
-    for large ones. Raises ValueError for amounts that could not be counted exactly.
+    ``bucket`` is "<scope>:<meter>"; the buckets of one scope are stored together. A rate of 0 makes it a gauge, or with
+    ``window_s`` a fixed window. ``tick_us`` (1 or 1000) belongs to the bucket and never changes: 1000 is for large
+    ones. ``at_reap`` of the cost stays charged if the lease ends (None: all). ``borrow_up_to`` is for a POOL charge.
+    Raises ValueError for amounts that could not be counted exactly, and roles that do not fit the bucket.
     """
 
     __slots__ = ()
 
-    def __new__(cls, bucket: str, cost: int, capacity: int, rate: int, tick_us: int = 1) -> Charge:
-        _check(bucket, cost, capacity, rate, tick_us)
-        return super().__new__(cls, bucket, cost, capacity, rate, tick_us)
+    def __new__(
+        cls,
+        bucket: str,
+        cost: int,
+        capacity: int,
+        rate: int,
+        tick_us: int = 1,
+        role: Role = Role.PLAIN,
+        window_s: int = 0,
+        at_reap: int | None = None,
+        borrow_up_to: int = THOUSANDTHS,
+    ) -> Charge:
+        _check_bucket(bucket, capacity, rate, tick_us, window_s)
+        _check_role(bucket, rate, role, borrow_up_to)
+        left = cost if at_reap is None else at_reap
+        _check_costs(bucket, cost, left, rate, tick_us)
+        return super().__new__(cls, bucket, cost, capacity, rate, tick_us, role, window_s, left, borrow_up_to)
+
+    @property
+    def kind(self) -> int:
+        """The bucket's kind as it is stored: its tick in µs, 0 for a gauge, minus its length in s for a window."""
+        return self.tick_us if self.rate else -self.window_s
 
     @property
     def units(self) -> int:
-        """Level units of one token: the ticks of a minute, or 1 for a gauge."""
-        return MINUTE_US // self.tick_us if self.rate else 1
+        """Level units of one token."""
+        return units_of(self.kind)
 
-    def costing(self, cost: int) -> Charge:
+    def costing(self, cost: int, at_reap: int | None = None) -> Charge:
         """The same bucket and limits at another cost: what ``extend`` and ``settle`` are told."""
-        return Charge(self.bucket, cost, self.capacity, self.rate, self.tick_us)
+        left = cost if at_reap is None else at_reap
+        _check_costs(self.bucket, cost, left, self.rate, self.tick_us)
+        return _ChargeFields.__new__(type(self), *self._replace_costs(cost, left))
+
+    def _replace_costs(self, cost: int, at_reap: int) -> tuple[str, int, int, int, int, Role, int, int, int]:
+        bucket, _, capacity, rate, tick_us, role, window_s, _, borrow_up_to = self
+        return bucket, cost, capacity, rate, tick_us, role, window_s, at_reap, borrow_up_to
 
 
-def _check(bucket: str, cost: int, capacity: int, rate: int, tick_us: int) -> None:
+def _check_bucket(bucket: str, capacity: int, rate: int, tick_us: int, window_s: int) -> None:
+    if not bucket.rpartition(":")[0]:
+        raise ValueError(f"a bucket is named <scope>:<meter>, not {bucket!r}")
     if tick_us not in (1, 1000):
         raise ValueError(f"bucket {bucket}: a tick is 1 or 1000 µs, not {tick_us!r}")
+    if type(window_s) is not int or not 0 <= window_s <= LONGEST_WINDOW_S or (rate and window_s):
+        raise ValueError(f"bucket {bucket}: a window has 1 to {LONGEST_WINDOW_S} s and no rate, not {window_s!r}")
+    _check_amount(bucket, "capacity", capacity, rate, tick_us)
+    if type(rate) is not int or not 0 <= rate < EXACT:
+        raise ValueError(f"bucket {bucket}: rate must be an integer from 0 to {EXACT - 1}, not {rate!r}")
+
+
+def _check_role(bucket: str, rate: int, role: Role, borrow_up_to: int) -> None:
+    if (role >= Role.POOL) is not bucket.startswith(POOL_SCOPE + ":"):
+        raise ValueError(
+            f"bucket {bucket}: the roles POOL and COUNTED are for the scope {POOL_SCOPE!r}, and it for them"
+        )
+    if role is not Role.PLAIN and not rate:
+        raise ValueError(f"bucket {bucket}: {role.name} needs a bucket with a rate")
+    if type(borrow_up_to) is not int or not 0 <= borrow_up_to <= THOUSANDTHS:
+        raise ValueError(f"bucket {bucket}: borrow_up_to must be an integer from 0 to 1000, not {borrow_up_to!r}")
+
+
+def _check_costs(bucket: str, cost: int, at_reap: int, rate: int, tick_us: int) -> None:
+    _check_amount(bucket, "cost", cost, rate, tick_us)
+    if type(at_reap) is not int or not 0 <= at_reap <= cost:
+        raise ValueError(f"bucket {bucket}: at_reap must be an integer from 0 to the cost, not {at_reap!r}")
+
+
+def _check_amount(bucket: str, name: str, value: int, rate: int, tick_us: int) -> None:
     largest = (EXACT - 1) // (MINUTE_US // tick_us if rate else 1)
-    for name, value, bound in (("cost", cost, largest), ("capacity", capacity, largest), ("rate", rate, EXACT - 1)):
-        if type(value) is not int or not 0 <= value <= bound:
-            hint = "; a tick of 1000 µs counts further" if tick_us == 1 and name != "rate" else ""
-            raise ValueError(f"bucket {bucket}: {name} must be an integer from 0 to {bound}, not {value!r}{hint}")
+    if type(value) is not int or not 0 <= value <= largest:
+        hint = "; a tick of 1000 µs counts further" if tick_us == 1 and rate else ""
+        raise ValueError(f"bucket {bucket}: {name} must be an integer from 0 to {largest}, not {value!r}{hint}")
 
 
 class Admitted(NamedTuple):
@@ -94,6 +172,7 @@ class Admitted(NamedTuple):
 
     remaining: tuple[int, ...]
     reset_us: tuple[int, ...]
+    green: bool = True
 
 
 class Denied(NamedTuple):
@@ -115,36 +194,56 @@ class Reading(NamedTuple):
 
 
 class Bucket(msgspec.Struct, array_like=True):
-    """What is stored of a bucket: its level at a tick, and the limits of the newest epoch that it has seen."""
+    """What is stored of a bucket: its level at a tick, and the limits of the newest epoch that it has seen.
+
+    A window's tick is the microsecond at which it opened. ``due`` is the tick after the last promise made to a refused
+    caller, ``waiting`` how many were promised and not admitted since.
+    """
 
     level: int
     tick: int
     rate: int
     capacity: int
     epoch: int
+    due: int
+    waiting: int
+    kind: int
 
 
-class Reservation(msgspec.Struct, array_like=True):
-    """What is stored of a request: its answer, and the tokens it holds of each rated bucket and of each gauge.
+class Verdict(NamedTuple):
+    """What an admission comes to; for a denial the bucket named, the one that made the promise, and the wait."""
 
-    A reaped reservation still lists the gauges it held, so that ``extend`` can take them again.
-    """
-
-    phase: int
-    remaining: list[int]
-    reset_us: list[int]
-    rated: dict[str, int]
-    gauges: dict[str, int]
+    green: bool
+    named: int = -1
+    promised: int = -1
+    wait_us: int = _UNTOLD
 
 
-def leaked(bucket: Bucket | None, charge: Charge, now_us: int) -> Bucket:
-    """A copy of the bucket at ``now_us``, leaked at its stored rate; a bucket not stored is empty (rule 1)."""
-    tick = now_us // charge.tick_us
-    if bucket is None:
-        return Bucket(0, tick, charge.rate, charge.capacity, NO_EPOCH)
-    elapsed = max(0, tick - bucket.tick)
-    level = max(0, bucket.level - elapsed * bucket.rate)
-    return Bucket(level, bucket.tick + elapsed, bucket.rate, bucket.capacity, bucket.epoch)
+def units_of(kind: int) -> int:
+    """Level units of one token: the ticks of a minute where it leaks, else 1."""
+    return MINUTE_US // kind if kind > 0 else 1
+
+
+def fresh(charge: Charge, now_us: int) -> Bucket:
+    """A bucket that is not stored: unused, but for a pool's (rule 7)."""
+    tick = now_us // charge.tick_us if charge.rate else now_us
+    level = charge.capacity * charge.units if charge.role >= Role.POOL else 0
+    return Bucket(level, tick, charge.rate, charge.capacity, NO_EPOCH, 0, 0, charge.kind)
+
+
+def leaked(bucket: Bucket, now_us: int) -> Bucket:
+    """A copy of the bucket at ``now_us``, leaked at its stored rate (rule 1)."""
+    level, tick, rate, capacity, epoch, due, waiting, kind = msgspec.structs.astuple(bucket)
+    if kind > 0:
+        elapsed = max(0, now_us // kind - tick)
+        level, tick = max(0, level - elapsed * rate), tick + elapsed
+        if due <= tick:
+            due = waiting = 0
+    elif kind < 0:
+        windows = max(0, now_us - tick) // (-kind * 1_000_000)
+        level = max(0, level - windows * capacity)
+        tick = tick + windows * -kind * 1_000_000 if level else max(tick, now_us)
+    return Bucket(level, tick, rate, capacity, epoch, due, waiting, kind)
 
 
 def adopt(bucket: Bucket, charge: Charge, epoch: int) -> None:
@@ -154,14 +253,77 @@ def adopt(bucket: Bucket, charge: Charge, epoch: int) -> None:
 
 
 def shortfall(bucket: Bucket, charge: Charge) -> int:
-    """Level units that must leak away before the cost fits; 0 where it fits (rule 2)."""
-    return max(0, bucket.level - (bucket.capacity - min(charge.cost, bucket.capacity)) * charge.units)
+    """Level units that must go before the cost fits; 0 where it fits (rules 2 and 3)."""
+    capacity = bucket.capacity * charge.borrow_up_to // THOUSANDTHS
+    return max(0, bucket.level - (capacity - min(charge.cost, capacity)) * charge.units)
 
 
-def leak_time_us(bucket: Bucket, charge: Charge, amount: int, now_us: int) -> int:
-    """Time from ``now_us`` to the first tick at which ``amount`` level units have leaked away."""
-    ticks = min(-(-amount // bucket.rate), LONGEST_WAIT_US // charge.tick_us)
-    return (bucket.tick + ticks) * charge.tick_us - now_us
+def told_wait_us(bucket: Bucket, charge: Charge, now_us: int) -> int | None:
+    """How long this charge must wait; None where it fits, and marks for "will not come" and "nobody knows"."""
+    short = shortfall(bucket, charge)
+    if bucket.capacity * charge.borrow_up_to < THOUSANDTHS and (charge.cost > 0 or (short and bucket.kind < 0)):
+        return _NEVER
+    if short == 0:
+        return None
+    if bucket.kind == GAUGE:
+        return _UNTOLD
+    return told_at_us(bucket, short) - now_us
+
+
+def told_at_us(bucket: Bucket, short: int) -> int:
+    """The moment told for a shortfall: the first at which it is gone, or the next in line after it (rule 6)."""
+    kind = bucket.kind
+    if kind < 0:
+        windows = min(ceil_div(short, bucket.capacity), LONGEST_WAIT_US // (-kind * 1_000_000))
+        return bucket.tick + windows * -kind * 1_000_000
+    exact = bucket.tick + min(ceil_div(short, bucket.rate), LONGEST_WAIT_US // kind)
+    return (bucket.due if exact < bucket.due <= exact + SPREAD_US // kind else exact) * kind
+
+
+def promise(bucket: Bucket, charge: Charge, at_us: int) -> None:
+    """Whoever is refused after this one is told a time when this one's cost has leaked away too (rule 6)."""
+    if bucket.kind > 0:
+        size = min(charge.cost, bucket.capacity) * charge.units
+        bucket.due = at_us // bucket.kind + min(ceil_div(size, bucket.rate), LONGEST_WAIT_US // bucket.kind)
+        bucket.waiting += 1
+
+
+def admitted_one(bucket: Bucket) -> None:
+    """One of those in line was admitted; after the last the line is gone (rule 6)."""
+    bucket.waiting = max(0, bucket.waiting - 1)
+    if not bucket.waiting:
+        bucket.due = 0
+
+
+def decide(buckets: Sequence[Bucket], charges: Sequence[Charge], now_us: int) -> Verdict:
+    """Rules 3 and 5: the colour of the request, or the bucket that refuses it."""
+    plain, assured, shared = (-1, -2), (-1, -2), (-1, -2)
+    has_assured = has_pool = False
+    for i, (bucket, charge) in enumerate(zip(buckets, charges, strict=True)):
+        has_assured |= charge.role is Role.ASSURED
+        has_pool |= charge.role is Role.POOL
+        if charge.role is Role.COUNTED or (wait_us := told_wait_us(bucket, charge, now_us)) is None:
+            continue
+        if charge.role is Role.PLAIN:
+            plain = max(plain, (i, wait_us), key=_by_wait)
+        elif charge.role is Role.ASSURED:
+            assured = max(assured, (i, wait_us), key=_by_wait)
+        else:
+            shared = max(shared, (i, wait_us), key=_by_wait)
+    green = assured[0] < 0 and (has_assured or not has_pool)
+    if not green and shared[0] >= 0:
+        first = min(assured, shared, key=_by_wait) if has_assured else shared
+        if first[1] > plain[1]:
+            return _refused(assured[0] if has_assured else shared[0], *first)
+    return _refused(plain[0], *plain) if plain[0] >= 0 else Verdict(green)
+
+
+def _by_wait(found: tuple[int, int]) -> int:
+    return found[1]
+
+
+def _refused(named: int, promised: int, wait_us: int) -> Verdict:
+    return Verdict(False, named, promised, _UNTOLD if wait_us == _NEVER else wait_us)
 
 
 def shifted(level: int, amount: int) -> int:
@@ -169,41 +331,28 @@ def shifted(level: int, amount: int) -> int:
     return min(max(level + amount, 0), EXACT - 1)
 
 
-def remaining(bucket: Bucket, charge: Charge) -> int:
+def remaining(bucket: Bucket) -> int:
     """Whole tokens of room."""
-    return max(0, bucket.capacity * charge.units - bucket.level) // charge.units
+    per_token = units_of(bucket.kind)
+    return max(0, bucket.capacity * per_token - bucket.level) // per_token
 
 
-def reset_us(bucket: Bucket, charge: Charge, now_us: int) -> int:
+def reset_us(bucket: Bucket, now_us: int) -> int:
     """Time until nothing is used; 0 for an unused bucket and for a gauge."""
-    if bucket.level == 0 or bucket.rate == 0:
+    if bucket.level == 0 or bucket.kind == GAUGE:
         return 0
-    return leak_time_us(bucket, charge, bucket.level, now_us)
+    if bucket.kind < 0:
+        window_us = -bucket.kind * 1_000_000
+        most = LONGEST_WAIT_US // window_us
+        windows = min(ceil_div(bucket.level, bucket.capacity), most) if bucket.capacity else most
+        return bucket.tick + windows * window_us - now_us
+    ticks = min(ceil_div(bucket.level, bucket.rate), LONGEST_WAIT_US // bucket.kind)
+    return (bucket.tick + ticks) * bucket.kind - now_us
 
 
-def binding(buckets: Sequence[Bucket], charges: Sequence[Charge], now_us: int) -> tuple[int, int | None] | None:
-    """Index and wait of the bucket that denies this request, None where every cost fits (rule 4)."""
-    index, longest = -1, -2
-    for i, (bucket, charge) in enumerate(zip(buckets, charges, strict=True)):
-        if bucket.capacity == 0 and charge.cost > 0:
-            wait = EXACT
-        elif (short := shortfall(bucket, charge)) == 0:
-            continue
-        else:
-            wait = leak_time_us(bucket, charge, short, now_us) if bucket.rate else -1
-        if wait > longest:
-            index, longest = i, wait
-    if index < 0:
-        return None
-    return index, longest if 0 <= longest < EXACT else None
-
-
-def readings(
-    buckets: Sequence[Bucket], charges: Sequence[Charge], now_us: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Room left and time until unused, per charge."""
-    pairs = list(zip(buckets, charges, strict=True))
-    return tuple(remaining(*pair) for pair in pairs), tuple(reset_us(*pair, now_us) for pair in pairs)
+def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)
 
 
 def check_charges(charges: Sequence[Charge]) -> None:
@@ -219,155 +368,3 @@ def check_terms(epoch: int, lease_ms: int) -> None:
         raise ValueError(f"an epoch is an integer from 0 to {EXACT - 1}, not {epoch!r}")
     if type(lease_ms) is not int or not 0 < lease_ms <= LONGEST_WAIT_US // 1000:
         raise ValueError(f"a lease is an integer from 1 to {LONGEST_WAIT_US // 1000} ms, not {lease_ms!r}")
-
-
-class Cell:
-    """The meters and reservations of one cell, in memory: the reference that the Lua scripts must equal.
-
-    Load tests replay schedules through it. ``now_us`` is the caller's clock and may step back.
-    """
-
-    def __init__(self) -> None:
-        self.rated: dict[str, Bucket] = {}
-        self.gauges: dict[str, Bucket] = {}
-        self.reservations: dict[str, Reservation] = {}
-        self.leases = _Deadlines()
-        self.tombstones = _Deadlines()
-
-    def admit(
-        self, request_id: str, charges: Sequence[Charge], epoch: int, lease_ms: int, now_us: int
-    ) -> Admitted | Denied:
-        """Charge every bucket, or none; the same request id gets the same answer."""
-        check_charges(charges)
-        check_terms(epoch, lease_ms)
-        self.reap(now_us, REAPED_PER_ADMIT)
-        known = self.reservations.get(request_id)
-        if known is not None and (known.remaining or not charges):
-            return Admitted(tuple(known.remaining), tuple(known.reset_us))
-        buckets = [leaked(self._stored(charge), charge, now_us) for charge in charges]
-        for bucket, charge in zip(buckets, charges, strict=True):
-            adopt(bucket, charge, epoch)
-        if known is not None:  # settled before it was admitted: it has paid
-            return Admitted(*readings(buckets, charges, now_us))
-        short = binding(buckets, charges, now_us)
-        if short is None:
-            for bucket, charge in zip(buckets, charges, strict=True):
-                bucket.level = shifted(bucket.level, charge.cost * charge.units)
-        room, reset = readings(buckets, charges, now_us)
-        if short is None:
-            rated = {charge.bucket: charge.cost for charge in charges if charge.rate}
-            gauges = {charge.bucket: charge.cost for charge in charges if not charge.rate}
-            self.reservations[request_id] = Reservation(OPEN, list(room), list(reset), rated, gauges)
-            self.leases.set(request_id, now_us + lease_ms * 1000)
-        for bucket, charge in zip(buckets, charges, strict=True):
-            self._keep(bucket, charge)
-        if short is None:
-            return Admitted(room, reset)
-        return Denied(charges[short[0]].bucket, short[1], room, reset)
-
-    def extend(self, request_id: str, usage: Sequence[Charge], lease_ms: int, now_us: int) -> bool:
-        """Hold these amounts from now on, and renew the lease; False where the request is unknown or settled."""
-        check_charges(usage)
-        check_terms(0, lease_ms)
-        known = self.reservations.get(request_id)
-        if known is None or known.phase == SETTLED:
-            return False
-        if known.phase == REAPED:
-            for gauge, held in known.gauges.items():
-                self._shift(Charge(gauge, 0, 0, 0), held, now_us)
-        for charge in usage:
-            holds = known.rated if charge.rate else known.gauges
-            self._shift(charge, charge.cost - holds.get(charge.bucket, 0), now_us)
-            holds[charge.bucket] = charge.cost
-        known.phase = OPEN
-        self.tombstones.drop(request_id)
-        self.leases.set(request_id, now_us + lease_ms * 1000)
-        return True
-
-    def settle(self, request_id: str, usage: Sequence[Charge], now_us: int) -> bool:
-        """Correct the hold to what was used and give gauges back; False where it was settled before."""
-        check_charges(usage)
-        known = self.reservations.get(request_id, Reservation(REAPED, [], [], {}, {}))
-        if known.phase == SETTLED:
-            return False
-        if known.phase == OPEN:
-            self._give_back(known.gauges, now_us)
-        for charge in usage:
-            if charge.rate:
-                self._shift(charge, charge.cost - known.rated.get(charge.bucket, 0), now_us)
-        self.reservations[request_id] = Reservation(SETTLED, known.remaining, known.reset_us, {}, {})
-        self.leases.drop(request_id)
-        self.tombstones.set(request_id, now_us + TOMBSTONE_US)
-        return True
-
-    def reap(self, now_us: int, most: int = 100) -> int:
-        """End up to ``most`` reservations whose lease is over, forget as many old ones; how many were ended."""
-        for request_id in self.tombstones.due(now_us, most):
-            del self.reservations[request_id]
-        ended = self.leases.due(now_us, most)
-        for request_id in ended:
-            reservation = self.reservations[request_id]
-            self._give_back(reservation.gauges, now_us)
-            reservation.phase = REAPED
-            self.tombstones.set(request_id, now_us + TOMBSTONE_US)
-        return len(ended)
-
-    def peek(self, charges: Sequence[Charge], now_us: int) -> tuple[Reading, ...]:
-        """The buckets as they stand, under the limits that the charges state; nothing is changed."""
-        found = []
-        for charge in charges:
-            bucket = leaked(self._stored(charge), charge, now_us)
-            bucket.rate, bucket.capacity = charge.rate, charge.capacity
-            used = -(-bucket.level // charge.units)
-            found.append(Reading(charge.bucket, used, remaining(bucket, charge), reset_us(bucket, charge, now_us)))
-        return tuple(found)
-
-    def _stored(self, charge: Charge) -> Bucket | None:
-        return (self.rated if charge.rate else self.gauges).get(charge.bucket)
-
-    def _keep(self, bucket: Bucket, charge: Charge) -> None:
-        """Store a bucket; a gauge at 0 says nothing and is dropped."""
-        if charge.rate:
-            self.rated[charge.bucket] = bucket
-        elif bucket.level:
-            self.gauges[charge.bucket] = bucket
-        else:
-            self.gauges.pop(charge.bucket, None)
-
-    def _shift(self, charge: Charge, amount: int, now_us: int) -> None:
-        """Charge or refund without asking. A bucket that is not stored has nothing to refund."""
-        stored = self._stored(charge)
-        if amount == 0 or (stored is None and amount < 0):
-            return
-        bucket = leaked(stored, charge, now_us)
-        bucket.level = shifted(bucket.level, amount * charge.units)
-        self._keep(bucket, charge)
-
-    def _give_back(self, gauges: dict[str, int], now_us: int) -> None:
-        for gauge, held in gauges.items():
-            self._shift(Charge(gauge, 0, 0, 0), -held, now_us)
-
-
-class _Deadlines:
-    """A sorted set of deadlines by request id, as Redis keeps one: earliest first, ties by id."""
-
-    def __init__(self) -> None:
-        self.at: dict[str, int] = {}
-        self._heap: list[tuple[int, str]] = []
-
-    def set(self, request_id: str, deadline_us: int) -> None:
-        self.at[request_id] = deadline_us
-        heappush(self._heap, (deadline_us, request_id))
-
-    def drop(self, request_id: str) -> None:
-        self.at.pop(request_id, None)
-
-    def due(self, now_us: int, most: int) -> list[str]:
-        """Take out up to ``most`` that are over. Entries of the heap that were moved or dropped since are skipped."""
-        found: list[str] = []
-        while self._heap and self._heap[0][0] <= now_us and len(found) < most:
-            deadline_us, request_id = heappop(self._heap)
-            if self.at.get(request_id) == deadline_us:
-                del self.at[request_id]
-                found.append(request_id)
-        return found

@@ -22,18 +22,28 @@ from redis.asyncio import Redis
 from redis.client import NEVER_DECODE
 from redis.exceptions import NoScriptError, RedisError
 
+from ratelimit import cell as life
 from ratelimit import meter
 from ratelimit.meter import Admitted, Charge, Denied, Reading
 
 #: Names the layout of keys and values. A change of either takes a new one, so that two versions never share a key.
-KEY_VERSION: Final = "pn1"
+KEY_VERSION: Final = "pn2"
 #: The most reservations that one ``reap`` ends: Redis serves nobody else meanwhile.
 MOST_REAPED: Final = 1000
 
-_CONSTANTS: Final = (
-    *("MINUTE_US", "EXACT", "LONGEST_WAIT_US", "TOMBSTONE_US", "REAPED_PER_ADMIT", "NO_EPOCH"),
-    *("OPEN", "REAPED", "SETTLED"),
-)
+#: Usage records that the stream keeps while nobody takes them: the oldest are dropped beyond (approximately) this.
+MOST_USAGE_RECORDS: Final = 1_000_000
+
+_CONSTANTS: Final = {
+    **{
+        name: getattr(meter, name)
+        for name in ("MINUTE_US", "EXACT", "LONGEST_WAIT_US", "SPREAD_US", "NO_EPOCH", "THOUSANDTHS", "GAUGE")
+    },
+    **{name: getattr(life, name) for name in ("TOMBSTONE_US", "REAPED_PER_ADMIT", "OPEN", "REAPED", "SETTLED")},
+    **{role.name: role.value for role in meter.Role},
+    "POOL_SCOPE": f"'{meter.POOL_SCOPE}'",
+    "TRIM_USAGE_TO": MOST_USAGE_RECORDS,
+}
 
 
 class StoreUnavailableError(RuntimeError):
@@ -51,19 +61,12 @@ class Script(NamedTuple):
 def script(name: str) -> Script:
     """The script ``scripts/<name>.lua`` below the constants of ``meter`` and the shared ``lib.lua``."""
     folder = files("ratelimit") / "scripts"
-    constants = "".join(f"local {constant} = {getattr(meter, constant)}\n" for constant in _CONSTANTS)
+    constants = "".join(f"local {name} = {value}\n" for name, value in _CONSTANTS.items())
     text = constants + (folder / "lib.lua").read_text("utf-8") + (folder / f"{name}.lua").read_text("utf-8")
     return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-class _AdmitAnswer(msgspec.Struct, array_like=True):
-    remaining: tuple[int, ...]
-    reset_us: tuple[int, ...]
-    denied_by: int = -1
-    wait_us: int = -1
-
-
-_ADMIT_ANSWER: Final = msgspec.msgpack.Decoder(_AdmitAnswer)
+_ADMIT_ANSWER: Final = msgspec.msgpack.Decoder(list[int])
 _PEEK_ANSWER: Final = msgspec.msgpack.Decoder(tuple[tuple[int, int, int], ...])
 
 
@@ -78,42 +81,76 @@ class Store:
         self._redis = redis
         self._timeout_s = timeout_s
         prefix = f"{KEY_VERSION}:{{{cell}}}:"
-        self._bucket_prefix = f"{prefix}b:"
-        self._cell_keys = tuple(prefix + name for name in ("reservations", "leases", "tombstones", "gauges"))
+        self._scope_prefix = f"{prefix}s:"
+        self._reservation_prefix = f"{prefix}r:"
+        self._cell_keys = (f"{prefix}leases", f"{prefix}usage")
 
-    async def admit(self, request_id: str, charges: Sequence[Charge], epoch: int, lease_ms: int) -> Admitted | Denied:
-        """Charge every bucket, or none; the same request id gets the same answer."""
+    async def admit(
+        self, request_id: str, charges: Sequence[Charge], epoch: int, lease_ms: int, memo: bytes = b""
+    ) -> Admitted | Denied:
+        """Charge the buckets, or none; the same request id gets the same answer.
+
+        ``memo`` is kept with the reservation, and comes out in the usage stream if nobody settles it.
+        """
         meter.check_terms(epoch, lease_ms)
-        answer = _ADMIT_ANSWER.decode(await self._run("admit", charges, [request_id, charges, epoch, lease_ms]))
-        if answer.denied_by < 0:
-            return Admitted(answer.remaining, answer.reset_us)
-        wait_us = None if answer.wait_us < 0 else answer.wait_us
-        return Denied(charges[answer.denied_by].bucket, wait_us, answer.remaining, answer.reset_us)
+        keys, told = self._told(charges, self._reservation_prefix + request_id)
+        call = (request_id, told, epoch, lease_ms, memo.decode())
+        answer = _ADMIT_ANSWER.decode(await self._run("admit", keys, call))
+        if answer[0] >= 0:
+            return Admitted(tuple(answer[1::2]), tuple(answer[2::2]), answer[0] == 1)
+        wait_us = None if answer[1] < 0 else answer[1]
+        return Denied(charges[-answer[0] - 1].bucket, wait_us, tuple(answer[2::2]), tuple(answer[3::2]))
 
     async def extend(self, request_id: str, usage: Sequence[Charge], lease_ms: int) -> bool:
         """Hold these amounts from now on, and renew the lease; False where the request is unknown or settled."""
         meter.check_terms(0, lease_ms)
-        return bool(await self._run("extend", usage, [request_id, usage, lease_ms]))
+        keys, told = self._told(usage, self._reservation_prefix + request_id)
+        return bool(await self._run("extend", keys, (request_id, told, lease_ms)))
 
-    async def settle(self, request_id: str, usage: Sequence[Charge]) -> bool:
-        """Correct the hold to what was used and give gauges back; False where it was settled before."""
-        return bool(await self._run("settle", usage, [request_id, usage]))
+    async def settle(self, request_id: str, usage: Sequence[Charge], record: bytes = b"") -> bool:
+        """Correct the hold to what was used and give gauges back; False where it was settled before.
+
+        With the first settlement ``record`` goes into the cell's usage stream.
+        """
+        keys, told = self._told(usage, self._reservation_prefix + request_id)
+        return bool(await self._run("settle", keys, (request_id, told, record.decode())))
 
     async def reap(self, most: int = 100) -> int:
-        """End up to ``most`` reservations whose lease is over; how many were ended."""
+        """End up to ``most`` reservations whose lease is over, or forget those reaped long ago; how many were ended."""
         if not 0 < most <= MOST_REAPED:
             raise ValueError(f"reap ends 1 to {MOST_REAPED} reservations at a time, not {most}")
-        return int(await self._run("reap", (), [most]))
+        return int(await self._run("reap", self._cell_keys, (most,)))
+
+    async def configure(self, charges: Sequence[Charge], epoch: int) -> None:
+        """Put limits in force in these buckets at once, where the epoch is newer than theirs."""
+        meter.check_terms(epoch, 1)
+        keys, told = self._told(charges)
+        await self._run("configure", keys, (told, epoch))
 
     async def peek(self, charges: Sequence[Charge]) -> tuple[Reading, ...]:
         """The buckets as they stand, under the limits that the charges state; nothing is written."""
-        found = _PEEK_ANSWER.decode(await self._run("peek", charges, [charges]))
+        keys, told = self._told(charges)
+        found = _PEEK_ANSWER.decode(await self._run("peek", keys, (told,)))
         return tuple(Reading(charge.bucket, *numbers) for charge, numbers in zip(charges, found, strict=True))
 
-    async def _run(self, name: str, charges: Sequence[Charge], call: Sequence[object]) -> Any:
-        """One script over the keys of these charges; raises StoreUnavailableError whatever keeps Redis from it."""
+    def _told(self, charges: Sequence[Charge], *reservation: str) -> tuple[list[str], list[tuple[object, ...]]]:
+        """The keys of a call, and its charges as the scripts read them."""
         meter.check_charges(charges)
-        keys = (*self._cell_keys, *(self._bucket_prefix + charge.bucket for charge in charges if charge.rate))
+        keys = [*self._cell_keys, *reservation]
+        index: dict[str, int] = {}
+        told: list[tuple[object, ...]] = []
+        for bucket, cost, capacity, rate, tick_us, role, window_s, at_reap, borrow_up_to in charges:
+            scope, _, name = bucket.rpartition(":")
+            at = index.get(scope)
+            if at is None:
+                keys.append(self._scope_prefix + scope)
+                at = index[scope] = len(keys)
+            kind = tick_us if rate else -window_s
+            told.append((at, name, cost, capacity, rate, kind, role, at_reap, borrow_up_to))
+        return keys, told
+
+    async def _run(self, name: str, keys: Sequence[str], call: Sequence[object]) -> Any:
+        """One script; raises StoreUnavailableError whatever keeps Redis from it."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await self._evaluate(script(name), keys, (msgspec.msgpack.encode(call),))

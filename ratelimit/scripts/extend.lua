@@ -2,21 +2,24 @@
 -- unknown or settled.
 
 local request_id, usage, lease_ms = unpack(call)
-local record = reservation(request_id)
+local key = KEYS[3]
+local record = known_reservation(key)
 if not record or record[PHASE] == SETTLED then
   return 0
 end
+local holds = record[HOLDS]
 if record[PHASE] == REAPED then
-  shift_gauges(record[HELD_GAUGES], 1)
-  redis.call('ZREM', TOMBSTONES, request_id)
+  shift_gauges(holds, 1)
 end
-local keys = bucket_keys(usage)
-for i, charge in ipairs(usage) do
-  local held = charge[RATE] > 0 and record[RATED] or record[HELD_GAUGES]
-  shift(charge, keys[i], charge[COST] - (held[charge[BUCKET]] or 0))
-  held[charge[BUCKET]] = charge[COST]
+for _, charge in ipairs(usage) do
+  local hold = hold_of(holds, charge)
+  if hold then
+    correct(charge, hold)
+    hold[H_HELD], hold[H_AT_REAP] = charge[COST], charge[AT_REAP]
+  end
 end
 record[PHASE] = OPEN
-reserve(request_id, record)
-lease(request_id, lease_ms)
+redis_call('SET', key, pack(record), 'PX', lease_ms + KEPT_UNREAPED_MS)
+lease(request_id, now_us + lease_ms * 1000)
+save_changed()
 return 1

@@ -1,193 +1,265 @@
 -- What every script begins with: the clock, the keys, and the rules of ratelimit/meter.py in Lua.
 --
--- store.py puts the constants MINUTE_US, EXACT, LONGEST_WAIT_US, TOMBSTONE_US, REAPED_PER_ADMIT, NO_EPOCH and
--- OPEN, REAPED, SETTLED above this text, taken from meter.py.
+-- store.py puts the constants of meter.py and cell.py, and TRIM_USAGE_TO, above this text.
 --
--- KEYS     reservations (hash), leases and tombstones (sorted sets by deadline), gauges (hash), then one key for each
---          rated bucket, in the order of the charges.
--- ARGV[1]  the call, as MessagePack. A charge is {bucket, cost, capacity, rate, tick_us}.
--- Stored   a bucket is {level, tick, rate, capacity, epoch}, a reservation {phase, remaining, reset_us, rated, gauges}.
+-- KEYS     the cell's leases (sorted set by deadline) and usage (stream); then what the call names: its reservation's
+--          key, and one key for each scope. Reaping reaches the scopes that a reservation names, in the same slot.
+-- ARGV[1]  the call, as MessagePack. A charge is {index of its scope in KEYS, meter, cost, capacity, rate, kind, role,
+--          at_reap, borrow_up_to}.
+-- Stored   a scope is a list of buckets {meter, level, tick, rate, capacity, epoch, due, waiting, kind}. A reservation is
+--          {phase, forget_us, memo, answer, holds}; its holds are {scope, meter, held, at_reap, opened, kind} each.
 --
 -- Every number is an integer below 2^53, which cmsgpack packs as an integer, whole. Of two such, floor(a / b) and
 -- ceil(a / b) are exact: the rounding of a / b is less than 1 / b, the least distance to an integer it does not reach.
 
-local RESERVATIONS, LEASES, TOMBSTONES, GAUGES = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local FIRST_BUCKET = 5
--- How long a bucket is kept once it is empty, so that rounding can never drop a level that is not.
-local KEPT_EMPTY_MS = 60000
-local BUCKET, COST, CAPACITY, RATE, TICK_US = 1, 2, 3, 4, 5
-local PHASE, REMAINING, RESET_US, RATED, HELD_GAUGES = 1, 2, 3, 4, 5
+local LEASES, USAGE = KEYS[1], KEYS[2]
+local CELL = string.sub(LEASES, 1, -#'leases' - 1)
+local RESERVATION, SCOPE = CELL .. 'r:', CELL .. 's:'
+-- How long a scope is kept once it is unused, so that rounding can never drop a level that is not.
+local KEPT_UNUSED_MS = 60000
+-- An open reservation is kept this long after its lease: far longer than reaping it takes.
+local KEPT_UNREAPED_MS = 86400000
+
+local KEY, METER, COST, CAPACITY, RATE, KIND, ROLE, AT_REAP, BORROW_UP_TO = 1, 2, 3, 4, 5, 6, 7, 8, 9
+local B_METER, B_LEVEL, B_TICK, B_RATE, B_CAPACITY, B_EPOCH, B_DUE, B_WAITING, B_KIND = 1, 2, 3, 4, 5, 6, 7, 8, 9
+local PHASE, FORGET_US, MEMO, ANSWER, HOLDS = 1, 2, 3, 4, 5
+local H_SCOPE, H_METER, H_HELD, H_AT_REAP, H_OPENED, H_KIND = 1, 2, 3, 4, 5, 6
 
 local pack, unpack_one = cmsgpack.pack, cmsgpack.unpack
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
+local redis_call = redis.call
 
-local time = redis.call('TIME')
+local time = redis_call('TIME')
 local now_us = tonumber(time[1]) * 1000000 + tonumber(time[2])
 local call = unpack_one(ARGV[1])
 
-local function number(value)
-  return string.format('%.0f', value)
+-- Scopes read so far, by key, and the keys of those to be written.
+local scopes, changed = {}, {}
+
+local function scope_at(key)
+  local scope = scopes[key]
+  if not scope then
+    local found = redis_call('GET', key)
+    scope = found and unpack_one(found) or {}
+    scopes[key] = scope
+  end
+  return scope
 end
 
-local function units(charge)
-  if charge[RATE] == 0 then
-    return 1
+local function stored(key, meter)
+  local scope = scope_at(key)
+  for i = 1, #scope do
+    if scope[i][B_METER] == meter then
+      return scope[i]
+    end
   end
-  return MINUTE_US / charge[TICK_US]
 end
 
--- The bucket at now_us. elapsed * rate may exceed 2^53 and be rounded, but then it exceeds every level.
-local function leaked(stored, charge)
-  local tick = floor(now_us / charge[TICK_US])
-  if not stored then
-    return {level = 0, tick = tick, rate = charge[RATE], capacity = charge[CAPACITY], epoch = NO_EPOCH}
+local function keep(key, bucket)
+  if not stored(key, bucket[B_METER]) then
+    local scope = scopes[key]
+    scope[#scope + 1] = bucket
   end
-  local level, stored_tick, rate, capacity, epoch = unpack(unpack_one(stored))
-  local elapsed = max(0, tick - stored_tick)
-  return {
-    level = max(0, level - elapsed * rate),
-    tick = stored_tick + elapsed,
-    rate = rate,
-    capacity = capacity,
-    epoch = epoch,
-  }
+  changed[key] = true
+end
+
+local function units(kind)
+  return kind > 0 and MINUTE_US / kind or 1
+end
+
+-- A pool's scope is where roles POOL and COUNTED are.
+local function fresh(charge)
+  local kind = charge[KIND]
+  local level = charge[ROLE] >= POOL and charge[CAPACITY] * units(kind) or 0
+  local tick = kind > 0 and floor(now_us / kind) or now_us
+  return {charge[METER], level, tick, charge[RATE], charge[CAPACITY], NO_EPOCH, 0, 0, kind}
+end
+
+-- Leaks the bucket in place. elapsed * rate may exceed 2^53 and be rounded, but then it exceeds every level.
+local function leak(bucket)
+  local kind, tick = bucket[B_KIND], bucket[B_TICK]
+  if kind > 0 then
+    local elapsed = max(0, floor(now_us / kind) - tick)
+    bucket[B_LEVEL], bucket[B_TICK] = max(0, bucket[B_LEVEL] - elapsed * bucket[B_RATE]), tick + elapsed
+    if bucket[B_DUE] <= bucket[B_TICK] then
+      bucket[B_DUE], bucket[B_WAITING] = 0, 0
+    end
+  elseif kind < 0 then
+    local window_us = -kind * 1000000
+    local windows = floor(max(0, now_us - tick) / window_us)
+    bucket[B_LEVEL] = max(0, bucket[B_LEVEL] - windows * bucket[B_CAPACITY])
+    bucket[B_TICK] = bucket[B_LEVEL] > 0 and tick + windows * window_us or max(tick, now_us)
+  end
+  return bucket
+end
+
+local function current(charge)
+  local bucket = stored(KEYS[charge[KEY]], charge[METER])
+  return bucket and leak(bucket) or fresh(charge)
 end
 
 local function adopt(bucket, charge, epoch)
-  if epoch > bucket.epoch then
-    bucket.rate, bucket.capacity, bucket.epoch = charge[RATE], charge[CAPACITY], epoch
+  if epoch > bucket[B_EPOCH] then
+    bucket[B_RATE], bucket[B_CAPACITY], bucket[B_EPOCH] = charge[RATE], charge[CAPACITY], epoch
   end
 end
 
-local function shortfall(bucket, charge)
-  return max(0, bucket.level - (bucket.capacity - min(charge[COST], bucket.capacity)) * units(charge))
+local function shift(bucket, amount)
+  bucket[B_LEVEL] = min(max(bucket[B_LEVEL] + amount, 0), EXACT - 1)
 end
 
-local function leak_time_us(bucket, charge, amount)
-  local ticks = min(ceil(amount / bucket.rate), LONGEST_WAIT_US / charge[TICK_US])
-  return (bucket.tick + ticks) * charge[TICK_US] - now_us
+local function remaining(bucket)
+  local per_token = units(bucket[B_KIND])
+  return floor(max(0, bucket[B_CAPACITY] * per_token - bucket[B_LEVEL]) / per_token)
 end
 
-local function shifted(level, amount)
-  return min(max(level + amount, 0), EXACT - 1)
-end
-
-local function remaining(bucket, charge)
-  local per_token = units(charge)
-  return floor(max(0, bucket.capacity * per_token - bucket.level) / per_token)
-end
-
-local function reset_us(bucket, charge)
-  if bucket.level == 0 or bucket.rate == 0 then
+local function reset_us(bucket)
+  local kind, level = bucket[B_KIND], bucket[B_LEVEL]
+  if level == 0 or kind == GAUGE then
     return 0
+  elseif kind < 0 then
+    local window_us, capacity = -kind * 1000000, bucket[B_CAPACITY]
+    local windows = floor(LONGEST_WAIT_US / window_us)
+    if capacity > 0 then
+      windows = min(ceil(level / capacity), windows)
+    end
+    return bucket[B_TICK] + windows * window_us - now_us
   end
-  return leak_time_us(bucket, charge, bucket.level)
+  return (bucket[B_TICK] + min(ceil(level / bucket[B_RATE]), LONGEST_WAIT_US / kind)) * kind - now_us
 end
 
-local function readings(buckets, charges)
-  local room, reset = {}, {}
-  for i, charge in ipairs(charges) do
-    room[i] = remaining(buckets[i], charge)
-    reset[i] = reset_us(buckets[i], charge)
+-- A pool's scope is kept for ever, and one with something in flight until that ends; any other until it is unused.
+local function save_changed()
+  for key in pairs(changed) do
+    local scope = scopes[key]
+    local unused_us, kept = 0, key == SCOPE .. POOL_SCOPE
+    for i = 1, #scope do
+      kept = kept or (scope[i][B_KIND] == GAUGE and scope[i][B_LEVEL] > 0)
+      unused_us = max(unused_us, reset_us(scope[i]))
+    end
+    if kept then
+      redis_call('SET', key, pack(scope))
+    else
+      redis_call('SET', key, pack(scope), 'PX', ceil(unused_us / 1000) + KEPT_UNUSED_MS)
+    end
   end
-  return room, reset
+  changed = {}
 end
 
-local function packed(bucket)
-  return pack({bucket.level, bucket.tick, bucket.rate, bucket.capacity, bucket.epoch})
+local function charge_unasked(charge, amount)
+  if amount > 0 then
+    local bucket = current(charge)
+    shift(bucket, amount * units(charge[KIND]))
+    keep(KEYS[charge[KEY]], bucket)
+  end
 end
 
--- Rated buckets expire some time after they are empty. Gauges have no such time: a gauge at 0 says nothing and goes.
-local function keep(bucket, charge, key)
-  if charge[RATE] > 0 then
-    local empty_ms = ceil(max(0, reset_us(bucket, charge)) / 1000)
-    redis.call('SET', key, packed(bucket), 'PX', number(empty_ms + KEPT_EMPTY_MS))
-  elseif bucket.level > 0 then
-    redis.call('HSET', GAUGES, charge[BUCKET], packed(bucket))
+-- Give back to a bucket that is stored, unless it is a window that has opened since.
+local function refund(hold, amount)
+  local key = SCOPE .. hold[H_SCOPE]
+  local bucket = amount > 0 and stored(key, hold[H_METER])
+  if bucket then
+    leak(bucket)
+    if bucket[B_KIND] >= 0 or bucket[B_TICK] == hold[H_OPENED] then
+      shift(bucket, -amount * units(bucket[B_KIND]))
+    end
+    changed[key] = true
+  end
+end
+
+-- Take or give back what a request has in flight; a gauge that was lost has nothing to give back.
+local function shift_gauges(holds, sign)
+  for _, hold in ipairs(holds) do
+    if hold[H_KIND] == GAUGE then
+      local key = SCOPE .. hold[H_SCOPE]
+      local gauge = stored(key, hold[H_METER])
+      if not gauge and sign > 0 then
+        gauge = {hold[H_METER], 0, now_us, 0, 0, NO_EPOCH, 0, 0, GAUGE}
+      end
+      if gauge then
+        shift(gauge, sign * hold[H_HELD])
+        keep(key, gauge)
+      end
+    end
+  end
+end
+
+-- Charge what is more than held, or give back what is less.
+local function correct(charge, hold)
+  if charge[COST] >= hold[H_HELD] then
+    charge_unasked(charge, charge[COST] - hold[H_HELD])
   else
-    redis.call('HDEL', GAUGES, charge[BUCKET])
+    refund(hold, hold[H_HELD] - charge[COST])
   end
 end
 
-local function stored(charge, key)
-  if charge[RATE] > 0 then
-    return redis.call('GET', key)
-  end
-  return redis.call('HGET', GAUGES, charge[BUCKET])
-end
-
--- The key of each rated charge; a gauge has none.
-local function bucket_keys(charges)
-  local keys, following = {}, FIRST_BUCKET
-  for i, charge in ipairs(charges) do
-    if charge[RATE] > 0 then
-      keys[i] = KEYS[following]
-      following = following + 1
+local function hold_of(holds, charge)
+  local scope = string.sub(KEYS[charge[KEY]], #SCOPE + 1)
+  for _, hold in ipairs(holds) do
+    if hold[H_METER] == charge[METER] and hold[H_SCOPE] == scope then
+      return hold
     end
   end
-  return keys
 end
 
--- Charge or refund without asking. A bucket that is not stored has nothing to refund.
-local function shift(charge, key, amount)
-  if amount == 0 then
-    return
+-- The reservation of this call. A settled one is unknown once its time to be remembered is over.
+local function known_reservation(key)
+  local found = redis_call('GET', key)
+  local record = found and unpack_one(found)
+  if record and record[PHASE] == SETTLED and record[FORGET_US] <= now_us then
+    return nil
   end
-  local found = stored(charge, key)
-  if not found and amount < 0 then
-    return
+  return record
+end
+
+local function lease(request_id, deadline_us)
+  redis_call('ZADD', LEASES, deadline_us, request_id)
+end
+
+local function record_usage(...)
+  redis_call('XADD', USAGE, 'MAXLEN', '~', TRIM_USAGE_TO, '*', ...)
+end
+
+local function forget(request_id, key, record)
+  local held = {}
+  for _, hold in ipairs(record[HOLDS]) do
+    if hold[H_KIND] ~= GAUGE then
+      held[#held + 1] = {hold[H_SCOPE] .. ':' .. hold[H_METER], hold[H_HELD]}
+    end
   end
-  local bucket = leaked(found, charge)
-  bucket.level = shifted(bucket.level, amount * units(charge))
-  keep(bucket, charge, key)
+  record_usage('expired', record[MEMO], 'held', pack(held))
+  redis_call('DEL', key)
+  redis_call('ZREM', LEASES, request_id)
 end
 
-local function shift_gauges(gauges, sign)
-  for name, held in pairs(gauges) do
-    shift({name, 0, 0, 0, 1}, nil, sign * held)
+local function finish(request_id, key, record)
+  shift_gauges(record[HOLDS], -1)
+  for _, hold in ipairs(record[HOLDS]) do
+    if hold[H_KIND] ~= GAUGE then
+      refund(hold, hold[H_HELD] - hold[H_AT_REAP])
+      hold[H_HELD] = hold[H_AT_REAP]
+    end
   end
+  record[PHASE] = REAPED
+  redis_call('SET', key, pack(record))
+  lease(request_id, now_us + TOMBSTONE_US)
 end
 
-local function reservation(request_id)
-  local found = redis.call('HGET', RESERVATIONS, request_id)
-  return found and unpack_one(found)
-end
-
-local function reserve(request_id, record)
-  redis.call('HSET', RESERVATIONS, request_id, pack(record))
-end
-
-local function lease(request_id, lease_ms)
-  redis.call('ZADD', LEASES, number(now_us + lease_ms * 1000), request_id)
-end
-
-local function bury(request_id)
-  redis.call('ZADD', TOMBSTONES, number(now_us + TOMBSTONE_US), request_id)
-end
-
-local function due(deadlines, most)
-  local ids = redis.call('ZRANGEBYSCORE', deadlines, '-inf', number(now_us), 'LIMIT', 0, most)
-  if #ids > 0 then
-    redis.call('ZREM', deadlines, unpack(ids))
-  end
-  return ids
-end
-
--- End reservations whose lease is over, forget as many old ones; how many were ended.
+-- End reservations whose lease is over, forget those reaped long ago; how many were ended.
 local function reap(most)
-  local forgotten = due(TOMBSTONES, most)
-  if #forgotten > 0 then
-    redis.call('HDEL', RESERVATIONS, unpack(forgotten))
-  end
-  local ended = due(LEASES, most)
-  for _, request_id in ipairs(ended) do
-    local record = reservation(request_id)
-    if record then -- a server that evicts keys may have dropped it: then there is nothing to give back
-      shift_gauges(record[HELD_GAUGES], -1)
-      record[PHASE] = REAPED
-      reserve(request_id, record)
-      bury(request_id)
+  local ended = 0
+  for _, request_id in ipairs(redis_call('ZRANGEBYSCORE', LEASES, '-inf', now_us, 'LIMIT', 0, most)) do
+    local key = RESERVATION .. request_id
+    local found = redis_call('GET', key)
+    local record = found and unpack_one(found)
+    if not record then -- a server that evicts keys may have dropped it: then there is nothing to give back
+      redis_call('ZREM', LEASES, request_id)
+    elseif record[PHASE] == REAPED then
+      forget(request_id, key, record)
+    else
+      finish(request_id, key, record)
+      ended = ended + 1
     end
   end
-  return #ended
+  return ended
 end

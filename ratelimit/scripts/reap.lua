@@ -1,3 +1,5 @@
--- End reservations whose lease is over. {most} -> how many were ended.
+-- End reservations whose lease is over, forget those reaped long ago. {most} -> how many were ended.
 
-return reap(call[1])
+local ended = reap(call[1])
+save_changed()
+return ended

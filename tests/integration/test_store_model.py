@@ -1,4 +1,4 @@
-"""The Lua scripts and ``meter.Cell`` agree to the bit: every answer, and everything stored, after every call."""
+"""The Lua scripts and ``cell.Cell`` agree to the bit: every answer, and everything stored, after every call."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from redis.asyncio import Redis
 
-from ratelimit.meter import EXACT, MINUTE_US, TOMBSTONE_US, Cell, Charge, reset_us
+from ratelimit.cell import TOMBSTONE_US, Cell
+from ratelimit.meter import EXACT, GAUGE, MINUTE_US, POOL_SCOPE, SPREAD_US, Charge, Role, reset_us
 from tests.support.clocked_store import ClockedStore
 
 T = TypeVar("T")
 
-RATED_TICKS_US = {"k:a:requests": 1, "k:a:input_tokens": 1, "pool": 1000}
-GAUGES = ("k:a:concurrency", "k:b:concurrency")
 LARGEST = {1: (EXACT - 1) // MINUTE_US, 1000: (EXACT - 1) * 1000 // MINUTE_US}
+RATES = st.one_of(st.integers(1, 20), st.integers(1, 10**9), st.integers(EXACT - 50, EXACT - 1))
 
 
 def amounts(largest: int) -> st.SearchStrategy[int]:
@@ -26,23 +26,41 @@ def amounts(largest: int) -> st.SearchStrategy[int]:
     return st.one_of(st.integers(0, 20), st.integers(0, 100_000), st.integers(largest - 50, largest))
 
 
-def rated_charges(bucket: str) -> st.SearchStrategy[Charge]:
+@st.composite
+def rated_charges(draw: st.DrawFn, bucket: str, roles: tuple[Role, ...], tick_us: int = 1) -> Charge:
     """Charges of one rated bucket under any limits."""
-    tick_us = RATED_TICKS_US[bucket]
-    rates = st.one_of(st.integers(1, 20), st.integers(1, 10**9), st.integers(EXACT - 50, EXACT - 1))
-    return st.builds(
-        Charge, st.just(bucket), amounts(LARGEST[tick_us]), amounts(LARGEST[tick_us]), rates, st.just(tick_us)
-    )
+    cost, capacity = draw(amounts(LARGEST[tick_us])), draw(amounts(LARGEST[tick_us]))
+    theta = draw(st.sampled_from([0, 1, 500, 999, 1000]))
+    at_reap = draw(st.integers(0, cost))
+    return Charge(bucket, cost, capacity, draw(RATES), tick_us, draw(st.sampled_from(roles)), 0, at_reap, theta)
 
 
 def gauge_charges(bucket: str) -> st.SearchStrategy[Charge]:
     """Charges of one gauge."""
-    return st.builds(Charge, st.just(bucket), st.integers(0, 3), st.integers(0, 5), st.just(0), st.just(1))
+    return st.builds(lambda cost, capacity: Charge(bucket, cost, capacity, 0), st.integers(0, 3), st.integers(0, 5))
 
 
+@st.composite
+def window_charges(draw: st.DrawFn, bucket: str, window_s: int) -> Charge:
+    """Charges of one fixed window."""
+    cost, capacity = draw(amounts(EXACT - 1)), draw(amounts(EXACT - 1))
+    return Charge(bucket, cost, capacity, 0, window_s=window_s, at_reap=draw(st.integers(0, cost)))
+
+
+OF_A_CALLER = (Role.PLAIN, Role.ASSURED, Role.CEILING)
 CHARGES = st.lists(
-    st.one_of(*map(rated_charges, RATED_TICKS_US), *map(gauge_charges, GAUGES)),
-    max_size=5,
+    st.one_of(
+        rated_charges("k:a:requests", (Role.PLAIN,)),
+        rated_charges("k:a:output_tokens", OF_A_CALLER),
+        rated_charges("k:a:output_tokens.ceiling", OF_A_CALLER),
+        rated_charges("o:b:input_tokens", OF_A_CALLER, 1000),
+        rated_charges("pool:work", (Role.POOL, Role.COUNTED), 1000),
+        gauge_charges("k:a:concurrency"),
+        gauge_charges("o:b:concurrency"),
+        window_charges("k:a:output_tokens.5h", 18_000),
+        window_charges("o:b:requests.week", 604_800),
+    ),
+    max_size=6,
     unique_by=lambda charge: charge.bucket,
 )
 REQUEST_IDS = st.sampled_from([f"r{i}" for i in range(8)])
@@ -50,7 +68,7 @@ EPOCHS = st.integers(0, 4)
 LEASES_MS = st.sampled_from([1, 1_000, 60_000, 600_000])
 STEPS_US = st.one_of(
     st.integers(-3_000_000, 3_000_000),
-    st.sampled_from([-1, 1, 999, 1_000, MINUTE_US, TOMBSTONE_US, 10**9, 10**12, -(10**9)]),
+    st.sampled_from([-1, 1, 999, 1_000, SPREAD_US, MINUTE_US, TOMBSTONE_US, 18_000_000_000, 10**12, -(10**9)]),
 )
 
 
@@ -80,49 +98,58 @@ class StoreModel(RuleBasedStateMachine):
     def the_clock_steps(self, step_us: int) -> None:
         self.store.now_us += step_us
 
-    @rule(request_id=REQUEST_IDS, charges=CHARGES, epoch=EPOCHS, lease_ms=LEASES_MS)
-    def admit(self, request_id: str, charges: list[Charge], epoch: int, lease_ms: int) -> None:
-        answer = self.wait(self.store.admit(request_id, charges, epoch, lease_ms))
-        assert answer == self.cell.admit(request_id, charges, epoch, lease_ms, self.now_us)
-        assert type(answer) is type(self.cell.admit(request_id, charges, epoch, lease_ms, self.now_us))
-        assert answer == self.wait(self.store.admit(request_id, charges, epoch, lease_ms))
+    @rule(request_id=REQUEST_IDS, charges=CHARGES, epoch=EPOCHS, lease_ms=LEASES_MS, memo=st.sampled_from([b"", b"m"]))
+    def admit(self, request_id: str, charges: list[Charge], epoch: int, lease_ms: int, memo: bytes) -> None:
+        answer = self.wait(self.store.admit(request_id, charges, epoch, lease_ms, memo))
+        expected = self.cell.admit(request_id, charges, epoch, lease_ms, self.now_us, memo)
+        assert answer == expected
+        assert type(answer) is type(expected)
 
     @rule(request_id=REQUEST_IDS, usage=CHARGES, lease_ms=LEASES_MS)
     def extend(self, request_id: str, usage: list[Charge], lease_ms: int) -> None:
         answer = self.wait(self.store.extend(request_id, usage, lease_ms))
         assert answer is self.cell.extend(request_id, usage, lease_ms, self.now_us)
 
-    @rule(request_id=REQUEST_IDS, usage=CHARGES)
-    def settle(self, request_id: str, usage: list[Charge]) -> None:
-        answer = self.wait(self.store.settle(request_id, usage))
-        assert answer is self.cell.settle(request_id, usage, self.now_us)
+    @rule(request_id=REQUEST_IDS, usage=CHARGES, record=st.sampled_from([b"", b"record"]))
+    def settle(self, request_id: str, usage: list[Charge], record: bytes) -> None:
+        answer = self.wait(self.store.settle(request_id, usage, record))
+        assert answer is self.cell.settle(request_id, usage, self.now_us, record)
 
     @rule(most=st.integers(1, 10))
     def reap(self, most: int) -> None:
         assert self.wait(self.store.reap(most)) == self.cell.reap(self.now_us, most)
 
+    @rule(charges=CHARGES, epoch=EPOCHS)
+    def configure(self, charges: list[Charge], epoch: int) -> None:
+        self.wait(self.store.configure(charges, epoch))
+        self.cell.configure(charges, epoch, self.now_us)
+
     @rule(charges=CHARGES)
     def peek(self, charges: list[Charge]) -> None:
         assert self.wait(self.store.peek(charges)) == self.cell.peek(charges, self.now_us)
 
-    @rule(bucket=st.sampled_from(list(RATED_TICKS_US)))
-    def a_bucket_is_lost(self, bucket: str) -> None:
+    @rule(scope=st.sampled_from(["k:a", "o:b", POOL_SCOPE]))
+    def a_scope_is_lost(self, scope: str) -> None:
         """It expired, or Redis lost it; the reservations that hold of it are still there."""
-        self.cell.rated.pop(bucket, None)
-        self.wait(self.store.redis.delete(f"pn1:{{test}}:b:{bucket}"))
+        for name in [name for name in self.cell.buckets if name.startswith(scope + ":")]:
+            del self.cell.buckets[name]
+        self.wait(self.store.redis.delete(f"pn2:{{test}}:s:{scope}"))
 
     @invariant()
     def all_that_is_stored_is_equal(self) -> None:
         stored = self.wait(self.store.state())
-        assert stored.rated == self.cell.rated
-        assert stored.gauges == self.cell.gauges
+        assert stored.buckets == self.cell.buckets
         assert stored.reservations == self.cell.reservations
         assert stored.leases == self.cell.leases.at
-        assert stored.tombstones == self.cell.tombstones.at
-        for name, bucket in stored.rated.items():
-            charge = Charge(name, 0, 0, 1, RATED_TICKS_US[name])
-            full_us = reset_us(bucket, charge, bucket.tick * charge.tick_us)
-            assert stored.lifetimes_ms[name] > full_us / 1000, "a key may not expire before its bucket is empty"
+        assert stored.usage == self.cell.usage
+        for scope, lifetime_ms in stored.lifetimes_ms.items():
+            of_scope = [bucket for name, bucket in stored.buckets.items() if name.rpartition(":")[0] == scope]
+            if scope == POOL_SCOPE or any(bucket.kind == GAUGE and bucket.level for bucket in of_scope):
+                assert lifetime_ms == -1, "a pool, and what is in flight, may not expire"
+            elif lifetime_ms != -1:
+                newest_us = max(bucket.tick * max(1, bucket.kind) for bucket in of_scope)
+                unused_us = max(reset_us(bucket, newest_us) for bucket in of_scope)
+                assert lifetime_ms > unused_us / 1000, "a key may not expire before its buckets are unused"
 
     def teardown(self) -> None:
         self.wait(self.store.redis.aclose())

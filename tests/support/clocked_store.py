@@ -10,10 +10,11 @@ from typing import Any
 import msgspec
 from redis.asyncio import Redis
 
-from ratelimit.meter import Bucket, Reservation
+from ratelimit.cell import Hold, Reservation, UsageEntry
+from ratelimit.meter import Bucket
 from ratelimit.store import Script, Store
 
-CLOCK_READ = "redis.call('TIME')"
+CLOCK_READ = "redis_call('TIME')"
 
 
 class ClockedStore(Store):
@@ -31,37 +32,36 @@ class ClockedStore(Store):
 
     async def state(self) -> StoredState:
         """All that Redis holds of the cell."""
-        reservations, leases, tombstones, gauges = self._cell_keys
-        names = sorted([key async for key in self.redis.scan_iter(self._bucket_prefix + "*", count=1000)])
+        leases, usage = self._cell_keys
+        names = sorted([key async for key in self.redis.scan_iter(self._scope_prefix + "*", count=1000)])
+        reservations = sorted([key async for key in self.redis.scan_iter(self._reservation_prefix + "*", count=1000)])
         async with self.redis.pipeline(transaction=True) as pipeline:
-            pipeline.hgetall(reservations)
             pipeline.zrange(leases, 0, -1, withscores=True)
-            pipeline.zrange(tombstones, 0, -1, withscores=True)
-            pipeline.hgetall(gauges)
-            for name in names:
+            pipeline.xrange(usage)
+            for name in (*names, *reservations):
                 pipeline.get(name)
                 pipeline.pttl(name)
-            held, leased, buried, counted, *buckets = await pipeline.execute()
-        start = len(self._bucket_prefix)
+            leased, used, *values = await pipeline.execute()
+        scopes = {n.decode()[len(self._scope_prefix) :]: v for n, v in zip(names, values[::2], strict=False)}
+        held = values[2 * len(names) :: 2]
+        start = len(self._reservation_prefix)
         return StoredState(
-            rated={n.decode()[start:]: _bucket(b) for n, b in zip(names, buckets[::2], strict=True)},
-            lifetimes_ms={n.decode()[start:]: ms for n, ms in zip(names, buckets[1::2], strict=True)},
-            gauges={name.decode(): _bucket(packed) for name, packed in counted.items()},
-            reservations={name.decode(): _reservation(packed) for name, packed in held.items()},
+            buckets={f"{scope}:{name}": bucket for scope, v in scopes.items() for name, bucket in _buckets(v)},
+            lifetimes_ms=dict(zip(scopes, values[1 : 2 * len(names) : 2], strict=True)),
+            reservations={n.decode()[start:]: _reservation(v) for n, v in zip(reservations, held, strict=True)},
             leases={name.decode(): int(score) for name, score in leased},
-            tombstones={name.decode(): int(score) for name, score in buried},
+            usage=[_usage(fields) for _, fields in used],
         )
 
 
 class StoredState(msgspec.Struct):
-    """A cell as Redis holds it, in the words of ``meter.Cell``."""
+    """A cell as Redis holds it, in the words of ``cell.Cell``; lifetimes are by scope, -1 for ever."""
 
-    rated: dict[str, Bucket]
+    buckets: dict[str, Bucket]
     lifetimes_ms: dict[str, int]
-    gauges: dict[str, Bucket]
     reservations: dict[str, Reservation]
     leases: dict[str, int]
-    tombstones: dict[str, int]
+    usage: list[UsageEntry]
 
 
 @cache
@@ -72,11 +72,23 @@ def _clocked(chosen: Script) -> Script:
     return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-def _bucket(packed: bytes) -> Bucket:
-    return msgspec.msgpack.decode(packed, type=Bucket)
+def _buckets(packed: bytes) -> list[tuple[str, Bucket]]:
+    return [(name, Bucket(*rest)) for name, *rest in msgspec.msgpack.decode(packed)]
 
 
 def _reservation(packed: bytes) -> Reservation:
-    """Lua has one kind of table, so an empty map arrives as an empty list."""
-    phase, remaining, reset_us, rated, gauges = msgspec.msgpack.decode(packed)
-    return msgspec.convert([phase, remaining, reset_us, rated or {}, gauges or {}], Reservation)
+    phase, forget_us, memo, answer, holds = msgspec.msgpack.decode(packed)
+    return Reservation(
+        phase=phase,
+        forget_us=forget_us,
+        memo=memo.encode(),
+        green=bool(answer) and answer[0] == 1,
+        remaining=tuple(answer[1::2]) if answer else None,
+        reset_us=tuple(answer[2::2]),
+        holds={f"{scope}:{name}": Hold(*rest) for scope, name, *rest in holds},
+    )
+
+
+def _usage(fields: dict[bytes, bytes]) -> UsageEntry:
+    held = msgspec.msgpack.decode(fields.get(b"held", b"\x90"), type=tuple[tuple[str, int], ...])
+    return UsageEntry(fields.get(b"record", b""), fields.get(b"expired", b""), held)
