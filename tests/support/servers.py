@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
@@ -60,8 +59,7 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.signal(signal.SIGCONT)
-            asyncio.run(self._process.stop())
+            self.kill()
         finally:
             self._folder.cleanup()
 
