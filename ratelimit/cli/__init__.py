@@ -10,6 +10,7 @@ from ratelimit.cli.limits import app as limits_app
 from ratelimit.cli.measure import measure
 from ratelimit.cli.serve import controller, gateway
 from ratelimit.cli.up import up
+from ratelimit.cli.usage import app as usage_app
 
 app = typer.Typer(
     name="penstock",
@@ -22,6 +23,7 @@ for command in (check, up, gateway, controller, measure):
     app.command()(command)
 app.add_typer(keys_app, name="keys")
 app.add_typer(limits_app, name="limits")
+app.add_typer(usage_app, name="usage")
 
 
 def main() -> None:

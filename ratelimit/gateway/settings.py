@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from secrets import token_hex
+from typing import Any
 
 import msgspec
 
@@ -11,6 +11,8 @@ import msgspec
 SETTINGS_VARIABLE = "PENSTOCK_GATEWAY_SETTINGS"
 #: For settlements that are under way when the last request has ended.
 SETTLE_DRAIN_S = 5.0
+
+_SECRET_FIELDS = frozenset({"admin_token", "redis_url"})
 
 
 def new_gateway_id() -> str:
@@ -49,10 +51,10 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     admin_token: str = ""
     gateway_id: str = msgspec.field(default_factory=new_gateway_id)
 
-    def __rich_repr__(self) -> Iterator[tuple[str, object]]:
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
         """Every field but secrets: the token, and the Redis URL, which may hold a password."""
-        for name, value in msgspec.structs.asdict(self).items():
-            yield name, "…" if value and name in ("admin_token", "redis_url") else value
+        fields = msgspec.structs.asdict(self)
+        return [(name, "…" if value and name in _SECRET_FIELDS else value) for name, value in fields.items()]
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={value!r}" for name, value in self.__rich_repr__())
