@@ -7,6 +7,7 @@ Relative paths in the file are relative to the file's folder.
 from __future__ import annotations
 
 from pathlib import Path
+from re import fullmatch
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -64,6 +65,12 @@ def _http_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _key_id(value: str) -> str:
+    if not fullmatch("k_[0-9a-f]{1,64}", value):
+        raise ValueError("not a key's id; `penstock keys list` shows them, such as k_1a2b3c4d")
+    return value
+
+
 def _redis_url(value: str) -> str:
     if value != "embedded" and urlsplit(value).scheme not in ("redis", "rediss", "unix"):
         raise ValueError("not a Redis; write embedded, redis://HOST:PORT/0 or unix:///PATH")
@@ -78,7 +85,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SloBound = Annotated[float, Field(gt=0, le=3_600_000)]
 Slowdown = Annotated[float, Field(ge=1, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
-KeyId = Annotated[str, Field(pattern=r"^k_[0-9a-f]{1,64}$")]
+KeyId = Annotated[str, AfterValidator(_key_id)]
 Amount = Annotated[int, Field(ge=1, le=MOST_PER_MINUTE)]
 LocalPath = Annotated[Path, AfterValidator(_in_folder)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
@@ -201,10 +208,10 @@ class LimitConfig(Section):
     per: LimitScope = "key"
     window: LimitWindow = "minute"
     burst: int | None = Field(default=None, ge=1, le=MOST_BURST)
-    tiers: tuple[Name, ...] | None = Field(default=None, min_length=1)
-    orgs: tuple[Name, ...] | None = Field(default=None, min_length=1)
-    models: tuple[ModelName, ...] | None = Field(default=None, min_length=1)
-    keys: tuple[KeyId, ...] | None = Field(default=None, min_length=1)
+    tiers: tuple[Name, ...] | None = None
+    orgs: tuple[Name, ...] | None = None
+    models: tuple[ModelName, ...] | None = None
+    keys: tuple[KeyId, ...] | None = None
     reason: str = Field(default="", max_length=500)
 
     def rule(self) -> LimitRule:

@@ -19,8 +19,8 @@ from serving.profile import Profile, ProfileError, load_profile
 if TYPE_CHECKING:
     from ratelimit.config import Config, EngineConfig, LimitConfig, PoolConfig, TierConfig
 
-#: Fields whose value may hold a password.
-_SECRET_FIELDS = frozenset({"redis"})
+#: Fields whose value may hold a password, or a key where its id is meant.
+_SECRET_FIELDS = frozenset({"redis", "keys", "shadow_keys"})
 _LAST_PORT = 65535
 _SHARE_TOLERANCE = 1e-9
 
@@ -61,7 +61,7 @@ def _what(detail: ErrorDetails, root: type[BaseModel]) -> str:
             problem = str(detail["ctx"]["error"])
         case _:
             problem = detail["msg"][0].lower() + detail["msg"][1:]
-    return problem if name in _SECRET_FIELDS else f"{problem} (it is {_short(detail['input'])})"
+    return problem if _SECRET_FIELDS.intersection(where) else f"{problem} (it is {_short(detail['input'])})"
 
 
 def _short(value: object) -> str:
@@ -288,6 +288,9 @@ def _rules(config: Config) -> Iterator[Finding]:
                     yield Finding(
                         (*where, selector, j), f"there is no {selector[:-1]} {name!r}; there are {', '.join(names)}"
                     )
+        for selector in (*known, "keys"):
+            if getattr(limit, selector) == ():
+                yield Finding((*where, selector), "names nobody; take it out to mean all")
         yield from _rule_numbers(where, limit)
         yield from _rule_bucket(where, limit, config.limits[:i])
 

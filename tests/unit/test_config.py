@@ -8,7 +8,7 @@ import pytest
 
 from ratelimit.config import ConfigError, load_config, policy_of
 from ratelimit.configcheck import changes_at_restart, live_change_problems
-from ratelimit.policy import OrgPolicy, TierPolicy
+from ratelimit.policy import LimitRule, OrgPolicy, TierPolicy
 from serving.capacity import Slo
 from serving.profile import load_profile, shipped_profiles
 
@@ -63,8 +63,10 @@ def test_defaults(tmp_path: Path) -> None:
     assert (config.gateway.max_body_bytes, config.gateway.body_timeout_s) == (8_388_608, 20)
     pool, tier = config.pools[0], config.tiers[0]
     assert (pool.slo.ttft_ms, pool.slo.tpot_ms, pool.slo.percentile) == (1000, 50, 95)
-    assert (pool.default_max_output, pool.spare_replicas, pool.raise_after_s, pool.stuck_after_s) == (512, 0, 5, 5)
+    assert (pool.default_max_output, pool.spare_replicas, pool.raise_after_s, pool.stuck_after_s) == (None, 0, 5, 5)
     assert (tier.ceiling, tier.priority, tier.burst_s) == (1.0, 0, 5)
+    assert (tier.unlimited, tier.holds, tier.shadow) == ((), "learned", False)
+    assert (config.limits, config.shadow_keys, config.gateway.redis_timeout_ms) == ((), (), 30)
     assert config.orgs[0].models is None
 
 
@@ -74,7 +76,7 @@ def test_a_full_config(tmp_path: Path) -> None:
     path.write_text("""\
 state_dir: /var/lib/penstock
 redis: redis://:secret@cache:6379/0
-gateway: {host: 0.0.0.0, port: 80, admin_port: 9000, workers: 2, enforce: false, request_timeout_s: 30}
+gateway: {host: 0.0.0.0, port: 80, admin_port: 9000, workers: 2, enforce: false, redis_timeout_ms: 50}
 pools:
   - model: meta-llama/Llama-3.1-8B
     slo: {ttft_ms: 500, tpot_ms: 30, percentile: 99}
@@ -89,8 +91,12 @@ pools:
     replicas: [{url: "http://gpu1:8001/", profile: h100-llama-3.1-8b}]
 tiers:
   - {name: pro, share: 0.6, ceiling: 0.9, priority: 1, burst_s: 2}
-  - {name: batch, share: 0, ceiling: 0.5}
+  - {name: batch, share: 0, ceiling: 0.5, unlimited: [requests, concurrency], holds: maximum, shadow: true}
 orgs: [{name: acme, models: [meta-llama/Llama-3.1-8B]}]
+limits:
+  - {name: output_tokens, amount: 1000000, per: org, window: week, orgs: [acme], reason: contract 7}
+  - {name: requests, amount: 60, burst: 5, tiers: [batch], models: [meta-llama/Llama-3.1-8B], keys: [k_1a2b3c4d]}
+shadow_keys: [k_1a2b3c4d]
 """)
     config = load_config(path)
     assert config.state_dir == Path("/var/lib/penstock")
@@ -99,6 +105,14 @@ orgs: [{name: acme, models: [meta-llama/Llama-3.1-8B]}]
     assert (engine.ports(), engine.extra_args) == ([8100, 8101], ("--seed", "8"))
     assert config.pools[0].replicas[0].url == "http://gpu1:8001"
     assert "secret" not in repr(config)
+    policy = policy_of(config)
+    assert policy.tiers[1] == TierPolicy("batch", 0, 0.5, 0, 5.0, ("requests", "concurrency"), "maximum", shadow=True)
+    model = "meta-llama/Llama-3.1-8B"
+    assert policy.rules == (
+        LimitRule("output_tokens", 1_000_000, "org", "week", orgs=("acme",), reason="contract 7"),
+        LimitRule("requests", 60, burst=5, tiers=("batch",), models=(model,), keys=("k_1a2b3c4d",)),
+    )
+    assert policy.shadow_keys == ("k_1a2b3c4d",)
 
 
 def test_policy_of_a_config(tmp_path: Path) -> None:
@@ -403,3 +417,109 @@ def test_a_mix_that_no_replica_can_hold_comes_with_the_scale_that_fits(tmp_path:
     assert only.endswith("(context 4096, KV cache 524288); a scale of at most 0.82 fits")
     (tmp_path / "penstock.yaml").write_text(text.replace("    engines:", "    mix: {scale: 0.82}\n    engines:"))
     assert load_config(tmp_path / "penstock.yaml").pools[0].mix.scale == 0.82
+
+
+RULES = MINIMAL.replace("orgs:", "  - {name: free, share: 0.2}\norgs:") + "limits:\n"
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        (
+            "{name: tokens, amount: 5}",
+            "11: limits[0].name: input should be 'requests', 'input_tokens', 'output_tokens'",
+        ),
+        ("{name: requests, amount: 0}", "11: limits[0].amount: input should be greater than or equal to 1 (it is 0)"),
+        (
+            "{name: requests, amount: 9007199254740992}",
+            "11: limits[0].amount: input should be less than or equal to 90",
+        ),
+        ("{name: requests, amount: 5, per: caller}", "11: limits[0].per: input should be 'key', 'org', 'tier' or 'mo"),
+        ("{name: requests, amount: 5, window: day}", "11: limits[0].window: input should be 'minute', '5h' or 'week'"),
+        (
+            "{name: requests, amount: 5, tiers: [gold]}",
+            "11: limits[0].tiers[0]: there is no tier 'gold'; there are pro, ",
+        ),
+        ("{name: requests, amount: 5, orgs: [x]}", "11: limits[0].orgs[0]: there is no org 'x'; there are acme"),
+        (
+            "{name: requests, amount: 5, models: [x]}",
+            "11: limits[0].models[0]: there is no model 'x'; there are llama-",
+        ),
+        (
+            "{name: requests, amount: 5, keys: [pn-x]}",
+            "11: limits[0].keys[0]: not a key's id; `penstock keys list` shows them",
+        ),
+        ("{name: requests, amount: 5, tiers: []}", "11: limits[0].tiers: names nobody; take it out to mean all"),
+        (
+            "{name: concurrency, amount: 5, window: week}",
+            "11: limits[0].window: requests in flight are counted at each moment, not in a window; take window out",
+        ),
+        (
+            "{name: requests, amount: 5, window: week, burst: 2}",
+            "11: limits[0].burst: only a rate per minute has a burst; take it out",
+        ),
+        ("{name: concurrency, amount: 5, burst: 2}", "11: limits[0].burst: only a rate per minute has a burst"),
+        ("{name: requests, amount: 200000000}", "11: limits[0].burst: is missing, so all of 200000000 might come at o"),
+        (
+            "{name: requests, amount: 5, tiers: [pro, free]}\n  - {name: requests, amount: 6, tiers: [free, pro]}",
+            "12: limits[1]: limits the same callers' requests as limits[0]; keep one",
+        ),
+        (
+            "{name: requests, amount: 5, per: org, tiers: [pro]}\n  - {name: requests, amount: 6, per: org}",
+            "12: limits[1]: shares a bucket per org with limits[0], which names other callers; give both the same",
+        ),
+        (
+            "{name: requests, amount: 5, per: model}\n  - {name: requests, amount: 6, per: model, orgs: [acme]}",
+            "12: limits[1]: shares a bucket per model with limits[0]",
+        ),
+        (
+            "{name: output_tokens, amount: 5, per: tier, orgs: [acme]}",
+            "11: limits[0].orgs: limits per tier are derived too, for all its callers; take orgs out, or limit per key",
+        ),
+    ],
+)
+def test_a_mistaken_rule_is_named(tmp_path: Path, rules: str, said: str) -> None:
+    """Names that are not there, numbers that cannot be counted, and buckets of two sizes are found before they act."""
+    (only,) = problems(tmp_path, f"{RULES}  - {rules}\n")
+    assert only.startswith(said)
+
+
+def test_a_key_that_is_given_for_its_id_is_not_repeated(tmp_path: Path) -> None:
+    """A key in the place of its id is refused without showing it."""
+    assert "hunter2" not in problem(tmp_path, "orgs:", "shadow_keys: [pn-hunter2]\norgs:")
+
+
+def test_rules_that_can_hold_together_are_taken(tmp_path: Path) -> None:
+    """Rules for one bucket are taken where whoever shares it has the same ones; other buckets never clash."""
+    rules = (
+        "{name: requests, amount: 5}",
+        "{name: requests, amount: 6, tiers: [pro]}",
+        "{name: requests, amount: 5, window: 5h}",
+        "{name: requests, amount: 5, window: week}",
+        "{name: requests, amount: 5, per: org, tiers: [free]}",
+        "{name: requests, amount: 4, per: org, tiers: [free], orgs: [acme]}",
+        "{name: requests, amount: 5, per: tier}",
+        "{name: concurrency, amount: 5, per: model}",
+    )
+    path = tmp_path / "penstock.yaml"
+    path.write_text(RULES + "".join(f"  - {rule}\n" for rule in rules))
+    assert len(policy_of(load_config(path)).rules) == len(rules)
+
+
+@pytest.mark.parametrize(
+    ("engine", "replica", "known"),
+    [
+        ("", "", True),
+        (", extra_args: [--scheduling-policy, fcfs]", "", False),
+        ("", "{url: 'http://gpu1:8001', profile: h100-llama-3.1-8b}", False),
+        ("", "{url: 'http://gpu1:8001', profile: h100-llama-3.1-8b, priority_scheduling: true}", True),
+    ],
+)
+def test_priorities_are_sent_only_where_every_replica_takes_them(
+    tmp_path: Path, engine: str, replica: str, known: bool
+) -> None:
+    """Engines started here take priorities unless told otherwise; those that run elsewhere, only if marked."""
+    text = MINIMAL.replace("port: 8100", f"port: 8100{engine}").replace("tiers:", f"    replicas: [{replica}]\ntiers:")
+    path = tmp_path / "penstock.yaml"
+    path.write_text(text)
+    assert policy_of(load_config(path)).pools[0].priority_scheduling is known

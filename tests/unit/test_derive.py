@@ -5,26 +5,40 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 from fractions import Fraction
+from itertools import combinations
+from math import ceil, fsum
+from typing import get_args
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ratelimit.derive import POOL_BURST_FACTOR, ReplicaSupply, derive
+from ratelimit.derive import TTFT_SLACK_SHARE, ReplicaSupply, derive
 from ratelimit.explain import shown
 from ratelimit.gateway.charges import charges_for
 from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.terms import terms_by_tier
 from ratelimit.keylimits import REQUEST_HEADROOM
-from ratelimit.overrides import FrozenLimit, Override, active
-from ratelimit.policy import Policy, PoolPolicy, TierPolicy
+from ratelimit.overrides import FrozenLimit, Override, active, freezing
+from ratelimit.policy import (
+    BEST_BORROW,
+    LEAST_BORROW,
+    Policy,
+    PoolPolicy,
+    TierPolicy,
+    borrow_thresholds,
+    promise_carriers,
+)
 from ratelimit.publication import (
     MOST_BUDGET_BURST,
     MOST_BURST,
     POOL_TICK_US,
     Limit,
+    LimitName,
+    LimitRule,
     Publication,
+    PublishedPool,
     PublishedReplica,
 )
 from serving.capacity import EngineLimits, ReplicaGroup, RequestShape, Slo, StepTimeModel, WorkloadMix, fleet_cost_s
@@ -36,8 +50,8 @@ STEP_TIME = StepTimeModel(0.0045, 2.2e-5, 2.5e-5, 4e-8)
 LIMITS = EngineLimits(1024, 8192, 450_000, 32_768)
 KNEE = Knee(14.2, 0.9, 0.5, 0.049, "tpot")
 MIX = WorkloadMix("test", tuple(RequestShape(20 * k, 5 * k) for k in range(1, 21)))
-PRO = TierPolicy("pro", 0.6, 1.0, 0, 5.0)
-FREE = TierPolicy("free", 0.3, 1.0, 1, 5.0)
+PRO = TierPolicy("pro", 0.6, 0.6, 0, 5.0)
+FREE = TierPolicy("free", 0.3, 0.3, 1, 5.0)
 
 
 def supply(requests_per_s: float = 14.2, slowdown: float = 1.0, gpu: str = "H100") -> ReplicaSupply:
@@ -47,6 +61,11 @@ def supply(requests_per_s: float = 14.2, slowdown: float = 1.0, gpu: str = "H100
         KNEE,
         f"{gpu}-8b, estimated 2026-11-21",
     )
+
+
+def assured(name: str, share: float, burst_s: float = 5.0) -> TierPolicy:
+    """A tier that never borrows."""
+    return TierPolicy(name, share, share, 0, burst_s)
 
 
 def policy(*tiers: TierPolicy, mix: WorkloadMix = MIX, spare_replicas: int = 0) -> Policy:
@@ -65,7 +84,13 @@ def published(
 
 
 def limits(publication: Publication, tier: str = "pro") -> dict[str, Limit]:
-    return {limit.name: limit for limit in publication.limits(tier, MODEL)}
+    """The limits of each key of a tier."""
+    return {limit.name: limit for limit in publication.limits(tier, MODEL) if limit.per == "key"}
+
+
+def together(publication: Publication, tier: str = "pro") -> dict[str, Limit]:
+    """The limits of all keys of a tier together."""
+    return {limit.name: limit for limit in publication.limits(tier, MODEL) if limit.per == "tier"}
 
 
 #: On a shared machine a single example may be slow; pytest's timeout bounds the whole.
@@ -126,7 +151,7 @@ def test_printed_factors_give_the_enforced_number(
     fleet: list[float], mix: WorkloadMix, keys: int, share: float, spare: int
 ) -> None:
     """Multiplying what the explanation prints gives exactly the limit that is enforced."""
-    rules = policy(TierPolicy("pro", share, 1.0, 0, 5.0), mix=mix, spare_replicas=spare)
+    rules = policy(assured("pro", share), mix=mix, spare_replicas=spare)
     derived = limits(published(*map(supply, fleet), rules=rules, keys={"pro": keys}))
     for limit in derived.values():
         enforced = limit.per_minute or limit.burst
@@ -162,12 +187,14 @@ def test_faster_replicas_never_lower_a_limit(fleet: list[float], factor: float) 
     mix=mixes,
     parts=st.lists(st.integers(1, 100), min_size=1, max_size=5),
     counts=st.lists(st.integers(0, 100), min_size=5, max_size=5),
+    ceiling=st.floats(0.01, 1),
 )
 def test_assured_tokens_never_exceed_the_usable_capacity(
-    fleet: list[float], mix: WorkloadMix, parts: list[int], counts: list[int]
+    fleet: list[float], mix: WorkloadMix, parts: list[int], counts: list[int], ceiling: float
 ) -> None:
     """Summed over all keys of all assured tiers, token limits stay within capacity, but for the floor of 1 per key."""
-    tiers = [TierPolicy(f"t{i}", part / sum(parts), 1.0, 0, 5.0) for i, part in enumerate(parts)]
+    shares = [part / sum(parts) for part in parts]
+    tiers = [TierPolicy(f"t{i}", share, max(share, ceiling), 0, 5.0) for i, share in enumerate(shares)]
     rules = policy(*tiers, mix=mix)
     keys = {tier.name: count for tier, count in zip(tiers, counts, strict=False)}
     publication = published(*map(supply, fleet), rules=rules, keys=keys)
@@ -236,10 +263,10 @@ def test_no_limit_is_zero_while_a_replica_is_healthy(rate: float, keys: int) -> 
 
 def test_concurrency_has_room_for_a_burst_of_requests() -> None:
     """A burst that the request limit admits is not refused for being in flight at once, and two always may be."""
-    bursty = limits(published(supply(), rules=policy(TierPolicy("pro", 0.6, 1.0, 0, 60.0))))
+    bursty = limits(published(supply(), rules=policy(assured("pro", 0.6, 60.0))))
     assert bursty["concurrency"].burst == bursty["requests"].burst == 340
     uniform = WorkloadMix("uniform", (RequestShape(10, 10),))
-    tiny = policy(TierPolicy("pro", 0.6, 1.0, 0, 0.001), mix=uniform)
+    tiny = policy(assured("pro", 0.6, 0.001), mix=uniform)
     assert limits(published(supply(0.001), rules=tiny))["concurrency"].burst == 2
 
 
@@ -264,29 +291,35 @@ def test_spares_are_the_largest_replicas_but_never_the_last() -> None:
     )
 
 
+def mean_cost_s(pool: PublishedPool) -> float:
+    return fsum(fleet_cost_s(pool.groups, shape) for shape in MIX.shapes) / len(MIX.shapes)
+
+
 def test_pool_budget_is_the_cost_of_the_usable_requests() -> None:
     """The budget's rate lets the usable rate of the mix through, and no more."""
     pool = published(supply(), supply()).pools[0]
-    mean_cost_s = sum(fleet_cost_s(pool.groups, shape) for shape in MIX.shapes) / len(MIX.shapes)
-    assert pool.budget_per_minute == pytest.approx(28.4 * mean_cost_s * 60e6, rel=1e-6)
+    assert pool.budget_per_minute == pytest.approx(28.4 * mean_cost_s(pool) * 60e6, rel=1e-6)
     assert pool.groups == (ReplicaGroup(2, STEP_TIME, LIMITS, SLO),)
 
 
 @unhurried
-@given(fleet=fleets, mix=mixes, burst_s=st.floats(0.1, 60))
-def test_pool_burst_holds_every_keys_burst(fleet: list[float], mix: WorkloadMix, burst_s: float) -> None:
-    """Callers who all use their whole burst at once, with the mix's requests, fill only half of the pool's bucket."""
-    rules = policy(TierPolicy("pro", 0.7, 1.0, 0, burst_s), TierPolicy("batch", 0.0, 0.4, 2, burst_s), mix=mix)
-    publication = published(*map(supply, fleet), rules=rules, keys={"pro": 4, "batch": 2})
-    pool = publication.pools[0]
-    cost_us = sum(fleet_cost_s(pool.groups, shape) for shape in mix.shapes) / len(mix.shapes) * 1e6
-    brought = sum(
-        tier.active_keys * limit.burst / mix.mean_output_tokens * cost_us
-        for tier in publication.tiers
-        for limit in tier.limits
-        if limit.name == "output_tokens"
+@given(fleet=fleets, mix=mixes)
+def test_pool_burst_is_what_may_wait_within_the_ttft_bound(fleet: list[float], mix: WorkloadMix) -> None:
+    """A full pool bucket drains in half of the TTFT bound, unless one p99 request alone takes longer."""
+    pool = published(*map(supply, fleet), rules=policy(mix=mix)).pools[0]
+    drained_s = pool.budget_burst / (pool.budget_per_minute / 60)
+    costs_us = sorted(fleet_cost_s(pool.groups, shape) * 1e6 for shape in mix.shapes)
+    assert drained_s == pytest.approx(SLO.ttft_s * TTFT_SLACK_SHARE, rel=1e-3) or pool.budget_burst == ceil(
+        costs_us[-1]
     )
-    assert pool.budget_burst >= min(POOL_BURST_FACTOR * brought * (1 - 1e-6) - 1, MOST_BUDGET_BURST)
+    assert pool.budget_burst >= costs_us[-1]
+
+
+def test_the_pool_waits_as_the_slowest_bound_allows_on_each_replica() -> None:
+    """Of replicas at unlike speeds, the tightest TTFT bound decides what may wait; the explanation says how long."""
+    pool = published(supply(1.42, 10), supply(14.2)).pools[0]
+    assert pool.budget_burst == int(pool.usable_requests_per_s * mean_cost_s(pool) * 0.5 * 1e6)
+    assert "replica-seconds: 0.5 s of it, the part of the TTFT bound that a request may wait" in pool.explanation
 
 
 def test_limits_stay_within_what_the_meter_counts() -> None:
@@ -308,15 +341,16 @@ def test_limits_stay_within_what_the_meter_counts() -> None:
     assert limits(publication)["concurrency"].explanation.endswith(
         "\ncut to 9,007,199,254,740,991 in flight: more cannot be counted exactly"
     )
-    assert publication.pools[0].explanation.endswith("the bursts of all keys, cut to what can be counted exactly")
+    assert publication.pools[0].explanation.endswith("(the p99 request), cut to what can be counted exactly")
 
 
 def test_best_effort_tier_is_limited_by_its_ceiling() -> None:
-    """A tier with share 0 gets its ceiling of the pool, and the explanation says so."""
+    """Each key of a tier with share 0 may take the tier's ceiling, all together too, and nothing is assured."""
     batch = TierPolicy("batch", 0.0, 0.2, 9, 5.0)
-    derived = limits(published(supply(), rules=policy(batch), keys={"batch": 2}), "batch")
-    assert derived["output_tokens"].per_minute == shown(Fraction("14.2") * Fraction("0.2") / 2 * Fraction("52.5") * 60)
-    assert "× 0.2 best-effort ceiling ÷ 2 active keys" in derived["output_tokens"].explanation
+    publication = published(supply(), rules=policy(batch), keys={"batch": 2})
+    derived = limits(publication, "batch")
+    assert derived["output_tokens"].per_minute == shown(Fraction("14.2") * Fraction("0.2") * Fraction("52.5") * 60)
+    assert "× 0.2 best-effort ceiling × 52.5" in derived["output_tokens"].explanation
 
 
 def test_unlike_replicas_are_listed_apart() -> None:
@@ -398,3 +432,161 @@ def test_shown_numbers_have_two_significant_digits() -> None:
     for limit in limits(published(supply(14.27), supply(3.333))).values():
         value = limit.per_minute or limit.burst
         assert value == shown(Fraction(value))
+
+
+ANY_LIMITS = [names for count in range(5) for names in combinations(get_args(LimitName), count)]
+tier_policies = st.builds(
+    lambda share, above, priority, burst_s, unlimited: TierPolicy(
+        "pro", share, min(1.0, share + above), priority, burst_s, unlimited
+    ),
+    share=st.sampled_from([0.0, 0.25, 0.6, 1.0]),
+    above=st.sampled_from([0.0, 0.1, 0.4, 1.0]),
+    priority=st.integers(0, 9),
+    burst_s=st.floats(0.001, 60),
+    unlimited=st.sampled_from(ANY_LIMITS),
+).filter(lambda tier: tier.ceiling > 0)
+
+
+def test_a_share_below_its_ceiling_has_two_colours() -> None:
+    """Tokens are assured by share and active keys, and may be exceeded up to the ceiling, undivided."""
+    publication = published(supply(), supply(), rules=policy(TierPolicy("pro", 0.6, 0.9, 0, 5.0)), keys={"pro": 3})
+    output = limits(publication)["output_tokens"]
+    # 28.4 × 0.6 ÷ 3 × 52.5 × 60 and 28.4 × 0.9 × 52.5 × 60
+    assert (output.per_minute, output.burst) == (17_000, 1_400)
+    assert (output.ceiling_per_minute, output.ceiling_burst) == (80_000, 6_700)
+    _, first, second = output.explanation.split("\n")
+    assert first.startswith("assured: 28.4 requests/s × 0.6 tier share ÷ 3 active keys × 52.5 output tokens × 60 s = ")
+    assert second.startswith("ceiling, while others leave it idle: 28.4 requests/s × 0.9 ceiling × 52.5 output tokens ")
+    assert limits(publication)["requests"].per_minute == shown(Fraction("28.4") * Fraction("0.9") * 2 * 60)
+    assert limits(publication)["requests"].ceiling_per_minute == 0
+
+
+@unhurried
+@given(fleet=fleets, mix=mixes, tier=tier_policies, keys=st.integers(1, 40))
+def test_every_tier_derives(fleet: list[float], mix: WorkloadMix, tier: TierPolicy, keys: int) -> None:
+    """Any share, ceiling and set of unlimited names derive: the rest has limits, and only promises have ceilings."""
+    publication = published(*map(supply, fleet), rules=policy(tier, mix=mix), keys={"pro": keys})
+    derived = limits(publication)
+    (of_tier,) = publication.tiers
+
+    assert set(derived) == set(get_args(LimitName)) - set(tier.unlimited)
+    two_colours = {name for name, limit in derived.items() if limit.ceiling_per_minute}
+    assert two_colours == (set(promise_carriers(tier)) if 0 < tier.share < tier.ceiling else set())
+    for limit in publication.limits("pro", MODEL):
+        assert limit.burst >= 1
+        if limit.ceiling_per_minute:
+            assert limit.ceiling_per_minute >= limit.per_minute
+            assert limit.ceiling_burst >= limit.burst
+    assert (of_tier.borrow_up_to > 0) == (tier.share < tier.ceiling or not promise_carriers(tier))
+    assert of_tier.assured == (tier.share > 0 and bool(promise_carriers(tier)))
+
+
+@unhurried
+@given(fleet=fleets, mix=mixes, tier=tier_policies, keys=st.integers(1, 40))
+def test_a_tier_never_takes_more_than_its_ceiling(
+    fleet: list[float], mix: WorkloadMix, tier: TierPolicy, keys: int
+) -> None:
+    """Its keys together get at most the ceiling's tokens a minute: by the tier's own bucket, or as each is divided."""
+    publication = published(*map(supply, fleet), rules=policy(tier, mix=mix), keys={"pro": keys})
+    pool, derived, shared = publication.pools[0], limits(publication), together(publication)
+    usable = {"input_tokens": pool.usable_input_tokens_per_s, "output_tokens": pool.usable_output_tokens_per_s}
+    for name, per_s in usable.items():
+        if name not in derived or tier.ceiling == 1:
+            continue
+        each = derived[name]
+        most = keys * (each.ceiling_per_minute or each.per_minute)
+        floor = keys * each.per_minute if each.ceiling_per_minute else keys
+        if name in shared:
+            most = min(most, shared[name].ceiling_per_minute or shared[name].per_minute)
+        assert most <= max(per_s * 60 * tier.ceiling * (1 + 1e-9), floor)
+
+
+def test_keys_that_may_take_all_are_bounded_together() -> None:
+    """Below a ceiling of 1 several keys share the ceiling, and the sum of what each is assured stays assured."""
+    rules = policy(TierPolicy("pro", 0.3, 0.5, 0, 5.0))
+    publication = published(supply(), rules=rules, keys={"pro": 4})
+    key, tier = limits(publication)["output_tokens"], together(publication)["output_tokens"]
+    assert (tier.per_minute, tier.burst) == (4 * key.per_minute, 4 * key.burst)
+    assert (tier.ceiling_per_minute, tier.ceiling_burst) == (key.ceiling_per_minute, key.ceiling_burst)
+    assert tier.explanation.startswith("all keys of pro together: 4 × what each is assured")
+    assert together(published(supply(), rules=rules, keys={"pro": 1})) == {}
+    assert together(published(supply(), rules=policy(TierPolicy("pro", 0.3, 1.0, 0, 5.0)))) == {}
+
+
+@unhurried
+@given(
+    priorities=st.lists(st.integers(0, 20), min_size=1, max_size=9),
+    ceiling=st.sampled_from([0.1, 0.5]),
+    shares=st.lists(st.sampled_from([0.0, 0.1]), min_size=9, max_size=9),
+)
+def test_a_better_priority_borrows_at_least_as_much(priorities: list[int], ceiling: float, shares: list[float]) -> None:
+    """Thresholds never rise with the number of the priority, the best borrower has 0.9, and non-borrowers have none."""
+    tiers = [TierPolicy(f"t{i}", shares[i], ceiling, p, 5.0) for i, p in enumerate(priorities)]
+    thresholds = borrow_thresholds(tiers)
+    borrowers = sorted((tier.priority, thresholds[tier.name]) for tier in tiers if tier.share < tier.ceiling)
+    found = [threshold for _, threshold in borrowers]
+    assert found == sorted(found, reverse=True)
+    assert all(LEAST_BORROW <= threshold <= BEST_BORROW for threshold in found)
+    assert found[:1] in ([], [BEST_BORROW])
+    assert all(thresholds[tier.name] == 0 for tier in tiers if tier.share == tier.ceiling)
+
+
+def test_thresholds_are_ranked() -> None:
+    """Each distinct priority of the borrowers is a step below the one before, down to half."""
+    tiers = [TierPolicy(str(i), 0.1, 0.1 if i == 0 else 1.0, i, 5.0) for i in range(7)]
+    assert list(borrow_thresholds(tiers).values()) == [0, 900, 800, 700, 600, 500, 500]
+
+
+def test_requests_carry_the_promise_where_tokens_are_unlimited() -> None:
+    """Without token limits the request limit is assured at the mean rate, without headroom, and may borrow."""
+    tier = TierPolicy("pro", 0.5, 1.0, 0, 5.0, ("input_tokens", "output_tokens"))
+    requests = limits(published(supply(), rules=policy(tier), keys={"pro": 1}))["requests"]
+    assert (requests.per_minute, requests.ceiling_per_minute) == (420, 850)
+    assert "since the requests carry the promise alone" in requests.explanation
+
+
+def test_a_set_override_allows_no_borrowing_beyond_it() -> None:
+    """A limit of two colours that an operator sets is the ceiling too, and no longer bounds the tier as a whole."""
+    rules = policy(TierPolicy("pro", 0.3, 0.5, 0, 5.0))
+    override = Override("pro", None, "output_tokens", 500, 1e10, "x")
+    publication = published(supply(), rules=rules, overrides=(override,))
+    output = limits(publication)["output_tokens"]
+    assert output.per_minute == output.ceiling_per_minute == 500
+    assert output.burst == output.ceiling_burst
+    assert set(together(publication)) == {"input_tokens"}
+
+
+def test_frozen_ceilings_stay() -> None:
+    """A freeze keeps what may be borrowed as it was, for each key and for the tier."""
+    rules = policy(TierPolicy("pro", 0.3, 0.5, 0, 5.0))
+    before = published(supply(), rules=rules)
+    override = freezing(before, "pro", 1e10, "x")
+    after = published(supply(), supply(), rules=rules, overrides=(override,))
+    for found in (limits, together):
+        for name, limit in found(before).items():
+            now = found(after)[name]
+            assert (now.per_minute, now.burst) == (limit.per_minute, limit.burst)
+            assert (now.ceiling_per_minute, now.ceiling_burst) == (limit.ceiling_per_minute, limit.ceiling_burst)
+
+
+def test_the_prior_of_an_answer_is_the_mixs_p90_unless_set() -> None:
+    """Where the operator names no default the 90th percentile of the mix's outputs is published."""
+    rules = policy()
+    pool = msgspec.structs.replace(rules.pools[0], default_max_output=None)
+    derived = published(supply(), rules=msgspec.structs.replace(rules, pools=(pool,))).pools[0]
+    assert derived.default_max_output == 90
+    assert published(supply()).pools[0].default_max_output == 512
+
+
+def test_what_the_operator_decides_is_published() -> None:
+    """Rules, shadow keys, shadow, holds and priority scheduling reach the gateways as they were decided."""
+    tier = TierPolicy("pro", 0.5, 1.0, 3, 5.0, holds="maximum", shadow=True)
+    rules = policy(tier)
+    rule = LimitRule("requests", 10)
+    pool = msgspec.structs.replace(rules.pools[0], priority_scheduling=True)
+    rules = msgspec.structs.replace(rules, pools=(pool,), rules=(rule,), shadow_keys=("k_1",))
+    publication = published(supply(), rules=rules)
+    assert (publication.rules, publication.shadow_keys) == ((rule,), ("k_1",))
+    assert publication.pools[0].priority_scheduling
+    (of_tier,) = publication.tiers
+    assert (of_tier.priority, of_tier.holds, of_tier.shadow) == (3, "maximum", True)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from serving.engine import launch
-from serving.engine.command import EnginePaths, EngineSpec, engine_argv, engine_environment
+from serving.engine.command import EnginePaths, EngineSpec, engine_argv, engine_environment, schedules_by_priority
 from serving.engine.control import ControlError, ControlState, VirtualGpuControl
 from serving.engine.guard import GuardedProcess, GuardError
 from serving.engine.launch import Engine, EngineError, start_engines
@@ -135,6 +135,26 @@ def test_virtual_command_names_executor_limits_and_block_size(tmp_path: Path) ->
     assert options["--block-size"] == "16"
     assert "--enable-prompt-tokens-details" in argv
     assert "--enable-force-include-usage" not in argv
+    assert options["--scheduling-policy"] == "priority"
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "is_so"),
+    [
+        ((), True),
+        (("--seed", "8"), True),
+        (("--scheduling-policy", "fcfs"), False),
+        (("--seed", "8", "--scheduling-policy=fcfs"), False),
+        (("--scheduling_policy", "fcfs", "--scheduling-policy", "priority"), True),
+    ],
+)
+def test_an_engine_schedules_by_priority_unless_told_otherwise(extra_args: tuple[str, ...], is_so: bool) -> None:
+    """The last policy that an engine is given decides, and ours comes before the caller's."""
+    assert schedules_by_priority(extra_args) is is_so
+    spec = EngineSpec("gpu", "llama", 8000, extra_args=extra_args)
+    argv = engine_argv(spec, None)
+    assert argv[argv.index("--scheduling-policy") + 1] == "priority"
+    assert tuple(argv[len(argv) - len(extra_args) :]) == extra_args
 
 
 def test_gpu_command_is_what_users_run() -> None:
