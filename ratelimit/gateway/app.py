@@ -13,15 +13,24 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from ratelimit.gateway.accounting import Limiter
-from ratelimit.gateway.asgi import Message, Receive, Scope, Send, header, new_request_id, request_id_for, send_rejection
+from ratelimit.gateway.asgi import (
+    Message,
+    Receive,
+    Scope,
+    Send,
+    credential,
+    new_request_id,
+    request_id_for,
+    send_rejection,
+)
+from ratelimit.gateway.dialects import dialect_of, rendered
 from ratelimit.gateway.directory import Directory
 from ratelimit.gateway.errors import Rejection, reduced_capacity, unknown_route, wrong_method
 from ratelimit.gateway.limits_route import key_charges, limits_body, terms_asked
 from ratelimit.gateway.proxy import Proxy
-from ratelimit.gateway.wire import Route
+from ratelimit.gateway.wire import ROUTES
 from ratelimit.store import StoreUnavailableError
 
-_PROXIED: dict[str, Route] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 _STORE_RETRY_US = 1_000_000
 
 
@@ -33,21 +42,23 @@ class DataApp:
         self._other = _other_routes(directory, limiter_for)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = _PROXIED.get(scope["path"])
+        route = ROUTES.get(scope["path"])
         if route is None:
             await self._other(scope, receive, _with_request_id(scope, send))
         elif scope["method"] == "POST":
             await self._proxy.serve(route, scope, receive, send)
         else:
             rejection = wrong_method(scope["method"], scope["path"], "POST")
-            await send_rejection(receive, send, rejection, request_id_for(scope, new_request_id()))
+            request_id = request_id_for(scope, new_request_id())
+            await send_rejection(receive, send, rejection, dialect_of(scope["path"]), request_id)
 
 
 def _with_request_id(scope: Scope, send: Send) -> Send:
     async def send_with_id(message: Message) -> None:
         if message["type"] == "http.response.start":
-            request_id = request_id_for(scope, new_request_id())
-            message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            headers = message["headers"]
+            if all(name != b"x-request-id" for name, _ in headers):  # a refusal has its own
+                message["headers"] = [*headers, (b"x-request-id", request_id_for(scope, new_request_id()))]
         await send(message)
 
     return send_with_id
@@ -63,13 +74,13 @@ def _other_routes(directory: Directory, limiter_for: Callable[[str], Limiter]) -
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        record = directory.authenticate(header(request.scope, b"authorization"))
+        record = directory.authenticate(credential(request.scope))
         served = [{"id": m, "object": "model", "created": 0, "owned_by": "penstock"} for m in directory.models(record)]
         return {"object": "list", "data": served}
 
     @app.get("/v1/limits")
     async def limits(request: Request, model: str | None = None) -> dict[str, Any]:
-        record = directory.authenticate(header(request.scope, b"authorization"))
+        record = directory.authenticate(credential(request.scope))
         terms = terms_asked(directory, record, model)
         try:
             readings = await limiter_for(terms.pool.model).peek(key_charges(record, terms))
@@ -84,19 +95,21 @@ def add_error_answers(app: FastAPI) -> None:
     """Let every refusal have the body that clients expect."""
 
     @app.exception_handler(Rejection)
-    async def rejected(_: Request, rejection: Exception) -> Response:
-        return _as_response(rejection)
+    async def rejected(request: Request, rejection: Exception) -> Response:
+        return _as_response(request, rejection)
 
     @app.exception_handler(HTTPException)
     async def not_routed(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "GET")
-            return _as_response(wrong_method(request.method, request.url.path, allowed))
-        return _as_response(unknown_route(request.method, request.url.path))
+            return _as_response(request, wrong_method(request.method, request.url.path, allowed))
+        return _as_response(request, unknown_route(request.method, request.url.path))
 
 
-def _as_response(rejection: Exception) -> Response:
+def _as_response(request: Request, rejection: Exception) -> Response:
     if not isinstance(rejection, Rejection):
         raise rejection
-    headers = {name.decode(): value.decode() for name, value in rejection.headers}
-    return Response(rejection.body, rejection.status, headers, "application/json")
+    path = request.scope["path"]
+    told = rendered(rejection, dialect_of(path), request_id_for(request.scope, new_request_id()))
+    headers = {name.decode(): value.decode() for name, value in told.headers}
+    return Response(told.body, told.status, headers, "application/json")

@@ -9,6 +9,7 @@ from contextlib import suppress
 from secrets import token_hex
 from typing import Any
 
+from ratelimit.gateway.dialects import Dialect, rendered
 from ratelimit.gateway.errors import Rejection, body_too_large, body_too_slow
 
 Scope = MutableMapping[str, Any]
@@ -16,6 +17,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+_CREDENTIAL_HEADERS = (b"authorization", b"x-api-key")
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 #: What is still read, and thrown away, of a body that was refused: a client that is cut off while it writes never
 #: sees the answer.
@@ -32,6 +34,22 @@ class ClientLeftError(Exception):
 def header(scope: Scope, name: bytes) -> bytes | None:
     """The first header of this (lower-case) name."""
     return next((value for key, value in scope["headers"] if key == name), None)
+
+
+def credential(scope: Scope) -> str | None:
+    """The API key of a request, from ``Authorization: Bearer`` or ``x-api-key``; ``None`` without one.
+
+    The same key in both is one key; two that differ are none, and so is any other kind of authorization.
+    """
+    given = {_key_in(name, value) for name, value in scope["headers"] if name in _CREDENTIAL_HEADERS}
+    key = given.pop() if len(given) == 1 else b""
+    return key.decode("latin-1") if key else None
+
+
+def _key_in(name: bytes, value: bytes) -> bytes:
+    if name == b"x-api-key":
+        return value.strip()
+    return value[7:].strip() if value[:7].lower() == b"bearer " else b""
 
 
 def request_id_for(scope: Scope, ours: str) -> bytes:
@@ -86,18 +104,16 @@ async def send_within(send: Send, timeout_s: float, *messages: Message) -> None:
         raise ClientLeftError from error
 
 
-async def send_rejection(receive: Receive, send: Send, rejection: Rejection, request_id: bytes) -> None:
+async def send_rejection(
+    receive: Receive, send: Send, rejection: Rejection, dialect: Dialect, request_id: bytes
+) -> None:
     """Answer with a refusal. What is left of a refused body is read and thrown away, within bounds."""
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(rejection.body)),
-        (b"x-request-id", request_id),
-        *rejection.headers,
-    ]
-    lingers = rejection.status in (408, 413)
-    start = {"type": "http.response.start", "status": rejection.status, "headers": headers}
+    told = rendered(rejection, dialect, request_id)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(told.body)), *told.headers]
+    lingers = told.status in (408, 413)
+    start = {"type": "http.response.start", "status": told.status, "headers": headers}
     with suppress(ClientLeftError):
-        body = {"type": "http.response.body", "body": rejection.body, "more_body": lingers}
+        body = {"type": "http.response.body", "body": told.body, "more_body": lingers}
         await send_within(send, LAST_SEND_S, start, body)
         if lingers:
             await _linger(receive)

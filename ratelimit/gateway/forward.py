@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from time import perf_counter
 
-from ratelimit.gateway.errors import Rejection, error_body, reduced_capacity
+from ratelimit.gateway.errors import Rejection, reduced_capacity
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.terms import Terms
 from ratelimit.gateway.upstream import Upstream, UpstreamAnswer, UpstreamError
@@ -123,12 +123,6 @@ class Forwarder:
     def _check_accepted(answer: UpstreamAnswer) -> None:
         if answer.status == 503:
             raise UpstreamError("busy", reached=False)
-
-
-def answer_too_large(max_bytes: int) -> Rejection:
-    """502: a replica's answer was above what is kept of one."""
-    message = f"The model's answer is larger than the {max_bytes} bytes passed on here. Stream it, or ask for less."
-    return Rejection(502, error_body(message, "server_error", "answer_too_large"))
 
 
 def no_replica(tried: int) -> Rejection:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from time import perf_counter
+from collections.abc import Callable
+from time import perf_counter, time
 
 import msgspec
 
@@ -22,7 +22,7 @@ from ratelimit.gateway.asgi import (
     Receive,
     Scope,
     Send,
-    header,
+    credential,
     new_request_id,
     read_body,
     request_id_for,
@@ -30,30 +30,46 @@ from ratelimit.gateway.asgi import (
     send_whole,
     send_within,
 )
+from ratelimit.gateway.charges import rooms
+from ratelimit.gateway.dialects import Dialect, dialect_of, engine_refusal, id_headers
 from ratelimit.gateway.directory import Directory
-from ratelimit.gateway.errors import Headers, Rejection, internal_error, reduced_capacity, stream_error, timed_out
-from ratelimit.gateway.forward import Call, Forwarder, answer_too_large
+from ratelimit.gateway.errors import (
+    Headers,
+    Rejection,
+    answer_too_large,
+    internal_error,
+    reduced_capacity,
+    timed_out,
+    with_reset_at,
+)
+from ratelimit.gateway.formats.answers import answer_outcome
+from ratelimit.gateway.formats.streams import AnswerStream, answer_stream, stream_error
+from ratelimit.gateway.forward import Call, Forwarder
+from ratelimit.gateway.headers import anthropic_limit_headers, rfc3339
 from ratelimit.gateway.hold import Usage, estimate
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.settings import GatewaySettings
-from ratelimit.gateway.sse import StreamFilter, answer_usage
 from ratelimit.gateway.terms import Terms
 from ratelimit.gateway.upstream import AnswerTooLargeError, UpstreamError
-from ratelimit.gateway.wire import ParsedRequest, Route, parse_request, upstream_body
+from ratelimit.gateway.wire import PATHS, ParsedRequest, Route, parse_request, upstream_body, upstream_headers
 from ratelimit.keys import KeyRecord
-from ratelimit.meter import Admitted, Denied
+from ratelimit.meter import Denied
 from ratelimit.store import StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
-_PATHS: Mapping[Route, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 _SERVED = 200
 _CLIENT_LEFT_STATUS = 499
 _STORE_RETRY_US = 1_000_000
-_DONE_EVENT = b"data: [DONE]\n\n"
 #: Chunks between two looks at a stream's usage, for output beyond what was held.
 _CHUNKS_PER_LOOK = 128
 _UNKNOWN = ""
+#: Added to the priority of what is borrowed: it goes behind all that is assured.
+_BEHIND_ASSURED = 1_000
+#: Counting a prompt's tokens generates none.
+_NO_TOKENS = Usage(0, 0)
+#: The ends of the names of buckets that are long windows.
+_WINDOWS = (".5h", ".week")
 
 
 class _Exchange(msgspec.Struct):
@@ -64,7 +80,7 @@ class _Exchange(msgspec.Struct):
     send: Send
     reservation_id: str
     request_id: bytes
-    started: float
+    dialect: Dialect
     model: str = _UNKNOWN
     tier: str = _UNKNOWN
     status: int = 500
@@ -94,7 +110,8 @@ class Proxy:
     async def serve(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         reservation_id = new_request_id()
-        exchange = _Exchange(route, scope, send, reservation_id, request_id_for(scope, reservation_id), perf_counter())
+        request_id = request_id_for(scope, reservation_id)
+        exchange = _Exchange(route, scope, send, reservation_id, request_id, dialect_of(PATHS[route]))
         self._metrics.open_requests.inc()
         try:
             await self._serve(exchange, receive)
@@ -102,23 +119,23 @@ class Proxy:
             exchange.status = rejection.status
             if rejection.denied_by:
                 self._metrics.denied(exchange.model, exchange.tier, rejection.denied_by)
-            await send_rejection(receive, send, rejection, exchange.request_id)
+            await send_rejection(receive, send, rejection, exchange.dialect, request_id)
         except ClientLeftError:
             exchange.status = _CLIENT_LEFT_STATUS
         except Exception:
             # Counted as status 500, and told to the caller where nothing else was.
             exchange.status = 500
-            log.exception("request %s failed", exchange.reservation_id)
+            log.exception("request %s failed", reservation_id)
             if exchange.answered:
                 raise
-            await send_rejection(receive, send, internal_error(), exchange.request_id)
+            await send_rejection(receive, send, internal_error(), exchange.dialect, request_id)
         finally:
             self._metrics.open_requests.dec()
             self._metrics.finished(route, exchange.model, exchange.tier, exchange.status)
 
     async def _serve(self, exchange: _Exchange, receive: Receive) -> None:
         settings = self._settings
-        record = self._directory.authenticate(header(exchange.scope, b"authorization"))
+        record = self._directory.authenticate(credential(exchange.scope))
         exchange.tier = record.tier
         body = await read_body(exchange.scope, receive, settings.max_body_bytes, settings.body_timeout_s)
         received = perf_counter()
@@ -126,33 +143,39 @@ class Proxy:
         del body  # here and below: a large request is not kept while its answer comes
         terms = self._directory.terms(record, request.model)
         exchange.model = terms.pool.model
-        held = estimate(request, terms.pool)
+        held = _NO_TOKENS if exchange.route == "count_tokens" else estimate(request, terms.pool)
         if not terms.groups:
             raise reduced_capacity("No replica serves this model at the moment.", _STORE_RETRY_US, "replicas")
         limiter = self._limiter_for(terms.pool.model) if terms.enforce else None
         account = Account(self._ledger, limiter, exchange.reservation_id, record, terms, request, held)
         async with ClientWatch(receive) as watch:
-            headers = (
-                (b"x-request-id", exchange.request_id),
-                *answer_headers(terms, await self._admit(account, record, terms)),
-            )
+            admitted = await self._admit(exchange, account, record, terms)
             self._metrics.added_latency_of(terms.pool.model).observe(perf_counter() - received)
             try:
-                await self._answer(exchange, account, record, terms, request, headers, watch)
+                await self._answer(exchange, account, record, terms, request, admitted, watch)
             finally:
                 account.settle_unserved()  # does nothing where a more exact settlement came before
         if exchange.status == _SERVED:
             self._durations.note(terms.pool.model, perf_counter() - received)
 
-    async def _admit(self, account: Account, record: KeyRecord, terms: Terms) -> Admitted | None:
+    async def _admit(self, exchange: _Exchange, account: Account, record: KeyRecord, terms: Terms) -> Headers:
+        """The rate-limit headers of the answer; raises ``Rejection`` where the request is refused."""
         try:
             answer = await account.admit()
         except StoreUnavailableError as error:
             detail = "The rate limiter cannot be reached. Please try again."
             raise reduced_capacity(detail, _STORE_RETRY_US, "store") from error
+        now_s = time()
+        told: Headers = ()
+        if answer is not None and exchange.dialect == "anthropic":
+            told = anthropic_limit_headers(rooms(terms, answer), now_s)
         if isinstance(answer, Denied):
-            raise refusal(terms, record.tier, answer, self._durations.mean_us(terms.pool.model))
-        return answer
+            refused = refusal(terms, record.tier, answer, self._durations.mean_us(terms.pool.model))
+            refused.headers = (*refused.headers, *told)
+            if answer.wait_us is not None and answer.bucket.endswith(_WINDOWS):
+                refused = with_reset_at(refused, rfc3339(now_s, answer.wait_us))
+            raise refused
+        return (*answer_headers(terms, answer), *told)
 
     async def _answer(
         self,
@@ -161,22 +184,23 @@ class Proxy:
         record: KeyRecord,
         terms: Terms,
         request: ParsedRequest,
-        headers: Headers,
+        limits: Headers,
         watch: ClientWatch,
     ) -> None:
         deadline = asyncio.get_running_loop().time() + self._settings.request_timeout_s
         call = await self._call(exchange, account, terms, request, cache_salt_of(record.org))
         try:
             exchange.status = call.answer.status
-            headers = ((b"content-type", call.answer.content_type), *headers)
             if request.stream and call.answer.status == _SERVED:
-                stream = StreamFilter(request.shown_usage, request.choices, request.prompts, account.held.prompt_tokens)
+                stream = answer_stream(request, account.held.prompt_tokens, terms.pool.tokens_per_byte)
+                told = id_headers(exchange.dialect, exchange.request_id)
+                headers = ((b"content-type", call.answer.content_type), *told, *limits)
                 await self._relay(exchange, account, call, stream, headers, watch, deadline)
             else:
-                self._settle_whole(account, call)
+                self._settle_whole(exchange.route, account, call)
                 watch.stop()
                 exchange.answered = True
-                await send_whole(exchange.send, call.answer.status, headers, call.first)
+                await self._send_whole(exchange, call, limits)
         finally:
             call.close()
 
@@ -185,16 +209,17 @@ class Proxy:
     ) -> Call:
         """Reach a replica. Once one may be at work, its work is paid for, however the wait for its answer ends."""
         timeout_s = self._settings.request_timeout_s
-        headers = {"Content-Type": "application/json", "X-Request-Id": exchange.reservation_id}
-        body = upstream_body(request, cache_salt)
+        priority = priority_of(terms, account.green)
+        headers = upstream_headers(exchange.route, exchange.reservation_id, priority)
+        body = upstream_body(request, cache_salt, priority)
         request.members.clear()
         try:
             return await self._forwarder.call(
-                terms, _PATHS[exchange.route], body, headers, account.cost_us, timeout_s, request.stream
+                terms, PATHS[exchange.route], body, headers, account.cost_us, timeout_s, request.stream
             )
         except (asyncio.CancelledError, TimeoutError) as error:
             if request.stream:
-                account.settle_used(None)
+                account.settle_used(None, ended=False)
             else:
                 account.settle_as_held()
             if isinstance(error, TimeoutError):
@@ -205,24 +230,35 @@ class Proxy:
             raise answer_too_large(error.max_bytes) from error
 
     @staticmethod
-    def _settle_whole(account: Account, call: Call) -> None:
+    def _settle_whole(route: Route, account: Account, call: Call) -> None:
         if call.answer.status < 400:
-            usage = answer_usage(call.first)
-            if usage is None:
+            outcome = answer_outcome(route, call.first)
+            if outcome.usage is None:
                 account.settle_as_held()
             else:
-                account.settle_used(usage)
+                account.settle_used(outcome.usage, outcome.ended)
         elif call.answer.status < 500:
             account.settle_refused()
         else:
             account.settle_unserved()
+
+    @staticmethod
+    async def _send_whole(exchange: _Exchange, call: Call, limits: Headers) -> None:
+        status, content_type = call.answer.status, call.answer.content_type
+        headers, body = id_headers(exchange.dialect, exchange.request_id), call.first
+        if status >= 400:
+            told = engine_refusal(status, body, exchange.dialect, exchange.request_id)
+            if told.body is not body:
+                content_type = b"application/json"
+            headers, body = told.headers, told.body
+        await send_whole(exchange.send, status, ((b"content-type", content_type), *headers, *limits), body)
 
     async def _relay(
         self,
         exchange: _Exchange,
         account: Account,
         call: Call,
-        stream: StreamFilter,
+        stream: AnswerStream,
         headers: Headers,
         watch: ClientWatch,
         deadline: float,
@@ -245,14 +281,14 @@ class Proxy:
             log.warning("request %s: cannot read the stream: %r", exchange.reservation_id, error)
             broken = "garbled"
         finally:
-            account.settle_used(_usage_of(stream))
+            account.settle_used(_usage_of(stream), stream.ended)
             call.close()  # before anything that waits for the client
         watch.stop()
-        last = self._ending(exchange.model, stream, broken)
+        last = self._ending(exchange, stream, broken)
         await send_within(exchange.send, LAST_SEND_S, {"type": "http.response.body", "body": last, "more_body": False})
 
     @staticmethod
-    async def _pump(account: Account, call: Call, stream: StreamFilter, send: Send) -> None:
+    async def _pump(account: Account, call: Call, stream: AnswerStream, send: Send) -> None:
         read, feed = call.answer.read_some, stream.feed
         data = call.first
         look_in = 1
@@ -267,25 +303,33 @@ class Proxy:
                 await send({"type": "http.response.body", "body": out, "more_body": True})
             data = await read()
 
-    def _ending(self, model: str, stream: StreamFilter, broken: str) -> bytes:
-        """The last bytes of a stream: its end, or an error event and no ``[DONE]`` where it is not complete."""
+    def _ending(self, exchange: _Exchange, stream: AnswerStream, broken: str) -> bytes:
+        """The last bytes of a stream: its end, or an error event and no end where it is not complete."""
         rest = stream.flush()
         if stream.error_seen:
-            self._metrics.broken_streams.labels(model, "engine error").inc()
+            self._metrics.broken_streams.labels(exchange.model, "engine error").inc()
             return rest
         if stream.complete:
-            return rest + _DONE_EVENT if stream.done else rest
+            return rest
         reason = broken or "unfinished"
-        self._metrics.broken_streams.labels(model, reason).inc()
-        return stream_error(f"The answer broke off before it was complete ({reason}).")
+        self._metrics.broken_streams.labels(exchange.model, reason).inc()
+        message = f"The answer broke off before it was complete ({reason})."
+        return stream_error(exchange.route, message, exchange.request_id)
 
 
-def _usage_of(stream: StreamFilter) -> Usage | None:
+def _usage_of(stream: AnswerStream) -> Usage | None:
     """What a stream has told of its usage; ``None`` where that cannot be read."""
     try:
         return stream.usage
     except (ValueError, RecursionError):  # msgspec's are ValueErrors too
         return None
+
+
+def priority_of(terms: Terms, green: bool) -> int | None:
+    """The engine's priority of a request, lower first; ``None`` where not all replicas schedule by it."""
+    if not terms.pool.priority_scheduling:
+        return None
+    return terms.priority if green else terms.priority + _BEHIND_ASSURED
 
 
 def cache_salt_of(org: str) -> str:

@@ -15,6 +15,8 @@ with ``\n`` or ``\r\n``.
 
 An answer is complete when every choice has a ``finish_reason``. ``[DONE]`` alone proves nothing: an engine whose core
 was killed still sends it.
+
+This is the stream of ``/v1/chat/completions`` and ``/v1/completions``; ``formats.events`` reads the others.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from typing import Any
 
 import msgspec
 
+from ratelimit.gateway.formats.answers import ENDED_BY_ITSELF
+from ratelimit.gateway.formats.usage import WireUsage
 from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.wire import ShownUsage
 
@@ -33,6 +37,7 @@ _ANY_EVENT_END = re.compile(rb"\n\n|\r\n\r\n")
 _DATA = b"data:"
 _NEXT_DATA = b"\n\ndata:"
 _DONE = b"[DONE]"
+_DONE_EVENT = b"data: [DONE]\n\n"
 _FINISHED = b'"finish_reason":"'
 _USAGE = b',"usage":{'
 _NO_CHOICES = b"[]"
@@ -43,24 +48,6 @@ _EMPTY_CHOICES = b'"choices":[]'
 _USAGE_MEMBER = re.compile(rb',\s*"usage"\s*:\s*(?:null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 #: The same as vLLM writes it in a chunk, with numbers only.
 _PLAIN_USAGE = re.compile(rb',"usage":\{[^{}]*\}')
-
-
-class _PromptDetails(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class WireUsage(msgspec.Struct):
-    """``usage`` as an engine reports it."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int | None = 0
-    prompt_tokens_details: _PromptDetails | None = None
-
-    def usage(self) -> Usage:
-        """The same in the gateway's terms."""
-        details = self.prompt_tokens_details
-        cached = (details.cached_tokens or 0) if details else 0
-        return Usage(self.prompt_tokens, self.completion_tokens or 0, cached)
 
 
 class _Choice(msgspec.Struct):
@@ -75,25 +62,11 @@ class _Chunk(msgspec.Struct):
     error: Any = None
 
 
-class _Answer(msgspec.Struct):
-    usage: WireUsage | None = None
-
-
 _chunk_decoder = msgspec.json.Decoder(_Chunk)
-_answer_decoder = msgspec.json.Decoder(_Answer)
 
 
 class EventTooLargeError(ValueError):
     """An event grew past the bound without ending."""
-
-
-def answer_usage(body: bytes) -> Usage | None:
-    """The usage in an answer that is not streamed; ``None`` where it has none or is not such an answer."""
-    try:
-        usage = _answer_decoder.decode(body).usage
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    return usage.usage() if usage else None
 
 
 class StreamFilter:
@@ -105,6 +78,7 @@ class StreamFilter:
     __slots__ = (
         "_by_choice",
         "_choices",
+        "_ended",
         "_final",
         "_held",
         "_held_prompt_tokens",
@@ -140,6 +114,7 @@ class StreamFilter:
         self._reported: Usage | None = None  # a single choice's usage as it was last read
         self._by_choice: dict[int, WireUsage] = {}
         self._final: Usage | None = None
+        self._ended = 0
         self.finished = 0
         self.done = False
         self.error_seen = False
@@ -148,6 +123,11 @@ class StreamFilter:
     def complete(self) -> bool:
         """Every choice has a finish reason."""
         return self.finished >= self._choices
+
+    @property
+    def ended(self) -> bool:
+        """Every choice ended by itself."""
+        return self._ended >= self._choices
 
     @property
     def usage(self) -> Usage | None:
@@ -206,8 +186,9 @@ class StreamFilter:
         return data if self._shown == "every chunk" else stripped
 
     def flush(self) -> bytes:
-        """What is still held when the stream ends."""
-        return self._release() + self._take_tail()
+        """What is still held when the stream ends, and ``[DONE]`` where it came and no error did."""
+        done = _DONE_EVENT if self.done and not self.error_seen else b""
+        return self._release() + self._take_tail() + done
 
     def _take_tail(self) -> bytes:
         tail, self._tail = self._tail, b""
@@ -225,7 +206,7 @@ class StreamFilter:
         return b"".join(passed)
 
     def _event(self, event: bytes) -> bytes:
-        told = _data_of(event)
+        told = data_of(event)
         if told == _DONE:
             self.done = True
             return self._release()
@@ -238,12 +219,18 @@ class StreamFilter:
             return self._usage_event(event, chunk, chunk.usage)
         if chunk.usage is not None:
             self._note_usage(chunk, chunk.usage)
-        self.finished += sum(choice.finish_reason is not None for choice in chunk.choices)
+        self._note_finished(chunk.choices)
         released = self._release()
         if self._shown == "none" and self.complete and chunk.usage is not None and chunk.system_fingerprint is None:
             self._held = event
             return released
         return released + self._stripped(event, chunk)
+
+    def _note_finished(self, choices: list[_Choice]) -> None:
+        for choice in choices:
+            if choice.finish_reason is not None:
+                self.finished += 1
+                self._ended += choice.finish_reason in ENDED_BY_ITSELF
 
     def _note_usage(self, chunk: _Chunk, usage: WireUsage) -> None:
         if self._choices == 1:
@@ -272,7 +259,7 @@ class StreamFilter:
         return _replace_usage(held, b"," + fingerprint if fingerprint else b"")
 
 
-def _data_of(event: bytes) -> bytes:
+def data_of(event: bytes) -> bytes:
     """The data of an event, without its comments and other fields; empty where it has none."""
     lines = [line[len(_DATA) :].strip() for line in event.splitlines() if line.startswith(_DATA)]
     return b"\n".join(lines)

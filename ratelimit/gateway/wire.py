@@ -1,90 +1,56 @@
 """Requests as they come in and as they go on to an engine. Pure: bytes in, plain values and bytes out.
 
-A body is parsed as far as the gateway needs and no further: the engine validates the rest. The body that goes on is the
-client's own, member for member, except for what the gateway owns:
+The body that goes on is the client's own, member for member, except for what the gateway owns:
 
-- what only an operator may say to an engine is dropped (``ENGINE_INTERNAL``);
 - ``cache_salt`` is one per org, so that the time a prefix-cache hit saves tells nothing across tenants;
+- ``priority`` is the tier's, where the engine schedules by it;
 - a stream is asked for its usage on every chunk, so that the prompt's length is known with the first one, and what was
-  generated is known when a client leaves. ``sse`` takes out again what the client did not ask for.
+  generated is known when a client leaves. ``sse`` takes out again what the client did not ask for. (Anthropic's format
+  tells the prompt first and the output last, the Responses format all of it last, and neither can be asked for more.)
+- a response is never stored.
 
-Members that occur twice reach the engine once, with the value that was checked here (the last one).
+Only members that ``formats.fields`` lists pass, and none twice.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from ratelimit.gateway.errors import invalid_request
+from ratelimit.gateway.formats.fields import ALLOWED, OWNED, Route
+from ratelimit.gateway.formats.shapes import DECODERS, MAX_PROMPTS, Body, StreamOptions
+from ratelimit.gateway.formats.strict import read_members
 
-Route = Literal["chat", "completions"]
+__all__ = ["MAX_PROMPTS", "PATHS", "ROUTES", "ParsedRequest", "Route", "ShownUsage", "parse_request", "upstream_body"]
+
+#: The paths of the routes, here and on a replica.
+PATHS: dict[Route, str] = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "responses": "/v1/responses",
+    "messages": "/v1/messages",
+    "count_tokens": "/v1/messages/count_tokens",
+}
+ROUTES: dict[str, Route] = {path: route for route, path in PATHS.items()}
+
 #: Which usage a client asked to see in its stream.
 ShownUsage = Literal["none", "final", "every chunk"]
 
 #: OpenAI's own bound on ``n``.
 MAX_CHOICES = 128
-#: The most prompts in one completions request.
-MAX_PROMPTS = 1024
 #: The most answers that one request may have generated over all its prompts: it counts as one in flight, and an engine
 #: runs a few hundred sequences at a time.
 MAX_GENERATED_CHOICES = 1024
 #: Tokens that a chat template puts around one message.
 TOKENS_PER_MESSAGE = 4
+#: vLLM takes a request's priority from here before its body, and on ``/v1/messages`` from nowhere else.
+PRIORITY_HEADER = "X-Vllm-Priority"
 
-#: Members of vLLM's requests that are its operator's to set, and dropped from a caller's: they set the order of
-#: scheduling, share or move cached prompts and KV blocks between requests, name requests and sessions inside the
-#: engine, feed its extensions, bring prompts that are not counted here, or delay the usage that a stream reports.
-ENGINE_INTERNAL = frozenset(
-    {
-        "priority",
-        "cache_salt",
-        "stream_interval",
-        "kv_transfer_params",
-        "ec_transfer_params",
-        "vllm_xargs",
-        "request_id",
-        "session_id",
-        "prompt_embeds",
-        "mm_payload",
-        "return_mm_kwargs",
-        "routed_experts_prompt_start",
-    }
-)
-
-_JSON_NULL = b"null"
-
-
-class StreamOptions(msgspec.Struct):
-    """What a client may ask of a stream."""
-
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-
-
-class _Message(msgspec.Struct):
-    content: msgspec.Raw = msgspec.Raw(_JSON_NULL)
-    tool_calls: msgspec.Raw = msgspec.Raw(_JSON_NULL)
-
-
-class _Body(msgspec.Struct):
-    model: str
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    n: int | None = None
-    best_of: int | None = None
-
-
-class _ChatBody(_Body):
-    messages: list[_Message] = []
-    tools: msgspec.Raw = msgspec.Raw(_JSON_NULL)
-
-
-class _CompletionBody(_Body):
-    prompt: msgspec.Raw = msgspec.Raw(_JSON_NULL)
+#: Routes whose streams can be asked for their usage on every chunk.
+_ASKED_FOR_USAGE = frozenset({"chat", "completions"})
+_NAMED_ERROR_CHARACTERS = 200
 
 
 class ParsedRequest(msgspec.Struct, frozen=True):
@@ -107,31 +73,26 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     prompt_tokens: int | None
     messages: int
     members: dict[str, msgspec.Raw]
-
-
-_chat_decoder = msgspec.json.Decoder(_ChatBody)
-_completion_decoder = msgspec.json.Decoder(_CompletionBody)
-_members_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_any_decoder = msgspec.json.Decoder()
+    route: Route = "chat"
 
 
 def parse_request(route: Route, body: bytes) -> ParsedRequest:
     """Read a request's body; raises ``Rejection`` (400) saying what is wrong."""
+    members = read_members(body)
+    _check_members(route, members)
     try:
-        parsed = _chat_decoder.decode(body) if route == "chat" else _completion_decoder.decode(body)
-        members = _members_decoder.decode(body)
-        prompt = _chat_prompt(parsed) if isinstance(parsed, _ChatBody) else _completion_prompt(parsed.prompt)
+        parsed = DECODERS[route].decode(body)
+        prompt = parsed.prompt_shape()
     except msgspec.ValidationError as error:
         raise invalid_request(f"Invalid request: {error}.") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise invalid_request(f"The request body is not valid JSON: {error}.") from error
+    parsed.check()
     _check_choices(parsed, prompt.count)
     returned = parsed.n or 1
     return ParsedRequest(
         model=parsed.model,
         stream=bool(parsed.stream),
         shown_usage=_shown_usage(parsed.stream_options),
-        max_output=_max_output(parsed),
+        max_output=parsed.most_output(),
         choices=returned * prompt.count,
         generated_choices=max(returned, parsed.best_of or 1) * prompt.count,
         prompts=prompt.count,
@@ -139,48 +100,20 @@ def parse_request(route: Route, body: bytes) -> ParsedRequest:
         prompt_tokens=prompt.tokens,
         messages=prompt.messages,
         members=members,
+        route=route,
     )
 
 
-class _Prompt(msgspec.Struct, frozen=True):
-    size: int
-    count: int = 1
-    tokens: int | None = None
-    messages: int = 0
+def _check_members(route: Route, members: dict[str, msgspec.Raw]) -> None:
+    allowed = ALLOWED[route]
+    for name in members:
+        if name not in allowed:
+            told = name[:_NAMED_ERROR_CHARACTERS]
+            raise invalid_request(f"Unrecognized request argument supplied: {told}", told)
 
 
-def _chat_prompt(body: _ChatBody) -> _Prompt:
-    size = sum(_text_bytes(m.content) + _text_bytes(m.tool_calls) for m in body.messages) + _text_bytes(body.tools)
-    return _Prompt(size, messages=len(body.messages))
-
-
-def _text_bytes(value: msgspec.Raw) -> int:
-    """Bytes of a JSON value without its quotes; escapes count as written, so this is at most a little too much."""
-    written = bytes(value)
-    if written == _JSON_NULL:
-        return 0
-    return len(written) - 2 if written[:1] == b'"' else len(written)
-
-
-def _completion_prompt(prompt: msgspec.Raw) -> _Prompt:
-    size = _text_bytes(prompt)
-    if bytes(memoryview(prompt)[:1]) != b"[":
-        return _Prompt(size)
-    items: list[Any] = _any_decoder.decode(prompt)
-    if len(items) > MAX_PROMPTS and type(items[0]) is not int:
-        raise invalid_request(f"'prompt' holds {len(items)} prompts, but at most {MAX_PROMPTS} are accepted.", "prompt")
-    if items and all(type(item) is int for item in items):
-        return _Prompt(size, tokens=len(items))
-    if items and all(type(item) is list for item in items):
-        return _Prompt(size, count=len(items), tokens=sum(map(len, items)))
-    if items and all(type(item) is str for item in items):
-        return _Prompt(sum(len(item.encode()) for item in items), count=len(items))
-    raise invalid_request("'prompt' must be a string, or a list of strings, token ids or lists of token ids.", "prompt")
-
-
-def _check_choices(body: _Body, prompts: int) -> None:
-    for name in ("n", "best_of"):
-        asked = getattr(body, name)
+def _check_choices(body: Body, prompts: int) -> None:
+    for name, asked in (("n", body.n), ("best_of", body.best_of)):
         if asked is None:
             continue
         if not 1 <= asked <= MAX_CHOICES:
@@ -193,15 +126,6 @@ def _check_choices(body: _Body, prompts: int) -> None:
             )
 
 
-def _max_output(body: _Body) -> int | None:
-    for name in ("max_tokens", "max_completion_tokens"):
-        asked = getattr(body, name)
-        if asked is not None and asked < 0:
-            raise invalid_request(f"'{name}' is {asked}, but must not be negative.", name)
-    asked_for = [asked for asked in (body.max_tokens, body.max_completion_tokens) if asked is not None]
-    return max(asked_for, default=None)
-
-
 def _shown_usage(options: StreamOptions | None) -> ShownUsage:
     if options is None or not options.include_usage:
         return "none"
@@ -209,12 +133,31 @@ def _shown_usage(options: StreamOptions | None) -> ShownUsage:
 
 
 _STREAM_OPTIONS = msgspec.Raw(b'{"include_usage":true,"continuous_usage_stats":true}')
+_FALSE = msgspec.Raw(b"false")
 
 
-def upstream_body(request: ParsedRequest, cache_salt: str) -> bytes:
-    """The body that goes to the engine: the client's, with the gateway's own members set. Never ``max_tokens``."""
-    members = {name: value for name, value in request.members.items() if name not in ENGINE_INTERNAL}
+def upstream_body(request: ParsedRequest, cache_salt: str, priority: int | None) -> bytes:
+    """The body that goes to the engine: the client's, with the gateway's own members set. Never a maximum.
+
+    ``priority`` is vLLM's, lower first; ``None`` where the engine does not schedule by it.
+    """
+    members = {name: value for name, value in request.members.items() if name not in OWNED}
+    if request.route == "count_tokens":
+        return msgspec.json.encode(members)
     members["cache_salt"] = msgspec.Raw(msgspec.json.encode(cache_salt))
-    if request.stream:
+    if priority is not None and request.route != "messages":
+        members["priority"] = msgspec.Raw(b"%d" % priority)
+    if request.route in _ASKED_FOR_USAGE and request.stream:
         members["stream_options"] = _STREAM_OPTIONS
+    if request.route == "responses":
+        members["store"] = _FALSE
+        members.pop("stream_options", None)
     return msgspec.json.encode(members)
+
+
+def upstream_headers(route: Route, request_id: str, priority: int | None) -> dict[str, str]:
+    """The headers that go to the engine; none of the client's do."""
+    headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
+    if priority is not None and route == "messages":
+        headers[PRIORITY_HEADER] = str(priority)
+    return headers
