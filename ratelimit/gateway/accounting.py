@@ -1,8 +1,8 @@
-"""A reservation's life within one request: admitted, corrected when the engine tells the prompt's length, settled once.
+"""A reservation's life within one request: admitted, corrected while it runs, settled once.
 
-Only admission is waited for. Corrections and settlements run as tasks that no cancellation of the request touches, one
-after the other; ``Ledger.drain`` waits for them when the process ends. While the store is away a settlement is tried
-again, for a bounded time and in bounded numbers; what cannot be settled is counted, and ends with its lease.
+Only admission is waited for. All that follows goes to the store in tasks of the ``Ledger``, one after the other. While
+the store is away a settlement is tried again, for a bounded time and in bounded numbers; what cannot be settled is
+counted, and ends with its lease. What was admitted while the store was away is charged to it later (``local``).
 
 What a request owes in the end:
 
@@ -11,99 +11,68 @@ What a request owes in the end:
 - all that was held, where a client left a request that is not streamed: what was generated for it is unknown;
 - one request and nothing else, where the engine refused it (4xx): nothing was generated;
 - nothing, where no replica served it.
+
+If this process dies, a lease ends: what was last reported stays charged, and of the rest what a stream may have
+generated within a lease.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from random import uniform
-from typing import Any, Protocol
+from time import time
+from typing import Any
 
-from ratelimit.gateway.charges import charges_for, used_charges
+from ratelimit.cell import TOMBSTONE_US
+from ratelimit.gateway.breaker import StoreAwayError
+from ratelimit.gateway.charges import (
+    Amounts,
+    amounts,
+    charges_for,
+    counted_only,
+    used_charges,
+    without_assured,
+)
 from ratelimit.gateway.hold import Usage, pool_cost_us
-from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.gateway.ledger import FIRST_SETTLE_PAUSE_S, RENEWED_AFTER, Ledger, Limiter
+from ratelimit.gateway.records import entry_of
 from ratelimit.gateway.terms import Terms
-from ratelimit.gateway.wire import ParsedRequest
+from ratelimit.gateway.wire import TOKENS_PER_MESSAGE, ParsedRequest
 from ratelimit.keys import KeyRecord
-from ratelimit.meter import TOMBSTONE_US, Admitted, Charge, Denied, Reading
+from ratelimit.meter import Admitted, Charge, Denied
 from ratelimit.store import StoreUnavailableError
+from ratelimit.usage import Outcome
 
-#: A lease outlives the request timeout by this, so that a settlement at the very end still comes first.
-SETTLE_GRACE_MS = 5_000
-#: Pauses between attempts to settle while the store is away. They double, and are spread by ±half, so that many
-#: settlements do not come back at one instant.
-_FIRST_SETTLE_PAUSE_S = 0.1
-_LONGEST_SETTLE_PAUSE_S = 5.0
+__all__ = ["Account", "Ledger", "Limiter"]
+
 #: From the first attempt to settle to the last. An attempt whose answer was lost may have settled; the store knows that
 #: for as long as its tombstone lasts, and a later attempt would charge once more.
 LONGEST_SETTLING_S = TOMBSTONE_US / 1e6 - 20
-#: Settlements that may wait for the store at once; what is beyond them is left to its lease.
-MOST_WAITING = 10_000
-#: After a failed admission, for the store to have done what it was asked, before that is taken back.
-_GIVE_BACK_PAUSE_S = 0.5
-#: Output beyond the hold is charged in steps of this many tokens while a stream runs.
+#: Output that nobody waited to report is told to the store in steps of this many tokens while a stream runs.
 OVERRUN_TOKENS = 256
+#: The most tokens a second that one answer is taken to come at: bounds what an ended lease leaves charged.
+FASTEST_TOKENS_PER_S = 200
 
 _NOTHING = Usage(0, 0)
 
 
-class Limiter(Protocol):
-    """The store of one cell, as far as a gateway uses it."""
-
-    async def admit(
-        self, request_id: str, charges: Sequence[Charge], epoch: int, lease_ms: int
-    ) -> Admitted | Denied: ...
-    async def extend(self, request_id: str, usage: Sequence[Charge], lease_ms: int) -> bool: ...
-    async def settle(self, request_id: str, usage: Sequence[Charge]) -> bool: ...
-    async def peek(self, charges: Sequence[Charge]) -> tuple[Reading, ...]: ...
-
-
-class Ledger:
-    """The settlements under way in this process."""
-
-    def __init__(self, metrics: GatewayMetrics, request_timeout_s: float) -> None:
-        self.metrics = metrics
-        self.lease_ms = round(request_timeout_s * 1_000) + SETTLE_GRACE_MS
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._waiting = 0
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run on, whatever becomes of the request."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def pause(self, pause_s: float) -> bool:
-        """Wait for the store to come back, for about this long; at once False where too many wait already."""
-        if self._waiting >= MOST_WAITING:
-            return False
-        self._waiting += 1
-        try:
-            await asyncio.sleep(pause_s * uniform(0.5, 1.5))  # noqa: S311 - a pause is no secret
-        finally:
-            self._waiting -= 1
-        return True
-
-    async def drain(self, timeout_s: float) -> None:
-        """Wait for what is under way, at most this long."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_s)
-
-
 class Account:
-    """One request's charges, from what it holds to what it owes; without a ``limiter`` it is only counted."""
+    """One request's charges, from what it holds to what it owes.
+
+    ``client`` is the address and port that the request came from. Where limits are not enforced nothing is charged, and
+    only the usage record is written. ``green`` tells, once admitted, whether the request is within what is assured.
+    """
 
     def __init__(
         self,
         ledger: Ledger,
-        limiter: Limiter | None,
+        limiter: Limiter,
         request_id: str,
         record: KeyRecord,
         terms: Terms,
         request: ParsedRequest,
         held: Usage,
+        client: tuple[str, int] | None = None,
     ) -> None:
         self._ledger = ledger
         self._limiter = limiter
@@ -113,122 +82,261 @@ class Account:
         self._choices = request.choices
         self._generated_choices = request.generated_choices
         self._prompts = request.prompts
+        self._prompt_bytes = 0 if request.prompt_tokens is not None else request.prompt_bytes
+        self._template_tokens = TOKENS_PER_MESSAGE * request.messages
+        self._client = client
+        self._entry = entry_of(request_id, record, terms, request)
         self.held = held
-        self._extended_to = held.output_tokens
+        self.green = False
         self.cost_us = self._cost_us(held, self._generated_choices)
-        self._charges = charges_for(record.id, terms, held, self.cost_us)
-        self._previous: asyncio.Task[None] | None = None
+        self._charges = charges_for(record.id, terms, held, self.cost_us, self._left(held.prompt_tokens, 0))
+        self._told: Usage | None = None
+        self._seen: Usage | None = None
+        self._next_report = held.output_tokens
+        self._renewed_s = 0.0
+        self._marks: tuple[str, ...] = ()
+        self._in_store = True  # the store knows of this request, or may
+        self._local = False
+        self._reserved = False
         self._settled = False
-        self._lease_ends_s = 0.0
+        self._previous: asyncio.Task[None] | None = None
 
     def _cost_us(self, usage: Usage, choices: int) -> int:
         return pool_cost_us(self._terms.groups, usage, choices, self._prompts)
 
-    async def admit(self) -> Admitted | Denied | None:
-        """Ask the store; ``None`` where limits are not enforced. Raises ``StoreUnavailableError``."""
-        if self._limiter is None:
+    def _left(self, prompt_tokens: int, output_tokens: int, cached_tokens: int = 0) -> Amounts | None:
+        """What stays charged if the lease ends now, with so much used; None for all that is held."""
+        bound = round(self._ledger.lease_s * FASTEST_TOKENS_PER_S) * self._generated_choices
+        if output_tokens + bound >= self.held.output_tokens:
             return None
-        self._lease_ends_s = self._lease_from_now_s()
+        usage = Usage(prompt_tokens, output_tokens + bound, cached_tokens)
+        return amounts(usage, self._cost_us(usage, self._generated_choices))
+
+    # Admission
+
+    async def admit(self) -> Admitted | Denied | None:
+        """Ask the store; None where limits are not enforced.
+
+        While the store is away this gateway decides alone; raises ``StoreUnavailableError`` where it must not.
+        """
+        if not self._terms.enforce:
+            self._charges = ()
+            return None
+        answer = self._refused_before() or await self._ask()
+        if isinstance(answer, Denied):
+            self._settled = True
+            return answer
+        self.green = answer.green
+        if not answer.green:
+            self._charges = without_assured(self._charges)
+        self._reserved = True
+        self._ledger.metrics.reserved(self._terms.pool.model, self._record.tier, self.held)
+        if self._in_store:
+            self._renewed_s = asyncio.get_running_loop().time()
+            self._ledger.opened(self)
+        return answer
+
+    def _refused_before(self) -> Denied | None:
+        if self._client is None or self._terms.shadow:
+            return None
+        caller = (self._record.id, self._terms.pool.model, self._client)
+        known = self._ledger.denials.find(caller, self._charges, self._terms.epoch, _now_us())
+        if known is not None:
+            self._ledger.metrics.cached_denials.labels(self._terms.pool.model, self._record.tier).inc()
+        return known
+
+    async def _ask(self) -> Admitted | Denied:
         try:
-            answer = await self._limiter.admit(
-                self._request_id, self._charges, self._terms.epoch, self._ledger.lease_ms
+            answer = await self._ask_store()
+            if isinstance(answer, Denied) and self._terms.shadow:
+                return await self._serve_in_shadow(answer)
+        except StoreUnavailableError as error:
+            return self._decide_alone(error)
+        if isinstance(answer, Denied) and self._client is not None:
+            caller = (self._record.id, self._terms.pool.model, self._client)
+            self._ledger.denials.note(caller, answer, self._charges, self._terms.epoch, _now_us())
+        return answer
+
+    async def _ask_store(self) -> Admitted | Denied:
+        memo = self._entry.written(time(), self.held, self.cost_us, green=False, outcome="expired")
+        try:
+            return await self._limiter.admit(
+                self._request_id, self._charges, self._terms.epoch, self._ledger.lease_ms, memo
             )
         except StoreUnavailableError:
             self._ledger.metrics.store_errors.labels("admit").inc()
-            self._settled = True
-            self._queue(self._give_back(self._limiter))
             raise
         except BaseException:  # cancelled: the store may hold what was asked
             self.settle_unserved()
             raise
-        if isinstance(answer, Denied):
-            self._settled = True
+
+    async def _serve_in_shadow(self, denied: Denied) -> Admitted:
+        """Count the refusal and serve the request, charged to the pool alone; what is left is told as it is."""
+        bucket = denied.bucket.rpartition(":")[2]
+        self._ledger.metrics.shadow_denials.labels(self._terms.pool.model, self._record.tier, bucket).inc()
+        self._marks = ("shadow",)
+        self._charges = counted_only(self._charges)
+        await self._ask_store()
+        return Admitted(denied.remaining, denied.reset_us, green=False)
+
+    def _decide_alone(self, error: StoreUnavailableError) -> Admitted | Denied:
+        self._in_store = not isinstance(error, StoreAwayError)
+        self._marks = (*self._marks, "local")
+        try:
+            answer = self._ledger.local.admit(self._request_id, self._terms, self._charges)
+        except StoreUnavailableError:
+            if not self._terms.shadow:
+                self._take_back()
+                raise
+            return Admitted((), (), green=False)
+        if isinstance(answer, Admitted):
+            self._local = True
+        elif self._terms.shadow:
+            return Admitted((), (), green=False)
+        else:
+            self._take_back()
         return answer
 
-    def correct(self, usage: Usage) -> None:
-        """Hold the true prompt in place of the estimated one, and output beyond the hold as debt."""
-        output = max(self.held.output_tokens, usage.output_tokens)
-        if self._limiter is None or self._settled or output < self._extended_to:
-            return
-        true = Usage(usage.prompt_tokens, output, usage.cached_tokens)
-        self._extended_to = output + OVERRUN_TOKENS
-        cost_us = self._cost_us(true, self._generated_choices)
-        self._queue(self._extend(self._limiter, used_charges(self._charges, true, cost_us)))
+    def _take_back(self) -> None:
+        """The request is refused here, though the store may have admitted it, or be about to."""
+        self._settled = True
+        if self._in_store:
+            self._queue(self._give_back(used_charges(self._charges, amounts(_NOTHING, 0, requests=0))))
 
-    def settle_used(self, usage: Usage | None) -> None:
-        """The request used this much; where nothing was reported, its estimated prompt."""
-        used = Usage(self.held.prompt_tokens, 0) if usage is None else usage
-        self._settle(lambda: used_charges(self._charges, used, self._cost_us(used, self._choices)), used)
+    # While it runs
+
+    def correct(self, usage: Usage) -> None:
+        """So much is used by now: hold the true prompt in place of the estimated one, and overruns as debt.
+
+        Cheap where little has changed; the sweep tells the rest.
+        """
+        self._seen = usage
+        if self._told is None or usage.output_tokens >= self._next_report:
+            self._report()
+
+    def renew(self) -> None:
+        """Called now and then while the request runs: renew a lease in time, and tell an overrun."""
+        if self._settled or (self._previous is not None and not self._previous.done()):
+            return
+        overrun = self._seen is not None and self._seen.output_tokens > max(
+            self.held.output_tokens, self._told.output_tokens if self._told else 0
+        )
+        due_s = self._renewed_s + self._ledger.lease_s * RENEWED_AFTER
+        if overrun or asyncio.get_running_loop().time() >= due_s:
+            self._report()
+
+    def _report(self) -> None:
+        if self._settled or not self._charges or not self._in_store:
+            return
+        charges: tuple[Charge, ...] = ()
+        if self._seen is not None and self._seen is not self._told:
+            charges = self._charges_by_now(self._seen)
+        self._told = self._seen
+        self._renewed_s = asyncio.get_running_loop().time()
+        self._queue(self._extend(charges))
+
+    def _charges_by_now(self, used: Usage) -> tuple[Charge, ...]:
+        output = max(self.held.output_tokens, used.output_tokens)
+        self._next_report = output + OVERRUN_TOKENS
+        holds = Usage(used.prompt_tokens, output, used.cached_tokens)
+        left = self._left(used.prompt_tokens, used.output_tokens, used.cached_tokens)
+        return used_charges(self._charges, amounts(holds, self._cost_us(holds, self._generated_choices)), left)
+
+    # The end
+
+    def settle_used(self, usage: Usage | None, ended: bool, whole: bool = True) -> None:
+        """The request used this much; where nothing was reported, its estimated prompt.
+
+        ``ended``: the answer ended by itself, and so teaches how long this caller's answers are. ``whole``: it came to
+        an end, by itself or at the maximum that was asked for; else it was cut off.
+        """
+        if usage is not None and not self._settled:
+            answer = -(-usage.output_tokens // self._choices)
+            prompt = self._prompt_bytes, usage.prompt_tokens - self._template_tokens
+            self._ledger.learn(self._record, self._terms, prompt, answer, ended)
+        used = usage or Usage(self.held.prompt_tokens, 0)
+        self._settle(used, self._choices, 1, "ended" if usage is not None and (ended or whole) else "cut")
 
     def settle_as_held(self) -> None:
         """What the request used is unknown: nothing is given back but its place in flight."""
-        self._settle(tuple, self.held)
+        self._settle(self.held, self._generated_choices, 1, "unknown")
 
     def settle_refused(self) -> None:
         """The engine refused the request: it counts as one request without tokens."""
-        self._settle(lambda: used_charges(self._charges, _NOTHING, 0), _NOTHING)
+        self._settle(_NOTHING, 0, 1, "refused")
 
     def settle_unserved(self) -> None:
         """No replica served the request: all is given back. Does nothing where it was settled before."""
-        self._settle(lambda: used_charges(self._charges, _NOTHING, 0, requests=0), _NOTHING)
+        self._settle(_NOTHING, 0, 0, "unserved")
 
-    def _settle(self, charges: Any, used: Usage) -> None:
+    def _settle(self, used: Usage, choices: int, requests: int, outcome: Outcome) -> None:
         if self._settled:
             return
         self._settled = True
-        if used is not _NOTHING:
-            self._ledger.metrics.used(self._terms.pool.model, self._record.tier, used, self.held)
-        if self._limiter is not None:
-            self._queue(self._settle_in_store(self._limiter, charges()))
+        self._ledger.closed(self)
+        model, local = self._terms.pool.model, self._ledger.local
+        cost_us = self._cost_us(used, choices) if choices else 0
+        if choices:
+            self._ledger.metrics.used(model, self._record.tier, used, self.held)
+        charges = used_charges(self._charges, amounts(used, cost_us, requests))
+        record = self._entry.written(time(), used, cost_us, self.green, outcome, self._marks)
+        if self._local:
+            local.settle(self._request_id, model, charges)
+        if self._in_store:
+            self._queue(self._settle_in_store(charges, record, used))
+        else:
+            local.owe(model, charges)
+            local.keep(model, self._request_id, record)
+            self._ledger.metrics.charged(model, self._record.tier, used, self.held)
+
+    # In the background
 
     def _queue(self, work: Coroutine[Any, Any, None]) -> None:
-        self._previous = self._ledger.spawn(_after(self._previous, work))
+        if self._previous is not None and not self._previous.done():
+            work = _after(self._previous, work)
+        self._previous = self._ledger.spawn(work)
 
-    async def _extend(self, limiter: Limiter, charges: Sequence[Charge]) -> None:
-        lease_ends_s = self._lease_from_now_s()
+    async def _extend(self, charges: Sequence[Charge]) -> None:
         try:
-            await limiter.extend(self._request_id, charges, self._ledger.lease_ms)
+            await self._limiter.extend(self._request_id, charges, self._ledger.lease_ms)
         except StoreUnavailableError:
-            self._ledger.metrics.store_errors.labels("extend").inc()  # the settlement corrects it
+            self._ledger.metrics.store_errors.labels("extend").inc()
+            self._renewed_s = 0.0  # the next sweep tries again
+            self._told = None
+
+    async def _settle_in_store(self, charges: Sequence[Charge], record: bytes, used: Usage) -> None:
+        settled, metrics = await self._settles(charges, record), self._ledger.metrics
+        if not self._reserved:
+            return
+        if settled:
+            metrics.charged(self._terms.pool.model, self._record.tier, used, self.held)
         else:
-            self._lease_ends_s = lease_ends_s
+            metrics.left_to_lease(self._terms.pool.model, self._record.tier, self.held)
 
-    async def _settle_in_store(self, limiter: Limiter, charges: Sequence[Charge]) -> None:
+    async def _give_back(self, charges: Sequence[Charge]) -> None:
+        await self._settles(charges, b"")
+
+    async def _settles(self, charges: Sequence[Charge], record: bytes) -> bool:
         clock = asyncio.get_running_loop().time
-        give_up_s = min(clock() + LONGEST_SETTLING_S, self._lease_ends_s)
-        pause_s = _FIRST_SETTLE_PAUSE_S
-        while not await self._settles(limiter, charges):
-            if clock() + pause_s > give_up_s:
-                self._left_to_its_lease("store away")
-                return
-            if not await self._ledger.pause(pause_s):
-                self._left_to_its_lease("too many")
-                return
-            pause_s = min(2 * pause_s, _LONGEST_SETTLE_PAUSE_S)
-
-    async def _give_back(self, limiter: Limiter) -> None:
-        """Take back, in one attempt, an admission that failed for the caller and may have come through in the store."""
-        if not await self._ledger.pause(_GIVE_BACK_PAUSE_S):
-            self._left_to_its_lease("too many")
-        elif not await self._settles(limiter, used_charges(self._charges, _NOTHING, 0, requests=0)):
-            self._left_to_its_lease("failed admission")
-
-    async def _settles(self, limiter: Limiter, charges: Sequence[Charge]) -> bool:
-        try:
-            await limiter.settle(self._request_id, charges)
-        except StoreUnavailableError:
-            self._ledger.metrics.store_errors.labels("settle").inc()
-            return False
-        return True
-
-    def _left_to_its_lease(self, reason: str) -> None:
-        self._ledger.metrics.unsettled.labels(reason).inc()
-
-    def _lease_from_now_s(self) -> float:
-        return asyncio.get_running_loop().time() + self._ledger.lease_ms / 1_000
+        give_up_s = clock() + LONGEST_SETTLING_S
+        pause_s: float | None = FIRST_SETTLE_PAUSE_S
+        while True:
+            try:
+                await self._limiter.settle(self._request_id, charges, record)
+            except StoreUnavailableError:
+                self._ledger.metrics.store_errors.labels("settle").inc()
+            else:
+                return True
+            if pause_s is None or clock() + pause_s > give_up_s:
+                self._ledger.metrics.unsettled.labels("store away" if pause_s else "too many").inc()
+                return False
+            pause_s = await self._ledger.pause(self._limiter, pause_s)
 
 
-async def _after(previous: asyncio.Task[None] | None, work: Coroutine[Any, Any, None]) -> None:
-    if previous is not None:
-        await asyncio.wait({previous})
+async def _after(previous: asyncio.Task[None], work: Coroutine[Any, Any, None]) -> None:
+    await asyncio.wait({previous})
     await work
+
+
+def _now_us() -> int:
+    return round(asyncio.get_running_loop().time() * 1e6)

@@ -1,52 +1,139 @@
-"""From a key's limits and a pool's budget to the charges that the store takes. Pure."""
+"""From a caller's limits and a pool's budget to the charges that the store takes. Pure.
+
+A bucket's name says who shares it and what it counts: ``k:<key id>:output_tokens``, ``o:<org>:requests.week``,
+``t:<tier>:...``, ``m:<model>:...``, with ``.ceiling`` for what may be borrowed up to, and ``pool:work``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 from ratelimit.gateway.headers import Room
 from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.terms import Terms
-from ratelimit.meter import Admitted, Charge, Denied
-from ratelimit.publication import LimitName
+from ratelimit.meter import GAUGE, Admitted, Charge, Denied, Role
+from ratelimit.publication import Limit
 
-POOL_BUCKET = "pool"
+POOL_BUCKET = "pool:work"
 #: The pool's level is kept in milliseconds, a key's in microseconds: see ``meter``.
 POOL_TICK_US = 1_000
+WINDOW_S = {"minute": 0, "5h": 5 * 3_600, "week": 7 * 86_400}
+_CEILING = ".ceiling"
+_SCOPES = {"key": "k", "org": "o", "tier": "t", "model": "m"}
+#: Callers whose charges are kept at hand.
+_CALLERS_KEPT = 10_000
 
 
-def bucket_of(key_id: str, limit: LimitName) -> str:
-    """The name of a key's bucket."""
-    return f"k:{key_id}:{limit}"
+class Amounts(NamedTuple):
+    """What a request takes, or has taken, of each kind of limit; the pool's in replica-microseconds."""
+
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    concurrency: int
+    work: int
 
 
-def costs(usage: Usage, requests: int = 1) -> dict[str, int]:
-    """What a request takes of each limit."""
-    return {
-        "requests": requests,
-        "input_tokens": usage.input_tokens,
-        "output_tokens": usage.output_tokens,
-        "concurrency": 1,
-    }
+def amounts(usage: Usage, pool_cost_us: int, requests: int = 1) -> Amounts:
+    """What a request of this usage takes."""
+    return Amounts(requests, usage.input_tokens, usage.output_tokens, 1, pool_cost_us)
 
 
-def charges_for(key_id: str, terms: Terms, usage: Usage, pool_cost_us: int) -> tuple[Charge, ...]:
-    """A request's charges: the key's limits in their published order, then the pool."""
-    cost = costs(usage)
-    keyed = [
-        Charge(bucket_of(key_id, limit.name), cost[limit.name], limit.burst, limit.per_minute) for limit in terms.limits
-    ]
-    pool = terms.pool
-    return (*keyed, Charge(POOL_BUCKET, pool_cost_us, pool.budget_burst, pool.budget_per_minute, POOL_TICK_US))
+def meter_of(limit: Limit) -> str:
+    """What a limit's bucket counts, as its name says it."""
+    return limit.name if limit.window == "minute" else f"{limit.name}.{limit.window}"
 
 
-def used_charges(held: Sequence[Charge], usage: Usage, pool_cost_us: int, requests: int = 1) -> tuple[Charge, ...]:
-    """The same charges at their true cost; the in-flight count is left to the store, which ends it."""
-    cost = {**costs(usage, requests), POOL_BUCKET: pool_cost_us}
-    return tuple(charge.costing(cost[charge.bucket.rpartition(":")[2]]) for charge in held if charge.rate)
+def charges_for(
+    key_id: str, terms: Terms, usage: Usage, pool_cost_us: int, left: Amounts | None = None
+) -> tuple[Charge, ...]:
+    """A request's charges: the caller's limits in their published order, then their ceilings, then the pool.
+
+    ``left`` is what stays charged if the request's lease ends; None: all of it.
+    """
+    return _costing(_unused(key_id, terms), amounts(usage, pool_cost_us), left)
+
+
+def used_charges(held: Sequence[Charge], used: Amounts, left: Amounts | None = None) -> tuple[Charge, ...]:
+    """The same charges at their true cost; what is in flight is left to the store, which ends it."""
+    return _costing([charge for charge in held if charge.kind != GAUGE], used, left)
+
+
+def without_assured(charges: Sequence[Charge]) -> tuple[Charge, ...]:
+    """What a request that borrows is charged: all but what is assured."""
+    return tuple(charge for charge in charges if charge.role is not Role.ASSURED)
+
+
+def counted_only(charges: Sequence[Charge]) -> tuple[Charge, ...]:
+    """The pool's charge alone, refusing nothing."""
+    return tuple(
+        Charge(*charge[:5], Role.COUNTED, at_reap=charge.at_reap) for charge in charges if charge.role >= Role.POOL
+    )
+
+
+def _costing(charges: Sequence[Charge], cost: Amounts, left: Amounts | None) -> tuple[Charge, ...]:
+    costs = cost._asdict()
+    if left is None:
+        return tuple(charge.costing(costs[_counted(charge.bucket)]) for charge in charges)
+    stays = left._asdict()
+    return tuple(
+        charge.costing(costs[what], min(stays[what], costs[what]))
+        for charge, what in ((charge, _counted(charge.bucket)) for charge in charges)
+    )
+
+
+@lru_cache(16 * _CALLERS_KEPT)
+def _counted(bucket: str) -> str:
+    return bucket.rpartition(":")[2].partition(".")[0]
+
+
+@lru_cache(_CALLERS_KEPT)
+def _unused(key_id: str, terms: Terms) -> tuple[Charge, ...]:
+    """The caller's charges at no cost: building and checking them takes longer than all else here."""
+    names = {"key": key_id, "org": terms.org, "tier": terms.tier, "model": terms.pool.model}
+    limits = [_limit_charge(limit, names[limit.per]) for limit in terms.limits]
+    ceilings = [_ceiling_charge(limit, names[limit.per]) for limit in terms.limits if limit.ceiling_per_minute]
+    pool, borrows = terms.pool, bool(ceilings) or not terms.assured
+    work = Charge(
+        POOL_BUCKET,
+        0,
+        pool.budget_burst,
+        max(1, pool.budget_per_minute),  # a rate of 0 would make it a gauge
+        POOL_TICK_US,
+        Role.POOL if borrows else Role.COUNTED,
+        borrow_up_to=terms.borrow_up_to,
+    )
+    return (*limits, *ceilings, work)
+
+
+def _bucket(limit: Limit, name: str) -> str:
+    return f"{_SCOPES[limit.per]}:{name}:{meter_of(limit)}"
+
+
+def _limit_charge(limit: Limit, name: str) -> Charge:
+    bucket = _bucket(limit, name)
+    if limit.ceiling_per_minute:
+        # A rate of 0 would make it a gauge; with a capacity of 0 the rate of 1 assures nothing either.
+        return Charge(bucket, 0, limit.burst, max(1, limit.per_minute), role=Role.ASSURED)
+    return Charge(bucket, 0, limit.burst, limit.per_minute, window_s=WINDOW_S[limit.window])
+
+
+def _ceiling_charge(limit: Limit, name: str) -> Charge:
+    bucket = _bucket(limit, name) + _CEILING
+    return Charge(bucket, 0, limit.ceiling_burst, limit.ceiling_per_minute, role=Role.CEILING)
 
 
 def rooms(terms: Terms, answer: Admitted | Denied) -> tuple[Room, ...]:
-    """What is left of each of the key's limits, by the store's answer."""
-    told = zip(terms.limits, answer.remaining, answer.reset_us, strict=False)  # the pool comes last, and has no limit
+    """What is left of each of the caller's limits, by the store's answer; ceilings and the pool are not told."""
+    told = zip(terms.limits, answer.remaining, answer.reset_us, strict=False)
     return tuple(Room(limit, remaining, reset_us) for limit, remaining, reset_us in told)
+
+
+def limit_of(terms: Terms, bucket: str) -> Limit | None:
+    """The limit whose bucket, or whose ceiling's, this is; None for the pool's."""
+    scope, _, meter = bucket.removesuffix(_CEILING).rpartition(":")
+    return next(
+        (limit for limit in terms.limits if meter_of(limit) == meter and scope[:2] == _SCOPES[limit.per] + ":"), None
+    )

@@ -1,8 +1,9 @@
 """How much a request holds of each bucket at admission, and what it owes in the end. Pure.
 
-Output is held at its maximum: what the request sets, else the pool's ``default_max_output``, times the choices that
-may be generated, each bounded by the context length. The prompt is held at its bytes times the model's tokens per byte,
-corrected as soon as the engine reports its true length. The pool is charged in replica-microseconds of cost.
+Output is held at its maximum (what the request sets, or what the context leaves), or, where that is less and the policy
+wants it so, at what this caller's answers usually need; each times the choices that may be generated. The prompt is
+held at its bytes times the tokens that one usually is, corrected as soon as the engine reports its true length. The
+pool is charged in replica-microseconds of cost.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from math import ceil
 import msgspec
 
 from ratelimit.gateway.errors import context_length_exceeded
+from ratelimit.gateway.estimates import Expected
 from ratelimit.gateway.wire import TOKENS_PER_MESSAGE, ParsedRequest
 from ratelimit.publication import PublishedPool
 from serving.capacity import ReplicaGroup, RequestShape, fleet_cost_s
@@ -36,17 +38,22 @@ class Usage(msgspec.Struct, frozen=True):
         return max(0, self.prompt_tokens - self.cached_tokens)
 
 
-def estimate(request: ParsedRequest, pool: PublishedPool) -> Usage:
-    """The usage to hold for a request; raises ``Rejection`` (400) where it exceeds the context for certain."""
+def estimate(request: ParsedRequest, pool: PublishedPool, expected: Expected | None = None) -> Usage:
+    """The usage to hold for a request: as ``expected``, or at most what it may take where nothing is.
+
+    Raises ``Rejection`` (400) where the request exceeds the context for certain.
+    """
     check_context(request, pool.max_model_len)
-    if request.prompt_tokens is not None:
-        prompt = request.prompt_tokens
-    else:
-        prompt = ceil(request.prompt_bytes * pool.tokens_per_byte) + TOKENS_PER_MESSAGE * request.messages
-    bound = pool.max_model_len
-    output = min(pool.default_max_output if request.max_output is None else request.max_output, bound)
-    held_prompt = min(prompt, bound * request.prompts, MOST_TOKENS)
-    return Usage(max(1, held_prompt), max(1, min(output * request.generated_choices, MOST_TOKENS)))
+    tokens_per_byte = pool.tokens_per_byte if expected is None else expected.tokens_per_byte
+    prompt = request.prompt_tokens
+    if prompt is None:
+        prompt = ceil(request.prompt_bytes * tokens_per_byte) + TOKENS_PER_MESSAGE * request.messages
+    prompt = max(1, min(prompt, pool.max_model_len * request.prompts, MOST_TOKENS))
+    room = max(1, pool.max_model_len - prompt // request.prompts)
+    output = room if request.max_output is None else min(request.max_output, pool.max_model_len)
+    if expected is not None:
+        output = min(output, expected.output_tokens)
+    return Usage(prompt, max(1, min(output * request.generated_choices, MOST_TOKENS)))
 
 
 def check_context(request: ParsedRequest, max_model_len: int) -> None:

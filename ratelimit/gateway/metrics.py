@@ -1,5 +1,9 @@
 """The gateway's own metrics, in a registry of their own: one process, one event loop, one registry.
 
+What is held and what becomes of it can be balanced, by model, tier and kind of token, as far as this process knows:
+
+    held + overrun = settled + refunded + expired + what is open
+
 Labels take only values that the operator controls (routes, models, tiers, statuses, buckets), so that no caller can
 make the number of series grow; what a caller typed is never a label.
 """
@@ -28,9 +32,33 @@ class GatewayMetrics:
             "penstock_requests", "Requests by their final status; 499: the client left.",
             ["route", *tenant, "status"], registry=registry,
         )  # fmt: skip
-        self.tokens = Counter("penstock_tokens", "Tokens settled.", [*tenant, "kind"], registry=registry)
+        self.tokens = Counter("penstock_tokens", "Tokens used.", [*tenant, "kind"], registry=registry)
+        self.held = Counter("penstock_held_tokens", "Tokens held at admission.", [*tenant, "kind"], registry=registry)
+        self.settled = Counter(
+            "penstock_settled_tokens", "Tokens charged in the end.", [*tenant, "kind"], registry=registry
+        )
+        self.refunded = Counter(
+            "penstock_refunded_tokens", "Tokens held and not used.", [*tenant, "kind"], registry=registry
+        )
+        self.overrun = Counter(
+            "penstock_overrun_tokens", "Tokens used beyond what was held.", [*tenant, "kind"], registry=registry
+        )
+        self.expired = Counter(
+            "penstock_expired_tokens", "Tokens held by reservations left to end with their leases.",
+            [*tenant, "kind"], registry=registry,
+        )  # fmt: skip
         self.denials = Counter(
             "penstock_denials", "Requests refused, by the bucket that bound.", [*tenant, "bucket"], registry=registry
+        )
+        self.shadow_denials = Counter(
+            "penstock_shadow_denials", "Requests served that were to be refused but for their shadow mode, by bucket.",
+            [*tenant, "bucket"], registry=registry,
+        )  # fmt: skip
+        self.cached_denials = Counter(
+            "penstock_cached_denials",
+            "Requests refused from memory, without asking the store.",
+            tenant,
+            registry=registry,
         )
         self.hold_error = Histogram(
             "penstock_hold_error_tokens", "Tokens held at admission minus tokens used.", ["model", "kind"],
@@ -56,6 +84,28 @@ class GatewayMetrics:
         self.unsettled = Counter(
             "penstock_unsettled", "Reservations left to end with their leases.", ["reason"], registry=registry
         )
+        self.store_away = Gauge(
+            "penstock_store_away", "1 while a cell's store is away and this gateway decides alone.", ["cell"],
+            registry=registry,
+        )  # fmt: skip
+        self.outages = Counter("penstock_outages", "Times a cell's store went away.", ["cell"], registry=registry)
+        self.local_decisions = Counter(
+            "penstock_local_decisions", "Requests decided while the store was away.", [*tenant, "answer"],
+            registry=registry,
+        )  # fmt: skip
+        self.local_bound = Gauge(
+            "penstock_local_bound", "The most that this gateway admits of a tier's limits while the store is away: "
+            "a minute, and at once (all its keys together).", [*tenant, "name", "per"], registry=registry,
+        )  # fmt: skip
+        self.owed_buckets = Gauge(
+            "penstock_owed_buckets", "Buckets with use that waits for the store to be charged.", ["cell"],
+            registry=registry,
+        )  # fmt: skip
+        self.lost = Counter(
+            "penstock_lost", "What could not be told to the store: debts of a bucket, usage records.", ["what"],
+            registry=registry,
+        )  # fmt: skip
+        self.gateways = Gauge("penstock_gateways", "Live gateways, as last counted; 0: never.", registry=registry)
         self.directory_errors = Counter(
             "penstock_directory_errors", "Failed reads of the publication or the keys.", ["what"], registry=registry
         )
@@ -71,10 +121,20 @@ class GatewayMetrics:
         self.keys = Gauge("penstock_keys", "API keys known.", registry=registry)
         # Looking a child up by its labels costs a lock and a tuple of strings each time.
         self._request_child = lru_cache(4096)(self.requests.labels)
-        self._tokens_child = lru_cache(4096)(self.tokens.labels)
         self._hold_child = lru_cache(1024)(self.hold_error.labels)
+        self._tokens_child = lru_cache(4096)(self.tokens.labels)
+        self._balance = {name: lru_cache(4096)(c.labels) for name, c in self._balanced()}
         self.upstream_latency_of = lru_cache(1024)(self.upstream_latency.labels)
         self.added_latency_of = lru_cache(1024)(self.added_latency.labels)
+
+    def _balanced(self) -> tuple[tuple[str, Counter], ...]:
+        return (
+            ("held", self.held),
+            ("settled", self.settled),
+            ("refunded", self.refunded),
+            ("overrun", self.overrun),
+            ("expired", self.expired),
+        )
 
     def finished(self, route: str, model: str, tier: str, status: int) -> None:
         """A request got its answer."""
@@ -84,6 +144,10 @@ class GatewayMetrics:
         """A request was refused for want of room or capacity."""
         self.denials.labels(model, tier, bucket).inc()
 
+    def reserved(self, model: str, tier: str, held: Usage) -> None:
+        """A request was admitted, and this is held for it."""
+        self._count("held", model, tier, held.input_tokens, held.output_tokens)
+
     def used(self, model: str, tier: str, used: Usage, held: Usage) -> None:
         """A request's true usage is known."""
         self._tokens_child(model, tier, "input").inc(used.input_tokens)
@@ -91,6 +155,24 @@ class GatewayMetrics:
         self._tokens_child(model, tier, "output").inc(used.output_tokens)
         self._hold_child(model, "input").observe(held.prompt_tokens - used.prompt_tokens)
         self._hold_child(model, "output").observe(held.output_tokens - used.output_tokens)
+
+    def charged(self, model: str, tier: str, used: Usage, held: Usage) -> None:
+        """What was held is corrected to what was used."""
+        self._count("settled", model, tier, used.input_tokens, used.output_tokens)
+        inputs, outputs = used.input_tokens - held.input_tokens, used.output_tokens - held.output_tokens
+        self._count("overrun", model, tier, max(0, inputs), max(0, outputs))
+        self._count("refunded", model, tier, max(0, -inputs), max(0, -outputs))
+
+    def left_to_lease(self, model: str, tier: str, held: Usage) -> None:
+        """A reservation ends with its lease, and nothing more is known of it."""
+        self._count("expired", model, tier, held.input_tokens, held.output_tokens)
+
+    def _count(self, what: str, model: str, tier: str, input_tokens: int, output_tokens: int) -> None:
+        child = self._balance[what]
+        if input_tokens:
+            child(model, tier, "input").inc(input_tokens)
+        if output_tokens:
+            child(model, tier, "output").inc(output_tokens)
 
     def published(self, publication: Publication) -> None:
         """Other limits are in force."""

@@ -1,16 +1,22 @@
-"""On what terms a key is served: the publication as a request needs it. Pure."""
+"""On what terms a caller is served: the publication as a request needs it. Pure."""
 
 from __future__ import annotations
 
 import msgspec
 
 from ratelimit.gateway.headers import policy_header
-from ratelimit.publication import Limit, Publication, PublishedPool
+from ratelimit.limitrules import limits_for
+from ratelimit.policy import Holds
+from ratelimit.publication import Limit, Publication, PublishedPool, TierLimits
 from serving.capacity import ReplicaGroup, merged_groups
 
 
-class Terms(msgspec.Struct, frozen=True):
-    """On what terms a key is served by a pool; ``groups`` are the pool's, identical ones counted together."""
+class Terms(msgspec.Struct, frozen=True, eq=False):
+    """On what terms a caller is served by a pool; ``groups`` are the pool's, identical ones counted together.
+
+    ``limits`` are those of its tier, then those of the operator's rules that name it. ``active_keys`` share what the
+    tier is assured. The other fields are ``publication.TierLimits``'s. Two are the same only if they are one object.
+    """
 
     epoch: int
     enforce: bool
@@ -18,15 +24,72 @@ class Terms(msgspec.Struct, frozen=True):
     groups: tuple[ReplicaGroup, ...]
     limits: tuple[Limit, ...]
     policy_header: tuple[bytes, bytes]
+    org: str
+    tier: str
+    active_keys: int
+    priority: int
+    borrow_up_to: int
+    assured: bool
+    holds: Holds
+    shadow: bool
+
+
+class TermsBook:
+    """The terms of every caller under one publication. Callers that no rule tells apart share theirs."""
+
+    def __init__(self, publication: Publication) -> None:
+        self._publication = publication
+        self._pools = {pool.model: (pool, merged_groups(pool.groups)) for pool in publication.pools}
+        self._tiers = {(tier.tier, tier.model): tier for tier in publication.tiers if tier.model in self._pools}
+        self._named_keys = {key for rule in publication.rules for key in rule.keys or ()} | {*publication.shadow_keys}
+        self._orgs = {org.name for org in publication.orgs}
+        self._found: dict[tuple[str, str, str, str], Terms] = {}
+
+    def find(self, key_id: str, org: str, tier: str, model: str) -> Terms | None:
+        """The caller's terms; None where its tier has none for this model."""
+        published = self._tiers.get((tier, model))
+        if published is None:
+            return None
+        # Both are names that were published, so what is kept is bounded by the publication.
+        caller = (key_id if key_id in self._named_keys else "", org if org in self._orgs else "", tier, model)
+        terms = self._found.get(caller)
+        if terms is None:
+            terms = self._found[caller] = self._terms(published, *caller)
+        return terms
+
+    def each_tier(self) -> dict[tuple[str, str], Terms]:
+        """The terms of each (tier, model), for callers whom no rule names by org or key."""
+        return {
+            (tier, model): self._terms(published, "", "", tier, model)
+            for (tier, model), published in self._tiers.items()
+        }
+
+    def models(self, tier: str) -> list[str]:
+        """The models that a tier has limits for."""
+        return sorted(model for known, model in self._tiers if known == tier)
+
+    def _terms(self, published: TierLimits, key_id: str, org: str, tier: str, model: str) -> Terms:
+        publication = self._publication
+        pool, groups = self._pools[model]
+        limits = limits_for(published.limits, publication.rules, key_id, org, tier, model)
+        return Terms(
+            epoch=publication.epoch,
+            enforce=publication.enforce,
+            pool=pool,
+            groups=groups,
+            limits=limits,
+            policy_header=policy_header(limits),
+            org=org,
+            tier=tier,
+            active_keys=published.active_keys,
+            priority=published.priority,
+            borrow_up_to=published.borrow_up_to,
+            assured=published.assured,
+            holds=published.holds,
+            shadow=published.shadow or key_id in publication.shadow_keys,
+        )
 
 
 def terms_by_tier(publication: Publication) -> dict[tuple[str, str], Terms]:
     """The terms of each (tier, model); a model that lost all its replicas is known, with no groups and no limits."""
-    pools = {pool.model: (pool, merged_groups(pool.groups)) for pool in publication.pools}
-    return {
-        (tier.tier, tier.model): Terms(
-            publication.epoch, publication.enforce, *pools[tier.model], tier.limits, policy_header(tier.limits)
-        )
-        for tier in publication.tiers
-        if tier.model in pools
-    }
+    return TermsBook(publication).each_tier()

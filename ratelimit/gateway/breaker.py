@@ -1,0 +1,171 @@
+"""A cell's store behind a breaker: while Redis is away no request waits for it.
+
+Any call that fails opens the breaker; then every call fails at once, and a probe that writes, four times a second,
+closes it again. An admission is given up after ``timeout_s``, but not before what the socket already holds was read: a
+gateway that was busy must not blame Redis. What nobody waits for (settlements, renewals) has the store's own timeout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
+from secrets import token_hex
+from typing import Protocol, TypeVar
+
+from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.meter import Admitted, Charge, Denied, Reading
+from ratelimit.store import StoreUnavailableError
+
+log = logging.getLogger(__name__)
+
+PROBE_INTERVAL_S = 0.25
+#: Passes of the event loop between the end of a timeout and its judgement: one reads the socket, one hands the answer
+#: to its reader, one lets the reader parse it.
+_PASSES = 3
+
+T = TypeVar("T")
+
+
+class StoreAwayError(StoreUnavailableError):
+    """The store is known to be away: it was not asked, so nothing has come of this call."""
+
+
+class CellStore(Protocol):
+    """The store of one cell, as far as a gateway uses it."""
+
+    async def admit(
+        self, request_id: str, charges: Sequence[Charge], epoch: int, lease_ms: int, memo: bytes = b""
+    ) -> Admitted | Denied: ...
+    async def extend(self, request_id: str, usage: Sequence[Charge], lease_ms: int) -> bool: ...
+    async def settle(self, request_id: str, usage: Sequence[Charge], record: bytes = b"") -> bool: ...
+    async def peek(self, charges: Sequence[Charge]) -> tuple[Reading, ...]: ...
+
+
+class GuardedStore:
+    """The store of the cell named; raises ``StoreUnavailableError``, or ``StoreAwayError`` where it was not asked."""
+
+    def __init__(self, store: CellStore, cell: str, timeout_s: float, metrics: GatewayMetrics) -> None:
+        self._store = store
+        self._cell = cell
+        self._timeout_s = timeout_s
+        self._metrics = metrics
+        self._back = asyncio.Event()
+        self._back.set()
+        self._probing: asyncio.Task[None] | None = None
+        metrics.store_away.labels(cell).set(0)
+
+    @property
+    def away(self) -> bool:
+        """Whether the breaker is open."""
+        return not self._back.is_set()
+
+    async def admit(
+        self, request_id: str, charges: Sequence[Charge], epoch: int, lease_ms: int, memo: bytes = b""
+    ) -> Admitted | Denied:
+        """As ``Store.admit``."""
+        self._check()
+        return await self._guarded(self._patient(self._store.admit(request_id, charges, epoch, lease_ms, memo)))
+
+    async def extend(self, request_id: str, usage: Sequence[Charge], lease_ms: int) -> bool:
+        """As ``Store.extend``."""
+        self._check()
+        return await self._guarded(self._store.extend(request_id, usage, lease_ms))
+
+    async def settle(self, request_id: str, usage: Sequence[Charge], record: bytes = b"") -> bool:
+        """As ``Store.settle``."""
+        self._check()
+        return await self._guarded(self._store.settle(request_id, usage, record))
+
+    async def peek(self, charges: Sequence[Charge]) -> tuple[Reading, ...]:
+        """As ``Store.peek``."""
+        self._check()
+        return await self._guarded(self._store.peek(charges))
+
+    async def wait_back(self, timeout_s: float) -> bool:
+        """Wait, at most so long, until the store may be asked; False at once where it may be already."""
+        if not self.away:
+            return False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._back.wait()
+        return True
+
+    async def aclose(self) -> None:
+        """End the probing, if it goes on."""
+        if self._probing is not None:
+            self._probing.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._probing
+
+    def _check(self) -> None:
+        if self.away:
+            raise StoreAwayError(f"Redis is away for {self._cell}")
+
+    async def _guarded(self, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except StoreUnavailableError as error:
+            self._open(error)
+            raise
+
+    async def _patient(self, call: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(None) as scope:
+                patience = _Patience(scope, self._timeout_s)
+                try:
+                    return await call
+                finally:
+                    patience.cancel()
+        except TimeoutError as error:
+            raise StoreUnavailableError(f"Redis did not answer in {self._timeout_s} s") from error
+
+    def _open(self, error: StoreUnavailableError) -> None:
+        if self.away:
+            return
+        self._back.clear()
+        self._metrics.store_away.labels(self._cell).set(1)
+        self._metrics.outages.labels(self._cell).inc()
+        log.error(
+            "Redis is away for %s, assured tiers are served within this gateway's safe share, others are refused: %s",
+            self._cell,
+            error,
+        )
+        self._probing = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        loop = asyncio.get_running_loop()
+        since = loop.time()
+        while self.away:
+            await asyncio.sleep(PROBE_INTERVAL_S)
+            try:
+                # An id of its own each time, so that it has to write: a replica that only reads is no store.
+                await self._patient(self._store.settle(f"probe:{token_hex(8)}", ()))
+            except StoreUnavailableError:
+                self._metrics.store_errors.labels("probe").inc()
+            else:
+                self._back.set()
+        self._metrics.store_away.labels(self._cell).set(0)
+        log.warning("Redis is back for %s after %.1f s", self._cell, loop.time() - since)
+
+
+class _Patience:
+    """Ends a timeout scope ``timeout_s`` from now and a few passes of the event loop later."""
+
+    def __init__(self, scope: asyncio.Timeout, timeout_s: float) -> None:
+        self._scope = scope
+        self._loop = asyncio.get_running_loop()
+        self._passes = _PASSES
+        self._handle: asyncio.Handle = self._loop.call_later(timeout_s, self._pass)
+
+    def _pass(self) -> None:
+        if self._passes:
+            self._passes -= 1
+            self._handle = self._loop.call_soon(self._pass)
+        else:
+            self._scope.reschedule(self._loop.time())
+
+    def cancel(self) -> None:
+        """The call has ended."""
+        self._handle.cancel()

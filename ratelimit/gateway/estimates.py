@@ -1,0 +1,143 @@
+"""What requests usually need, learned from those that were settled: output per caller, prompt tokens per byte. Pure.
+
+**Output.** Per key and model, the 90th percentile of one answer's tokens, over about the last ``MEMORY`` answers. The
+pool's expected output stands for ``PRIOR_WEIGHT`` answers that never fade, so a key that is new is expected to need
+just that, and one or two odd answers do not matter. No caller's answers say anything of another's.
+
+**It cannot be trained into a burst.** Answers that a caller's maximum, its leaving or a fault cut short would teach it
+to expect too little, so only answers that ended by themselves teach it downwards; any answer teaches it upwards. While
+fewer than ``PRIOR_WEIGHT × 9`` answers were small it does not move down at all: the prior alone is a tenth of all. And
+it never falls below a ``FLOOR_SHARE`` of the prior. A bucket then lets through at most 1/FLOOR_SHARE times as many
+answers at once as an untrained key's, whatever they turn out to need; the overrun is charged, and waited for. (A
+quarter: answers that are half of the usual are common and should be held as they are; below a quarter there is little
+to win, since the prompt's share of a request's cost stays.)
+
+**Prompts.** Tokens per byte, per model over all callers, within ``RATIO_BOUNDS`` of the profile's: the engine's report
+replaces it with a request's first chunk, so what one caller's odd text may do to others is small, and short.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from math import ceil, log
+
+import msgspec
+
+PERCENTILE = 0.9
+#: Answers that the prior stands for.
+PRIOR_WEIGHT = 20.0
+#: Answers after which an older one counts 1/e as much as the newest.
+MEMORY = 300
+FLOOR_SHARE = 0.25
+#: The largest of the pool's tokens per byte, and the smallest, that may be learned.
+RATIO_BOUNDS = (0.5, 2.0)
+#: What one request moves the tokens per byte by, as a share of its difference.
+RATIO_STEP = 1 / 256
+#: A shorter prompt is mostly the chat template's own tokens.
+SHORTEST_PROMPT_BYTES = 64
+#: Keys × models that are remembered, some 600 bytes each; the one that was idle longest is forgotten first.
+MOST_REMEMBERED = 20_000
+
+#: Answers are counted by length, in buckets each a fifth longer than the one before.
+_GROWTH = 1.2
+_BUCKETS = 96
+#: Beyond it the counts are scaled down again: they are kept in single precision.
+_LARGEST_COUNT = 1e4
+_TOPS = tuple(ceil(_GROWTH**i) for i in range(_BUCKETS))
+
+
+class Expected(msgspec.Struct, frozen=True):
+    """What a request is expected to need: prompt tokens for each byte, output tokens for each choice."""
+
+    tokens_per_byte: float
+    output_tokens: int
+
+
+def _bucket_of(tokens: int) -> int:
+    """The first bucket whose top is not below ``tokens``; the last holds all that are longer."""
+    index = min(_BUCKETS - 1, max(0, int(log(max(1, tokens), _GROWTH))))
+    while index < _BUCKETS - 1 and _TOPS[index] < tokens:
+        index += 1
+    return index
+
+
+class Outputs:
+    """The lengths of one caller's answers: counts that fade, in buckets of growing width."""
+
+    __slots__ = ("_counts", "_found", "_newest")
+
+    def __init__(self) -> None:
+        self._counts = array("f", bytes(4 * _BUCKETS))
+        self._newest = 1.0  # what the newest answer counts; it grows, so that the older ones fade beside it
+        self._found: tuple[int, int] | None = None
+
+    def p90(self, prior: int) -> int:
+        """The length that a tenth of the answers exceed, where ``prior`` counts as ``PRIOR_WEIGHT`` of them."""
+        if self._found is None or self._found[0] != prior:
+            self._found = prior, self._p90(prior)
+        return self._found[1]
+
+    def _p90(self, prior: int) -> int:
+        at_prior, prior_weight = _bucket_of(prior), PRIOR_WEIGHT * self._newest
+        allowed = (1 - PERCENTILE) * (sum(self._counts) + prior_weight)
+        above = 0.0
+        for index in range(_BUCKETS - 1, -1, -1):
+            above += self._counts[index] + (prior_weight if index == at_prior else 0.0)
+            if above > allowed:
+                break
+        found = prior if index == at_prior else _TOPS[index]
+        return max(found, ceil(prior * FLOOR_SHARE), 1)
+
+    def note(self, tokens: int) -> None:
+        """An answer was this long."""
+        self._newest *= 1 + 1 / MEMORY
+        self._counts[_bucket_of(tokens)] += self._newest
+        self._found = None
+        if self._newest > _LARGEST_COUNT:
+            self._counts = array("f", (count / self._newest for count in self._counts))
+            self._newest = 1.0
+
+
+class Estimates:
+    """What one gateway has learned."""
+
+    def __init__(self, most_remembered: int = MOST_REMEMBERED) -> None:
+        self._most_remembered = most_remembered
+        self._outputs: OrderedDict[tuple[str, str], Outputs] = OrderedDict()
+        self._ratios: dict[str, float] = {}
+
+    def expected(self, key_id: str, model: str, prior_output: int, tokens_per_byte: float) -> Expected:
+        """What this caller's next request is expected to need; the last two are the pool's own."""
+        outputs = self._outputs.get((key_id, model))
+        output = max(1, prior_output) if outputs is None else outputs.p90(prior_output)
+        return Expected(_within(self._ratios.get(model, tokens_per_byte), tokens_per_byte), output)
+
+    def note_output(self, key_id: str, model: str, tokens: int, prior_output: int, ended: bool) -> None:
+        """One answer was this long; ``ended`` if it ended by itself, and so says how little is enough."""
+        caller = (key_id, model)
+        outputs = self._outputs.get(caller)
+        if outputs is None:
+            outputs = Outputs()
+            if not ended and tokens <= outputs.p90(prior_output):
+                return
+            self._outputs[caller] = outputs
+            if len(self._outputs) > self._most_remembered:
+                self._outputs.popitem(last=False)
+        elif not ended and tokens <= outputs.p90(prior_output):
+            return
+        self._outputs.move_to_end(caller)
+        outputs.note(tokens)
+
+    def note_prompt(self, model: str, prompt_bytes: int, tokens: int, tokens_per_byte: float) -> None:
+        """A prompt of so many bytes was this long; the last is the pool's own ratio."""
+        if prompt_bytes < SHORTEST_PROMPT_BYTES:
+            return
+        known = self._ratios.get(model, tokens_per_byte)
+        seen = _within(max(0, tokens) / prompt_bytes, tokens_per_byte)
+        self._ratios[model] = known + RATIO_STEP * (seen - known)
+
+
+def _within(ratio: float, tokens_per_byte: float) -> float:
+    low, high = RATIO_BOUNDS
+    return min(max(ratio, low * tokens_per_byte), high * tokens_per_byte)
