@@ -1,9 +1,10 @@
 """What a schedule must come to, computed before it is sent: the same charges, through the same meter arithmetic.
 
-The replay goes through the schedule in virtual time. Each request asks for what the gateway would ask: one request, the
-prompt as estimated from its bytes, the output at its maximum, one place in flight, and the pool's cost. The prompt is
-corrected when its first token comes and the place is given back when it ends. Those two moments come from the step
-simulator: the requests that one round admits are simulated on the fleet, and the next round uses the times found.
+The replay goes through the schedule in virtual time. Each request asks for what the gateway would ask of a tier that
+holds the maximum: one request, the prompt as estimated from its bytes, the output at its maximum, one place in flight,
+and the pool's cost. The prompt is corrected when its first token comes and the place is given back when it ends. Those
+two moments come from the step simulator: the requests that one round admits are simulated on the fleet, and the next
+round uses the times found.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import msgspec
 
 from loadtests.results import share
 from loadtests.schedule import PlannedRequest, Schedule
+from ratelimit.cell import Cell
 from ratelimit.gateway.charges import charges_for
 from ratelimit.gateway.hold import Usage, pool_cost_us
 from ratelimit.gateway.terms import Terms, terms_by_tier
-from ratelimit.meter import Admitted, Cell, Charge
+from ratelimit.meter import GAUGE, Admitted, Charge
 from ratelimit.publication import Publication, PublishedPool
 from serving.capacity import ReplicaGroup, RequestShape
 from serving.stepsim import Arrival, Outcome, simulate
@@ -177,7 +179,7 @@ def _apply(cell: Cell, event: tuple[float, int, int], asked: Sequence[_Asked]) -
     if what == _COUNTED:
         cell.extend(str(index), counted, _LEASE_MS, now_us)
     else:
-        cell.settle(str(index), [charge for charge in counted if charge.rate], now_us)
+        cell.settle(str(index), [charge for charge in counted if charge.kind != GAUGE], now_us)
 
 
 def _usage(request: PlannedRequest) -> Usage:

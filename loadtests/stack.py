@@ -22,6 +22,8 @@ ORG = "demo"
 _START_TIMEOUT_S = 180.0
 _STOP_GRACE_S = 25.0
 _POLL_S = 0.1
+#: The engines, the load and Redis share a machine here: a slow answer is no fault that a scenario is about.
+_REDIS_TIMEOUT_MS = 5000
 _REQUEST_TIMEOUT = aiohttp.ClientTimeout(total=30)
 _IN_ENGINE = ("vllm:num_requests_running", "vllm:num_requests_waiting{")
 
@@ -38,7 +40,11 @@ class _NotYetError(Exception):
 
 
 class StackSettings(msgspec.Struct, frozen=True):
-    """The parts of the config that a scenario decides once."""
+    """The parts of the config that a scenario decides once.
+
+    Every tier's ceiling is its share and every hold the maximum: callers who never borrow are throttled by their own
+    limits alone, and nothing is learned while a load runs, so that what is admitted can be foretold request by request.
+    """
 
     profile: str
     slowdown: float
@@ -72,7 +78,7 @@ _CONFIG = Template(
     """\
 state_dir: state
 redis: embedded
-gateway: {port: $port, admin_port: $admin_port, enforce: $enforce}
+gateway: {port: $port, admin_port: $admin_port, enforce: $enforce, redis_timeout_ms: $redis_timeout_ms}
 pools:
   - model: $model
     slo: {ttft_ms: $ttft_ms, tpot_ms: $tpot_ms, percentile: $percentile}
@@ -133,13 +139,19 @@ class Stack:
         """Replace the config file in one step; the running stack takes it up."""
         settings = self._settings
         tiers = "\n".join(
-            f"  - {{name: {name}, share: {share}, priority: {priority}, burst_s: {settings.burst_s}}}"
+            f"  - {{name: {name}, share: {share}, ceiling: {share}, holds: maximum, priority: {priority}, "
+            f"burst_s: {settings.burst_s}}}"
             for priority, (name, share) in enumerate(settings.tier_shares)
         )
         fields = {**msgspec.structs.asdict(settings), "tiers": tiers, "model": MODEL, "org": ORG, "count": count}
         port, admin_port, engine_port = self._ports[:3]
         text = _CONFIG.substitute(
-            fields, port=port, admin_port=admin_port, engine_port=engine_port, enforce=str(enforce).lower()
+            fields,
+            port=port,
+            admin_port=admin_port,
+            engine_port=engine_port,
+            enforce=str(enforce).lower(),
+            redis_timeout_ms=_REDIS_TIMEOUT_MS,
         )
         draft = self._config_path.with_suffix(".new")
         draft.write_text(text, encoding="utf-8")
