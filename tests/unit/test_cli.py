@@ -7,8 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from ratelimit.cli import app
+from ratelimit.keys import KeyFile
 from ratelimit.keyuse import KeyUse, uses_file
-from ratelimit.publication import Publication, TierLimits
+from ratelimit.publication import Limit, LimitRule, Publication, TierLimits
 from ratelimit.publisher import published_file
 from tests.support.stack import write_config
 
@@ -122,18 +123,45 @@ def test_explaining_before_anything_is_published_says_so(config: Path) -> None:
     assert "penstock up" in result.output
 
 
-def test_a_ceiling_without_effect_is_said_to_have_none(config: Path) -> None:
-    """`limits explain` says of an assured tier that its ceiling is not borrowed from yet, and not of best effort."""
-    config.write_text(config.read_text().replace("name: free, share: 0.2", "name: free, share: 0"))
-    tiers = tuple(TierLimits(tier, "llama-3.1-8b", 1, ()) for tier in ("pro", "free"))
+def test_explain_says_what_is_assured_and_what_is_borrowed(config: Path) -> None:
+    """`limits explain` tells each tier's ceilings and place among the borrowers, and the operator's rules for it."""
+    limits = (Limit("requests", 60, 5, "x", ceiling_per_minute=600, ceiling_burst=50),)
+    tiers = (
+        TierLimits("pro", "llama-3.1-8b", 1, limits, borrow_up_to=900),
+        TierLimits("free", "llama-3.1-8b", 1, limits[:0], priority=1, shadow=True),
+    )
+    rules = (LimitRule("requests", 7, "org", "week", tiers=("pro",), reason="contract"),)
     with published_file(config.parent / "state").changing() as newest:
+        newest[:] = [Publication(1, "now", "test", enforce=True, pools=(), tiers=tiers, rules=rules)]
+    key = KeyFile(config.parent / "state").create(org="acme", tier="pro", name="n")[1]
+
+    explained = {
+        what: " ".join(runner.invoke(app, ["limits", "explain", what, "-c", str(config)]).output.split())
+        for what in ("pro", "free", key.id)
+    }
+
+    assert "requests 60/min, up to 600/min while idle" in explained["pro"]
+    assert (
+        "borrows what others leave idle (priority 0), while the pool's bucket is at most 0.9 full" in explained["pro"]
+    )
+    assert "7 requests in a week from the first use, per org: set by operator: contract" in explained["pro"]
+    assert "never borrows" in explained["free"]
+    assert "shadow" in explained["free"]
+    assert "contract" not in explained["free"]
+    assert "requests 7 in a window of week per org" in explained[key.id]
+
+
+def test_setting_a_limit_of_an_unknown_tier_names_those_there_are(config: Path) -> None:
+    """A slip in a tier's name is not kept as an override that never acts."""
+    with published_file(config.parent / "state").changing() as newest:
+        tiers = (TierLimits("pro", "llama-3.1-8b", 1, ()),)
         newest[:] = [Publication(1, "now", "test", enforce=True, pools=(), tiers=tiers)]
 
-    explained = {tier: runner.invoke(app, ["limits", "explain", tier, "-c", str(config)]) for tier in ("pro", "free")}
+    options = ["--tier", "por", "--for", "2h", "--reason", "x", "-c", str(config)]
+    result = runner.invoke(app, ["limits", "set", "requests", "5", *options])
 
-    assert "ceiling 1: not borrowed from yet" in explained["pro"].output
-    assert explained["free"].exit_code == 0
-    assert "ceiling" not in explained["free"].output
+    assert result.exit_code == 1
+    assert "tiers are pro" in result.output
 
 
 def test_revoking_an_unknown_key_names_where_ids_are_shown(config: Path) -> None:
