@@ -57,7 +57,7 @@ def go_duration(microseconds: int) -> bytes:
 
 
 def rfc3339(now_s: float, after_us: int) -> str:
-    """The time ``after_us`` microseconds from ``now_s`` (Unix seconds) as Anthropic writes it, rounded up to a second."""
+    """The time ``after_us`` microseconds from ``now_s`` (Unix seconds) as Anthropic writes it, rounded up."""
     told_s = -(-(round(now_s * 1e6) + after_us) // 1_000_000)
     return datetime.fromtimestamp(told_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 

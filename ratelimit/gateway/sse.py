@@ -89,6 +89,7 @@ class StreamFilter:
         "_reported",
         "_shown",
         "_tail",
+        "_untold",
         "done",
         "error_seen",
         "finished",
@@ -115,6 +116,7 @@ class StreamFilter:
         self._by_choice: dict[int, WireUsage] = {}
         self._final: Usage | None = None
         self._ended = 0
+        self._untold = 0  # pieces of the answer that came without any usage
         self.finished = 0
         self.done = False
         self.error_seen = False
@@ -135,12 +137,16 @@ class StreamFilter:
         if self._final is not None:
             return self._final
         if self._choices == 1:
-            return self._single_usage()
+            return self._single_usage() or self._untold_usage()
         if not self._by_choice:
-            return None
+            return self._untold_usage()
         prompts = {index // self._per_prompt: each.prompt_tokens for index, each in self._by_choice.items()}
         output = sum(each.completion_tokens or 0 for each in self._by_choice.values())
         return Usage(sum(prompts.values()) + self._held_for(self._prompts - len(prompts)), output)
+
+    def _untold_usage(self) -> Usage | None:
+        """For an engine that tells its usage only at the end: at least a token for every piece."""
+        return Usage(self._held_prompt_tokens, self._untold) if self._untold else None
 
     def _held_for(self, prompts: int) -> int:
         return -(-self._held_prompt_tokens * max(0, prompts) // self._prompts)
@@ -219,6 +225,8 @@ class StreamFilter:
             return self._usage_event(event, chunk, chunk.usage)
         if chunk.usage is not None:
             self._note_usage(chunk, chunk.usage)
+        else:
+            self._untold += len(chunk.choices)
         self._note_finished(chunk.choices)
         released = self._release()
         if self._shown == "none" and self.complete and chunk.usage is not None and chunk.system_fingerprint is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -12,16 +12,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit.gateway.errors import Rejection
+from ratelimit.gateway.formats.fields import ALLOWED, OWNED
+from ratelimit.gateway.formats.strict import MAX_DEPTH
 from ratelimit.gateway.wire import (
-    ENGINE_INTERNAL,
     MAX_CHOICES,
     MAX_GENERATED_CHOICES,
     MAX_PROMPTS,
+    PRIORITY_HEADER,
     Route,
     parse_request,
     upstream_body,
+    upstream_headers,
 )
 
+ROUTES: tuple[Route, ...] = get_args(Route)
+#: What vLLM 0.32 knows and a caller may not say.
+INTERNAL = (
+    "stream_interval",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "vllm_xargs",
+    "request_id",
+    "session_id",
+    "prompt_embeds",
+    "mm_payload",
+    "return_mm_kwargs",
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "routed_experts_prompt_start",
+    "watermarking",
+    "chat_template",
+    "use_beam_search",
+    "include_reasoning",
+    "previous_input_messages",
+    "enable_response_messages",
+    "conversation",
+)
 #: What JSON escapes, and what it need not.
 TEXT = st.text('ab"\\/é\n', max_size=5)
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -63,9 +89,8 @@ def test_one_request_has_a_bounded_number_of_choices(name: str, asked: int, prom
     """A request counts as one in flight, so what it may have generated is bounded over all its prompts."""
     with pytest.raises(Rejection, match="400") as caught:
         parse_request("completions", encoded(prompt=["a"] * prompts, **{name: asked}))
-    error = json.loads(caught.value.body)["error"]
-    assert error["param"] == name
-    assert str(asked) in error["message"]
+    assert caught.value.param == name
+    assert str(asked) in caught.value.message
 
 
 def test_as_many_choices_as_the_bound_are_accepted() -> None:
@@ -97,86 +122,208 @@ def test_impossible_prompts_are_refused(prompt: Any) -> None:
     """A list that is no prompt, or holds too many, is refused by its name."""
     with pytest.raises(Rejection, match="400") as caught:
         parse_request("completions", encoded(prompt=prompt))
-    assert b"prompt" in caught.value.body
+    assert "prompt" in caught.value.message
 
 
-def test_text_parts_and_tools_count_as_prompt() -> None:
-    """Content in parts and tool definitions are part of the prompt's size."""
+@pytest.mark.parametrize("name", ["tools", "functions", "documents", "chat_template_kwargs"])
+def test_text_parts_and_all_that_a_template_may_write_count_as_prompt(name: str) -> None:
+    """Content in parts, tools, documents and a template's arguments are part of the prompt's size."""
     parts = [{"role": "user", "content": [{"type": "text", "text": "x" * 100}]}]
     assert parse_request("chat", encoded(messages=parts)).prompt_bytes > 100
-    assert parse_request("chat", encoded(messages=MESSAGES, tools=[{"a": "y" * 200}])).prompt_bytes > 200
+    assert parse_request("chat", encoded(messages=MESSAGES, **{name: [{"a": "y" * 200}]})).prompt_bytes > 200
+
+
+@pytest.mark.parametrize("route", ["messages", "count_tokens"])
+@pytest.mark.parametrize("name", ["system", "tools", "chat_template_kwargs"])
+def test_an_anthropic_prompt_is_all_that_the_model_reads(route: Route, name: str) -> None:
+    """System text, content blocks and tools count, and the system text is one more message."""
+    parsed = parse_request(route, encoded(messages=[{"role": "user", "content": "hello"}], **{name: "y" * 200}))
+    assert parsed.prompt_bytes == 205
+    assert parsed.messages == (2 if name == "system" else 1)
+
+
+@pytest.mark.parametrize("sent", ["hello", [{"role": "user", "content": "hello"}]])
+def test_a_responses_prompt_is_input_and_instructions(sent: Any) -> None:
+    """Input in either form, instructions and tools count."""
+    parsed = parse_request("responses", encoded(input=sent, instructions="y" * 200, tools=[{"a": "z" * 300}]))
+    assert parsed.prompt_bytes > 505
+    assert parsed.messages == 2
+
+
+@pytest.mark.parametrize(
+    ("route", "members", "max_output"),
+    [
+        ("responses", {"max_output_tokens": 7}, 7),
+        ("responses", {}, None),
+        ("messages", {"max_tokens": 7}, 7),
+        ("count_tokens", {}, None),
+        ("completions", {"max_tokens": 7}, 7),
+        ("completions", {}, 16),
+        ("completions", {"max_tokens": None}, None),
+    ],
+)
+def test_each_route_has_its_own_maximum(route: Route, members: dict[str, Any], max_output: int | None) -> None:
+    """The maximum is read by the route's own name; a completion without one gets vLLM's 16 tokens."""
+    assert parse_request(route, encoded(**members)).max_output == max_output
+
+
+@pytest.mark.parametrize(
+    ("route", "name"),
+    [("chat", "max_output_tokens"), ("messages", "max_completion_tokens"), ("responses", "max_tokens")],
+)
+def test_another_routes_maximum_is_refused(route: Route, name: str) -> None:
+    """A maximum that the engine would not see is not passed over in silence."""
+    with pytest.raises(Rejection) as caught:
+        parse_request(route, encoded(**{name: 1}))
+    assert caught.value.message == f"Unrecognized request argument supplied: {name}"
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("members", [{"background": True}, {"previous_response_id": "resp_1"}])
+def test_what_needs_a_stored_response_is_refused(members: dict[str, Any]) -> None:
+    """Answers are not stored, so what refers to one is refused with that reason."""
+    with pytest.raises(Rejection, match="400") as caught:
+        parse_request("responses", encoded(input="x", **members))
+    assert caught.value.param in members
+    assert "not stored" in caught.value.message
+
+
+def test_a_response_is_never_stored() -> None:
+    """Whatever the caller says, the engine is told not to keep the answer."""
+    for members in ({}, {"store": True}, {"store": False, "background": False, "previous_response_id": None}):
+        sent = json.loads(upstream_body(parse_request("responses", encoded(input="x", **members)), "salt", None))
+        assert sent["store"] is False
 
 
 @given(
     st.dictionaries(
-        st.sampled_from(["priority", "cache_salt", "temperature", "stop", "seed", "stream_options", "user"]),
+        st.sampled_from(["priority", "cache_salt", "temperature", "stop", "seed", "user"]),
         st.one_of(st.none(), TEXT, st.integers(-(2**40), 2**40), st.lists(TEXT, max_size=3)),
     )
 )
 def test_the_rest_of_a_body_is_untouched(members: dict[str, Any]) -> None:
     """Everything but the gateway's own members reaches the engine as the client sent it."""
-    members.pop("stream_options", None)
-    sent = json.loads(upstream_body(parse_request("chat", encoded(messages=MESSAGES, **members)), "salt"))
-    kept = {name: value for name, value in members.items() if name not in ENGINE_INTERNAL}
+    sent = json.loads(upstream_body(parse_request("chat", encoded(messages=MESSAGES, **members)), "salt", None))
+    kept = {name: value for name, value in members.items() if name not in OWNED}
     assert sent == {"model": "m", "messages": MESSAGES, **kept, "cache_salt": "salt"}
 
 
-@pytest.mark.parametrize("route", ["chat", "completions"])
-@pytest.mark.parametrize("name", sorted(ENGINE_INTERNAL))
-def test_what_is_internal_to_an_engine_never_reaches_it(route: Route, name: str) -> None:
-    """No caller says to an engine what only its operator may, however the member's name is escaped."""
-    own = {"prompt": "hello", "messages": MESSAGES, "cache_salt": "org"}
-    for written in (name, f"\\u{ord(name[0]):04x}{name[1:]}"):
-        body = encoded(prompt="hello", messages=MESSAGES)[:-1] + f',"{written}":"caller\'s"}}'.encode()
-        assert json.loads(upstream_body(parse_request(route, body), "org")) == {"model": "m", **own}
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", [*INTERNAL, "no_such_member", ""])
+def test_only_listed_members_pass(route: Route, name: str) -> None:
+    """What is an operator's to say, or nobody's, is refused by its name, however that is escaped."""
+    for written in (name, f"\\u{ord(name[0]):04x}{name[1:]}" if name else name):
+        body = encoded()[:-1] + f',"{written}":"caller\'s"}}'.encode()
+        with pytest.raises(Rejection, match="400") as caught:
+            parse_request(route, body)
+        assert caught.value.message == f"Unrecognized request argument supplied: {name}"
 
 
-@pytest.mark.parametrize("name", ["temperature", "logprobs", "return_token_ids", "ignore_eos", "structured_outputs"])
-def test_what_callers_may_ask_of_an_engine_reaches_it(name: str) -> None:
-    """Features of vLLM beyond OpenAI's stay open to callers."""
-    sent = json.loads(upstream_body(parse_request("chat", encoded(messages=MESSAGES, **{name: 1})), "org"))
-    assert sent[name] == 1
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_listed_member_reaches_the_engine(route: Route) -> None:
+    """Every member of the list but the gateway's own is passed on where its value can be read at all."""
+    body = encoded(**{name: [] if name == "messages" else None for name in ALLOWED[route] - {"model"}})
+    sent = json.loads(upstream_body(parse_request(route, body), "salt", None))
+    dropped = OWNED | {"stream_options"} if route == "responses" else OWNED
+    assert ALLOWED[route] - dropped <= set(sent)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("priority", [None, 0, 1003])
+def test_priority_and_salt_are_the_gateways(route: Route, priority: int | None) -> None:
+    """A caller's own priority and salt are overwritten; what has no such member in its body says it by a header."""
+    parsed = parse_request(route, encoded(priority=-9, cache_salt="theirs"))
+    sent = json.loads(upstream_body(parsed, "org:acme", priority))
+    headers = upstream_headers(route, "id", priority)
+    assert sent.get("cache_salt") == (None if route == "count_tokens" else "org:acme")
+    in_body = priority if route in ("chat", "completions", "responses") else None
+    assert sent.get("priority") == in_body
+    in_header = str(priority) if route == "messages" and priority is not None else None
+    assert headers.get(PRIORITY_HEADER) == in_header
+    assert headers["X-Request-Id"] == "id"
 
 
 def test_numbers_and_text_pass_as_written() -> None:
     """Values are not parsed and written again: digits and escapes stay as they were."""
     body = b'{"model":"m","messages":[],"temperature":0.70,"seed":123456789012345678901,"user":"\\u00e9"}'
-    assert upstream_body(parse_request("chat", body), "s") == body[:-1] + b',"cache_salt":"s"}'
+    assert upstream_body(parse_request("chat", body), "s", None) == body[:-1] + b',"cache_salt":"s"}'
 
 
 @pytest.mark.parametrize("again", ["{name}", "\\u{code:04x}{rest}"])
+@pytest.mark.parametrize("values", [("1", "12"), ("12", "1"), ("1", "1"), ('"a"', '"ab"'), ("null", "1"), ("[1]", "2")])
+@pytest.mark.parametrize("name", ["model", "max_tokens", "n", "stream", "prompt", "user"])
+def test_a_member_that_occurs_twice_is_refused(name: str, values: tuple[str, str], again: str) -> None:
+    """Of two values one reader might take the first and another the last, so neither is taken."""
+    first, second = values
+    twice = again.format(name=name, code=ord(name[0]), rest=name[1:])
+    body = f'{{ "seed" : 1, "{name}" : {first} , "top_p":1,"{twice}":{second}, "echo":true}}'.encode()
+    with pytest.raises(Rejection, match="400") as caught:
+        parse_request("completions", body)
+    assert caught.value.message == f"'{name}' occurs twice in the request body."
+    assert caught.value.param == name
+
+
+@given(
+    st.dictionaries(st.sampled_from(["model", "prompt", "user", "seed", "n", "stop"]), st.one_of(TEXT, st.integers())),
+    st.sampled_from([(",", ":"), (" , ", " : "), (",\n\t", ":\r\n")]),
+    st.booleans(),
+)
+def test_a_body_without_repetition_is_never_taken_for_one(
+    members: dict[str, Any], separators: tuple[str, str], ascii_only: bool
+) -> None:
+    """Whatever the spacing and escapes, members that occur once are not refused as repeated."""
+    body = json.dumps(members, separators=separators, ensure_ascii=ascii_only).encode()
+    with suppress(Rejection):
+        parse_request("completions", b" " + body + b"\n")
+        return
+    with pytest.raises(Rejection) as caught:
+        parse_request("completions", body)
+    assert "twice" not in caught.value.message
+
+
 @pytest.mark.parametrize(
-    ("name", "field", "values"),
+    ("body", "told"),
     [
-        ("model", "model", ("a", "b")),
-        ("max_tokens", "max_output", (1, 9)),
-        ("max_tokens", "max_output", (9, 1)),
-        ("max_completion_tokens", "max_output", (1, 9)),
-        ("n", "choices", (1, 9)),
-        ("n", "choices", (9, 1)),
-        ("best_of", "generated_choices", (9, 2)),
-        ("stream", "stream", (False, True)),
-        ("stream", "stream", (True, False)),
+        (b'\xef\xbb\xbf{"model":"m"}', "byte order mark"),
+        (b'{"model":"m","user":"\xff"}', "not UTF-8"),
+        (b'{"model":"m","user":"\\ud800"}', "not valid JSON"),
+        (b'{"model":"m","user":"\\udc00\\ud800"}', "not valid JSON"),
+        (b'{"model":"m","temperature":NaN}', "not valid JSON"),
+        (b'{"model":"m","temperature":-Infinity}', "not valid JSON"),
+        (b'{"model":"m","temperature":1e999}', "out of range"),
+        (b'{"model":"m","seed":' + b"9" * 5_000 + b"}", "out of range"),
+        (b'{"model":"m","n":' + b"9" * 30 + b"}", "must be from 1"),
+        (b'{"model":"m","max_tokens":1e3}', "Expected `int"),
+        (b'{"model":"m","max_tokens":true}', "Expected `int"),
+        (b'{"model":"m","user":' + b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1) + b"}", "nested deeper"),
+        (b'{"model":"m","user":' + b'{"a":' * 900 + b"1" + b"}" * 901, "nested deeper"),
+        (b'{"model":"m","user":' + b"[" * 100_000, "nested deeper"),
+        (b"null", "Expected `object`"),
+        (b"", "not valid JSON"),
+        (b'{"model":"m"}{}', "not valid JSON"),
+        (b'{"model":"m","a\x00":1}', "not valid JSON"),
     ],
 )
-def test_what_was_accounted_for_is_what_is_sent(name: str, field: str, values: tuple[Any, Any], again: str) -> None:
-    """Of a member that occurs twice, the engine sees one, with the value that was checked here."""
-    first, second = (msgspec.json.encode(value).decode() for value in values)
-    twice = again.format(name=name, code=ord(name[0]), rest=name[1:])
-    parsed = parse_request("chat", f'{{"model":"m","messages":[],"{name}":{first},"{twice}":{second}}}'.encode())
-    assert getattr(parsed, field) == values[1]
-    sent = json.loads(upstream_body(parsed, "s"), object_pairs_hook=lambda pairs: pairs)
-    assert [value for member, value in sent if member == name] == [values[1]]
+def test_what_two_readers_might_read_differently_is_refused(body: bytes, told: str) -> None:
+    """Each is a 400 that says what is wrong, and none reaches an engine."""
+    with pytest.raises(Rejection, match="400") as caught:
+        parse_request("chat", body)
+    assert told in caught.value.message
+
+
+def test_as_deep_as_the_bound_is_accepted() -> None:
+    """The bound itself is accepted, and many shallow values are not taken for deep ones."""
+    inner = MAX_DEPTH - 1
+    parse_request("chat", b'{"model":"m","user":' + b"[" * inner + b"]" * inner + b"}")
+    parse_request("chat", encoded(user=[[]] * 10 * MAX_DEPTH))
 
 
 @pytest.mark.parametrize(("first", "second"), [("a", "b" * 99), ("b" * 99, "a")])
-def test_the_prompt_that_was_measured_is_what_is_sent(first: str, second: str) -> None:
-    """Of a prompt, and of a message's content, that occur twice, the size of what the engine takes counts."""
-    parsed = parse_request("completions", f'{{"model":"m","prompt":"{first}","prompt":"{second}"}}'.encode())
-    assert parsed.prompt_bytes == len(json.loads(upstream_body(parsed, "s"))["prompt"])
+def test_the_prompt_that_was_measured_is_what_is_read(first: str, second: str) -> None:
+    """Of a message's content that occurs twice, the size of what the engine takes counts: the last."""
     message = f'{{"content":"{first}","content":"{second}"}}'
     parsed = parse_request("chat", f'{{"model":"m","messages":[{message}]}}'.encode())
-    assert parsed.prompt_bytes == len(json.loads(upstream_body(parsed, "s"))["messages"][0]["content"])
+    assert parsed.prompt_bytes == len(json.loads(upstream_body(parsed, "s", None))["messages"][0]["content"])
 
 
 @pytest.mark.parametrize(
@@ -193,14 +340,21 @@ def test_streams_always_report_usage(options: Any, shown: str) -> None:
     """The engine is asked for usage on every chunk, whatever the client asked to see."""
     parsed = parse_request("chat", encoded(messages=MESSAGES, stream=True, stream_options=options))
     assert parsed.shown_usage == shown
-    sent = json.loads(upstream_body(parsed, "s"))
+    sent = json.loads(upstream_body(parsed, "s", None))
     assert sent["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
 
 
-@given(st.binary(max_size=200))
-def test_any_bytes_are_parsed_or_refused(body: bytes) -> None:
+def test_formats_that_cannot_be_asked_for_usage_are_not() -> None:
+    """What the Responses format calls stream options says nothing of usage, and vLLM reads it nowhere."""
+    body = encoded(input="x", stream=True, stream_options={"include_obfuscation": False})
+    assert "stream_options" not in json.loads(upstream_body(parse_request("responses", body), "s", None))
+    body = encoded(messages=MESSAGES, stream=True)
+    assert "stream_options" not in json.loads(upstream_body(parse_request("messages", body), "s", None))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@given(body=st.one_of(st.binary(max_size=200), st.binary(max_size=50).map(lambda b: b'{"model":"m","user":' + b)))
+def test_any_bytes_are_parsed_or_refused(route: Route, body: bytes) -> None:
     """No input raises anything but a refusal."""
     with suppress(Rejection):
-        parse_request("chat", body)
-    with suppress(Rejection):
-        parse_request("completions", body)
+        parse_request(route, body)
