@@ -60,6 +60,7 @@ class StackSettings(msgspec.Struct, frozen=True):
 class _Ready(msgspec.Struct):
     url: str
     admin_url: str
+    admin_token_file: str
     key: str
     tier: str
 
@@ -105,7 +106,7 @@ class Stack:
         self._ports = free_ports(2 + settings.most_replicas)
         self._process: GuardedProcess | None = None
         self._session: aiohttp.ClientSession | None = None
-        self._ready = _Ready("", "", "", "")
+        self._ready = _Ready("", "", "", "", "")
         self.secrets: dict[str, str] = {}
         self.tier_of_key: dict[str, str] = {}
 
@@ -161,7 +162,8 @@ class Stack:
         """The limits in force, once they are those of that many replicas."""
 
         async def read() -> Publication:
-            publication = msgspec.json.decode(await self._get(f"{self._ready.admin_url}/limits"), type=Publication)
+            limits = await self._get(f"{self._ready.admin_url}/limits", self._admin_headers())
+            publication = msgspec.json.decode(limits, type=Publication)
             pool = publication.pool(MODEL)
             count = len(pool.replicas) if pool else 0
             if count != replicas or publication.enforce != enforce or not self._counts_keys(publication):
@@ -219,6 +221,10 @@ class Stack:
             for limit in msgspec.json.decode(body, type=_OwnLimits).limits:
                 if limit.remaining < limit.burst:
                     raise _NotYetError(f"{key} has {limit.remaining} of {limit.burst} {limit.name} left")
+
+    def _admin_headers(self) -> dict[str, str]:
+        token = Path(self._ready.admin_token_file).read_text(encoding="ascii").strip()
+        return {"Authorization": f"Bearer {token}"}
 
     async def _get(self, url: str, headers: Mapping[str, str] | None = None) -> bytes:
         if self._session is None:

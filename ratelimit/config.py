@@ -100,7 +100,8 @@ class Section(BaseModel):
 class GatewayConfig(Section):
     """The gateway's sockets and bounds. Worker i has its metrics and administration on ``admin_port`` + i.
 
-    ``redis_timeout_ms`` bounds each decision of the limiter; a slower Redis counts as away.
+    ``redis_timeout_ms`` bounds each decision of the limiter; a slower Redis counts as away. ``admin_token_file`` holds
+    what the admin ports ask for; unset, it is made once, as ``admin_token`` in ``state_dir``.
     """
 
     host: str = Field(default="127.0.0.1", min_length=1)
@@ -112,6 +113,7 @@ class GatewayConfig(Section):
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     body_timeout_s: Positive = 20
     redis_timeout_ms: float = Field(default=30, ge=1, le=60_000)
+    admin_token_file: LocalPath | None = None
 
     def admin_ports(self) -> list[int]:
         """The admin port of each worker."""

@@ -18,9 +18,12 @@ from typing import NamedTuple
 import msgspec
 from redis.asyncio import Redis
 
+from ratelimit.gateway.charges import POOL_BUCKET
 from ratelimit.keys import KeyRecord
-from ratelimit.publication import Publication
+from ratelimit.meter import Charge, Role
+from ratelimit.publication import POOL_TICK_US, Publication
 from ratelimit.statefile import StateFile, StateFileError
+from ratelimit.store import Store, StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ KEYS_KEY = "penstock:keys"
 KEYS_USED_KEY = "penstock:keys:used"
 KEYS_VERSION_KEY = "penstock:keys:version"
 CHANGED_CHANNEL = "penstock:changed"
+STORE_TIMEOUT_S = 1.0
 
 
 def published_file(state_dir: Path) -> StateFile[Publication]:
@@ -92,6 +96,20 @@ class Publisher:
         self._document = document
         self._unsaved = publication
         self.save()
+        await self._configure(publication)
+
+    async def _configure(self, publication: Publication) -> None:
+        """Tell the pools' buckets too, so that what is left of them is right before the next request comes.
+
+        Where Redis does not answer, that request tells them.
+        """
+        for pool in publication.pools:
+            rate = max(1, pool.budget_per_minute)  # a rate of 0 would make it a gauge
+            bucket = Charge(POOL_BUCKET, 0, pool.budget_burst, rate, POOL_TICK_US, Role.POOL)
+            try:
+                await Store(self._redis, pool.model, STORE_TIMEOUT_S).configure([bucket], publication.epoch)
+            except StoreUnavailableError as error:
+                log.warning("the pool of %s takes up its limits with its next request: %s", pool.model, error)
 
     def save(self) -> None:
         """Write to disk what is not there yet; a failure is logged once, and the next call tries again."""

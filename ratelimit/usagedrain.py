@@ -9,8 +9,8 @@ order, so what is on disk of it is always its beginning:
   the stream and whose clock is behind) is looked up in the files by its id and its request's. Where the last record of
   a batch is not there, nothing after it is.
 
-A stream keeps some ``MOST_KEPT`` entries: when nobody has drained for long, the oldest ones beyond them are dropped
-rather than Redis filled. That is said in the log.
+A stream keeps some ``MOST_USAGE_RECORDS`` entries: when nobody has drained for long, the oldest ones beyond them are
+dropped rather than Redis filled. That is said in the log.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from ratelimit.statefile import StateFileError
-from ratelimit.store import KEY_VERSION
+from ratelimit.store import KEY_VERSION, MOST_USAGE_RECORDS
 from ratelimit.usage import EntryId, LedgerLine, ledger_line
 from ratelimit.usagefiles import Unreadable, UsageFiles
 
@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 DRAIN_INTERVAL_S = 1.0
 #: Entries read, written and trimmed at a time.
 BATCH = 1000
-#: What a stream keeps, about. One that is as long as this, less a batch, may have dropped entries.
-MOST_KEPT = 1_000_000
 REDIS_TIMEOUT_S = 5.0
 #: For what was settled last, when the controller ends.
 LAST_ROUND_S = 3.0
@@ -129,7 +127,7 @@ class UsageDrain:
         return {EntryId.parse(entry.decode()): fields for entry, fields in found}
 
     def _note_length(self, cell: str, length: int) -> None:
-        if length < MOST_KEPT - BATCH:
+        if length < MOST_USAGE_RECORDS - BATCH:  # it may have been full before the last batch was trimmed
             self._full.discard(cell)
         elif cell not in self._full:
             self._full.add(cell)

@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 from redis.exceptions import RedisError
 
+from ratelimit.admintoken import AdminTokenError, admin_token
 from ratelimit.cli.common import DEFAULT_CONFIG, ConfigOption, failing_clearly, log_to_stderr, read_config
 from ratelimit.config import Config
 from ratelimit.controller import Controller
 from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.gateway.server import GatewayStartError, run_gateway
+from ratelimit.housekeeping import housekeeping
 from ratelimit.publisher import Publisher
-from ratelimit.reaper import Reaper
 from ratelimit.statefile import StateFileError
 from ratelimit.supervisor.gateways import gateway_settings
 from ratelimit.supervisor.tasks import background, until_stopped
@@ -35,7 +36,9 @@ def gateway(
     """Run one gateway worker until SIGTERM; open streams are let finish."""
     log_to_stderr()
     settings = read_config(config)
-    workers = gateway_settings(settings.gateway, _redis_url(settings, redis))
+    with failing_clearly(AdminTokenError, StateFileError):
+        token = admin_token(settings.state_dir, settings.gateway.admin_token_file)
+    workers = gateway_settings(settings.gateway, _redis_url(settings, redis), token)
     if worker >= len(workers):
         raise typer.BadParameter(f"the config has {len(workers)} worker(s), numbered from 0")
     with failing_clearly(GatewayStartError):
@@ -58,8 +61,7 @@ async def _control(watch: ConfigWatch, redis_url: str) -> None:
     async with contextlib.aclosing(redis), probe_session() as session:
         publisher = Publisher(redis, watch.config.state_dir)
         running = Controller(watch.config, lambda changed: Fleet(session, changed), publisher)
-        reaper = Reaper(redis, lambda: [pool.model for pool in watch.config.pools])
-        async with background(running.run(), reaper.run(), follow(watch, running.adopt)) as tasks:
+        async with background(running.run(), follow(watch, running.adopt), *housekeeping(redis, watch)) as tasks:
             await until_stopped(tasks, stop)
 
 

@@ -47,7 +47,7 @@ def _say_json(stack: Ready) -> None:
 def _say(stack: Ready) -> None:
     lines = [
         f"gateway   {stack.url}/v1",
-        f"admin     {stack.admin_url}/metrics",
+        f"admin     {stack.admin_url}/metrics  (its token is in {stack.admin_token_file})",
         *(f"replica   {replica['url']}  {replica['gpu']}" for replica in stack.replicas),
         f"demo key  {stack.key}  (tier {stack.tier}, valid for a day)",
         "",

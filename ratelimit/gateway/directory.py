@@ -17,11 +17,12 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from ratelimit.gateway.charges import charges_for
+from ratelimit.gateway.charges import check_countable
 from ratelimit.gateway.errors import model_not_found, reduced_capacity, unauthorized
-from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.metrics import GatewayMetrics
-from ratelimit.gateway.terms import Terms, terms_by_tier
+from ratelimit.gateway.presence import Presence
+from ratelimit.gateway.settings import new_gateway_id
+from ratelimit.gateway.terms import Terms, TermsBook
 from ratelimit.keys import KeyRecord, find, status
 from ratelimit.publication import Publication
 from ratelimit.publisher import CHANGED_CHANNEL, KEYS_KEY, PUBLICATION_KEY
@@ -32,16 +33,19 @@ _RETRY_WHILE_EMPTY_US = 1_000_000
 
 
 class Directory:
-    """The publication and the keys in force."""
+    """The publication and the keys in force; ``presence`` is told which keys are used."""
 
-    def __init__(self, redis: Redis, metrics: GatewayMetrics, poll_interval_s: float = 1.0) -> None:
+    def __init__(
+        self, redis: Redis, metrics: GatewayMetrics, poll_interval_s: float = 1.0, presence: Presence | None = None
+    ) -> None:
+        self.presence = presence or Presence(redis, new_gateway_id(), metrics)
         self._redis = redis
         self._metrics = metrics
         self._poll_interval_s = poll_interval_s
         self._document: bytes | None = None
         self._key_documents: Mapping[bytes, bytes] = {}
         self._keys: dict[str, KeyRecord] = {}
-        self._terms: dict[tuple[str, str], Terms] = {}
+        self._terms: TermsBook | None = None
         self._changed = asyncio.Event()
         self._failed: set[str] = set()
         self.publication: Publication | None = None
@@ -51,32 +55,37 @@ class Directory:
         """Whether a publication has been read."""
         return self.publication is not None
 
-    def authenticate(self, authorization: bytes | None) -> KeyRecord:
-        """The active key of an ``Authorization: Bearer`` header; raises ``Rejection`` (401)."""
-        if authorization is None or authorization[:7].lower() != b"bearer ":
-            raise unauthorized()
-        record = find(self._keys, authorization[7:].strip().decode("latin-1"))
+    def records(self) -> tuple[KeyRecord, ...]:
+        """Every secret of every key that is known, whatever its status."""
+        return tuple(self._keys.values())
+
+    def authenticate(self, secret: str | None) -> KeyRecord:
+        """The active key of a secret as it was presented; raises ``Rejection`` (401), the same for every reason."""
+        record = None if secret is None else find(self._keys, secret)
         if record is None or status(record, time()) != "active":
             raise unauthorized()
+        self.presence.note_use(record.id)
         return record
 
     def terms(self, record: KeyRecord, model: str) -> Terms:
         """The terms for a key and a model; raises ``Rejection`` (404, or 503 before the first publication)."""
-        if self.publication is None:
+        if self.publication is None or self._terms is None:
             raise reduced_capacity("The gateway has not read the limits yet.", _RETRY_WHILE_EMPTY_US, "publication")
-        terms = self._terms.get((record.tier, model))
+        terms = self._terms.find(record.id, record.org, record.tier, model)
         if terms is None or not self.publication.allows(record.org, model):
             raise model_not_found(model)
         return terms
 
+    def every_tier(self) -> list[Terms]:
+        """The terms of each tier for each model; without those of the rules that name orgs or keys."""
+        return [] if self._terms is None else list(self._terms.each_tier().values())
+
     def models(self, record: KeyRecord) -> list[str]:
         """The models that a key may use."""
-        published = self.publication
-        return sorted(
-            model
-            for tier, model in self._terms
-            if tier == record.tier and published is not None and published.allows(record.org, model)
-        )
+        published, terms = self.publication, self._terms
+        if published is None or terms is None:
+            return []
+        return [model for model in terms.models(record.tier) if published.allows(record.org, model)]
 
     async def refresh(self) -> None:
         """Read both documents, and swap in what changed. Raises ``RedisError``."""
@@ -100,10 +109,8 @@ class Directory:
 
     def _swap_publication(self, document: bytes) -> None:
         publication = msgspec.json.decode(document, type=Publication)
-        by_tier = terms_by_tier(publication)
-        for terms in by_tier.values():
-            charges_for("any", terms, Usage(0, 0), 0)  # limits that cannot be counted are found here, not by a caller
-        self._terms = by_tier
+        check_countable(publication)
+        self._terms = TermsBook(publication)
         self.publication = publication
         self._metrics.published(publication)
 
@@ -134,6 +141,7 @@ class Directory:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._listen())
             tasks.create_task(self._poll())
+            tasks.create_task(self.presence.run())
 
     async def _poll(self) -> None:
         while True:

@@ -7,7 +7,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import uvicorn
 import uvloop
@@ -23,6 +23,7 @@ from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.proxy import Proxy
 from ratelimit.gateway.settings import SETTLE_DRAIN_S, GatewaySettings
 from ratelimit.gateway.upstream import AiohttpUpstream
+from ratelimit.keyuse import read_uses
 from ratelimit.store import Store
 
 _BACKLOG = 2048
@@ -115,7 +116,8 @@ async def _wired(settings: GatewaySettings, redis: Redis) -> AsyncIterator[tuple
         await directory.refresh()
         following = asyncio.create_task(directory.run())
         try:
-            yield DataApp(proxy, directory, limiter_for), admin_app(directory, metrics)
+            admin = admin_app(directory, metrics, settings.admin_token, partial(read_uses, redis))
+            yield DataApp(proxy, directory, limiter_for), admin
             await ledger.drain(SETTLE_DRAIN_S)
         finally:
             following.cancel()

@@ -1,7 +1,8 @@
 """The gateway workers of one machine: one process each, restarted when one exits.
 
-A worker is told its settings when the stack starts, and the same ones when it is restarted: what the config file says
-by then may be wrong, or not taken up. They go by the environment, since command lines can be read by every user.
+A worker is told its settings when the stack starts, and the same ones when it is restarted, but for its id: what the
+config file says by then may be wrong, or not taken up. They go by the environment, since command lines can be read by
+every user.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import aiohttp
 import msgspec
 
 from ratelimit.config import GatewayConfig
-from ratelimit.gateway.settings import SETTINGS_VARIABLE, SETTLE_DRAIN_S, GatewaySettings
+from ratelimit.gateway.settings import SETTINGS_VARIABLE, SETTLE_DRAIN_S, GatewaySettings, new_gateway_id
 from ratelimit.supervisor.backoff import Backoff
 from serving.engine.guard import GuardedProcess
 
@@ -31,7 +32,7 @@ READY_TIMEOUT_S = 30.0
 EXIT_ALLOWANCE_S = 2.0
 
 
-def gateway_settings(config: GatewayConfig, redis_url: str) -> list[GatewaySettings]:
+def gateway_settings(config: GatewayConfig, redis_url: str, admin_token: str) -> list[GatewaySettings]:
     """What each worker of a config is told to do."""
     return [
         GatewaySettings(
@@ -42,6 +43,8 @@ def gateway_settings(config: GatewayConfig, redis_url: str) -> list[GatewaySetti
             request_timeout_s=config.request_timeout_s,
             max_body_bytes=config.max_body_bytes,
             body_timeout_s=config.body_timeout_s,
+            store_timeout_s=config.redis_timeout_ms / 1000,
+            admin_token=admin_token,
         )
         for admin_port in config.admin_ports()
     ]
@@ -118,7 +121,8 @@ class GatewayWorkers:
 
     def _start(self, index: int) -> None:
         argv = [sys.executable, "-m", "ratelimit.gateway"]
-        env = os.environ | {SETTINGS_VARIABLE: msgspec.json.encode(self._settings[index]).decode()}
+        settings = msgspec.structs.replace(self._settings[index], gateway_id=new_gateway_id())
+        env = os.environ | {SETTINGS_VARIABLE: msgspec.json.encode(settings).decode()}
         self._exited.discard(index)
         self._backoffs[index].started(monotonic())
         self._workers[index] = GuardedProcess.start(argv, log_path=self._log_dir / f"gateway-{index}.log", env=env)

@@ -14,12 +14,13 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from ratelimit.admintoken import AdminTokenError, admin_token, token_file
 from ratelimit.config import Config, EngineConfig, PoolConfig
 from ratelimit.controller import Controller
 from ratelimit.embedded_redis import EmbeddedRedisError, connect
+from ratelimit.housekeeping import housekeeping
 from ratelimit.keys import KeyFile
 from ratelimit.publisher import Publisher
-from ratelimit.reaper import Reaper
 from ratelimit.statefile import StateFileError
 from ratelimit.supervisor.departures import Departures
 from ratelimit.supervisor.engines import EngineKeeper
@@ -48,6 +49,7 @@ START_ERRORS = (
     GuardError,
     ProfileError,
     StateFileError,
+    AdminTokenError,
     RedisError,
     OSError,
 )
@@ -58,6 +60,7 @@ class Ready(msgspec.Struct, frozen=True):
 
     url: str
     admin_url: str
+    admin_token_file: str
     key: str
     tier: str
     redis: str
@@ -135,6 +138,7 @@ class _Starting:
                 Ready(
                     url=gateways.url,
                     admin_url=gateways.admin_url,
+                    admin_token_file=str(token_file(config.state_dir, config.gateway.admin_token_file)),
                     key=secret,
                     tier=tier,
                     redis=redis_url,
@@ -184,16 +188,19 @@ class _Starting:
             controller.adopt(config)
             departures.add(engines.want(specs))
 
-        reaper = Reaper(redis, lambda: [pool.model for pool in self._watch.config.pools])
-        await self._beside(controller.run(), reaper.run(), departures.run(), follow(self._watch, adopt))
+        await self._beside(
+            controller.run(), departures.run(), follow(self._watch, adopt), *housekeeping(redis, self._watch)
+        )
         await or_stop(_first_limits(controller, self._config), self._stop, self._tasks)
         return controller
 
     async def _start_gateways(self, redis_url: str) -> GatewayWorkers:
         self._progress("starting the gateway")
-        settings = gateway_settings(self._config.gateway, redis_url)
+        config = self._config
+        token = admin_token(config.state_dir, config.gateway.admin_token_file)
+        settings = gateway_settings(config.gateway, redis_url, token)
         workers = [msgspec.structs.replace(worker, drain_s=DRAIN_S) for worker in settings]
-        gateways = GatewayWorkers(workers, self._config.state_dir / "logs")
+        gateways = GatewayWorkers(workers, config.state_dir / "logs")
         self._stack.push_async_callback(gateways.stop)
         gateways.start()
         await or_stop(gateways.wait_ready(), self._stop, self._tasks)

@@ -47,7 +47,8 @@ async def burst_of_calls(url: str, key: str) -> list[tuple[int, int]]:
 def worker_metrics(stack: Stack) -> list[str]:
     """The exposition of each of the two gateways."""
     host, port = stack.admin_url.rsplit(":", 1)
-    return [httpx.get(f"{host}:{int(port) + worker}/metrics", timeout=10).text for worker in range(2)]
+    urls = [f"{host}:{int(port) + worker}/metrics" for worker in range(2)]
+    return [httpx.get(url, headers=stack.admin_headers(), timeout=10).text for url in urls]
 
 
 def generated_by_engines(stack: Stack) -> float:

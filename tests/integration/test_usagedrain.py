@@ -181,7 +181,7 @@ async def test_a_full_stream_is_told_once(
     redis_client: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where records may have been dropped unseen, the log says so."""
-    monkeypatch.setattr(usagedrain, "MOST_KEPT", usagedrain.BATCH + 2)
+    monkeypatch.setattr(usagedrain, "MOST_USAGE_RECORDS", usagedrain.BATCH + 2)
     drainer = drain(redis_client, tmp_path)
     await settle(redis_client, "a")
     await drainer.round()

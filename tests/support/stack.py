@@ -118,9 +118,14 @@ class Stack:
         """The key's own limits by name."""
         return {limit["name"]: limit for limit in self.get("/v1/limits", key).json()["limits"]}
 
+    def admin_headers(self) -> dict[str, str]:
+        """What the admin port asks for."""
+        token = Path(self.ready["admin_token_file"]).read_text().strip()
+        return {"authorization": f"Bearer {token}"}
+
     def publication(self) -> Any:
         """The limits in force."""
-        return httpx.get(self.admin_url + "/limits", timeout=10).json()
+        return httpx.get(self.admin_url + "/limits", headers=self.admin_headers(), timeout=10).json()
 
     def tier(self, name: str) -> Any:
         """What is published of one tier."""

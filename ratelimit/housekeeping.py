@@ -1,0 +1,26 @@
+"""What runs beside the controller, where the state folder is: ended leases, usage records, the last uses of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+
+from redis.asyncio import Redis
+
+from ratelimit.keyuse import KeyUseCopier
+from ratelimit.reaper import Reaper
+from ratelimit.usagedrain import UsageDrain
+from ratelimit.watch import ConfigWatch
+
+
+def housekeeping(redis: Redis, watch: ConfigWatch) -> tuple[Coroutine[None, None, None], ...]:
+    """Each to be run until cancelled; all outlive a Redis that is away."""
+    state_dir = watch.config.state_dir
+
+    def models() -> list[str]:
+        return [pool.model for pool in watch.config.pools]
+
+    return (
+        Reaper(redis, models).run(),
+        UsageDrain(redis, models, state_dir).run(),
+        KeyUseCopier(redis, state_dir).run(),
+    )
