@@ -46,7 +46,7 @@ from ratelimit.gateway.formats.answers import answer_outcome
 from ratelimit.gateway.formats.streams import AnswerStream, answer_stream, stream_error
 from ratelimit.gateway.forward import Call, Forwarder
 from ratelimit.gateway.headers import anthropic_limit_headers, rfc3339
-from ratelimit.gateway.hold import Usage, estimate
+from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.settings import GatewaySettings
 from ratelimit.gateway.terms import Terms
@@ -143,11 +143,11 @@ class Proxy:
         del body  # here and below: a large request is not kept while its answer comes
         terms = self._directory.terms(record, request.model)
         exchange.model = terms.pool.model
-        held = _NO_TOKENS if exchange.route == "count_tokens" else estimate(request, terms.pool)
+        held = _NO_TOKENS if exchange.route == "count_tokens" else self._ledger.held(record, terms, request)
         if not terms.groups:
             raise reduced_capacity("No replica serves this model at the moment.", _STORE_RETRY_US, "replicas")
-        limiter = self._limiter_for(terms.pool.model) if terms.enforce else None
-        account = Account(self._ledger, limiter, exchange.reservation_id, record, terms, request, held)
+        limiter, client = self._limiter_for(terms.pool.model), exchange.scope.get("client")
+        account = Account(self._ledger, limiter, exchange.reservation_id, record, terms, request, held, client)
         async with ClientWatch(receive) as watch:
             admitted = await self._admit(exchange, account, record, terms)
             self._metrics.added_latency_of(terms.pool.model).observe(perf_counter() - received)
@@ -281,7 +281,7 @@ class Proxy:
             log.warning("request %s: cannot read the stream: %r", exchange.reservation_id, error)
             broken = "garbled"
         finally:
-            account.settle_used(_usage_of(stream), stream.ended)
+            account.settle_used(_usage_of(stream), stream.ended, stream.complete)
             call.close()  # before anything that waits for the client
         watch.stop()
         last = self._ending(exchange, stream, broken)

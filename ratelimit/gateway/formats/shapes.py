@@ -156,9 +156,12 @@ class ResponsesBody(Body):
             raise invalid_request(told, "previous_response_id")
 
 
-class CountTokensBody(Body):
-    """``/v1/messages/count_tokens``."""
+class MessagesBody(Body):
+    """``/v1/messages``."""
 
+    maxima = ("max_tokens",)
+
+    max_tokens: int | None = None
     messages: list[_Message] = []
     system: msgspec.Raw = _RAW_NULL
     tools: msgspec.Raw = _RAW_NULL
@@ -171,12 +174,12 @@ class CountTokensBody(Body):
         return Prompt(told + beside, messages=len(self.messages) + (bytes(self.system) != _NULL))
 
 
-class MessagesBody(CountTokensBody):
-    """``/v1/messages``."""
+class CountTokensBody(Body):
+    """``/v1/messages/count_tokens``: its prompt is counted, and nothing is generated from it."""
 
-    maxima = ("max_tokens",)
-
-    max_tokens: int | None = None
+    def prompt_shape(self) -> Prompt:
+        """None that takes tokens."""
+        return Prompt(0)
 
 
 def text_bytes(value: msgspec.Raw) -> int:
