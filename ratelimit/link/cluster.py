@@ -1,8 +1,8 @@
 """A link to a Redis Cluster: each command goes to the node that serves its key's slot.
 
-The map of slots is asked for at the first command, and again when a node redirects us or cannot be reached. A command
-is sent again only where a node refused to run it, never where a connection broke. While a slot is being moved, a
-script over keys of which some exist and some do not is refused by both nodes (TRYAGAIN) until the move is over.
+The map of slots is asked for at the first command, and again when a node redirects us or cannot be reached, or when it
+is old. A command is sent again only where a node refused to run it, never where a connection broke. While a slot is
+being moved, a script over keys of which some exist and some do not is refused (TRYAGAIN) until the move is over.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ MOST_ATTEMPTS: Final = 6
 FIRST_PAUSE_S: Final = 0.002
 #: The map is not asked for more often than this.
 REFRESH_EVERY_S: Final = 0.1
+#: A map this old is asked for anew, so that replicas that joined are known when their primary dies.
+MAP_LASTS_S: Final = 30.0
 ASKING: Final[Command] = ("ASKING",)
 
 
@@ -51,9 +53,11 @@ class SlotMap:
 class ClusterLink:
     """A link to each node of a cluster that is needed."""
 
-    def __init__(self, urls: NodeUrls, connect_timeout_s: float) -> None:
+    def __init__(self, urls: NodeUrls, connect_timeout_s: float, map_lasts_s: float = MAP_LASTS_S) -> None:
         self._urls = urls
         self._connect_timeout_s = connect_timeout_s
+        self._map_lasts_s = map_lasts_s
+        self._map_until_s = 0.0
         self._links: dict[Address, Link] = {}
         self._map: SlotMap | None = None
         self._refreshing: asyncio.Task[None] | None = None
@@ -109,10 +113,10 @@ class ClusterLink:
 
     async def _owner(self, slot: int) -> Address:
         """The node that serves ``slot``, as far as we know. Raises ConnectionError and ClusterDownError."""
-        if self._map is None:
+        if asyncio.get_running_loop().time() >= self._map_until_s:
             self._refresh()
-            if self._refreshing is not None:
-                await asyncio.wait((self._refreshing,))
+        if self._map is None and self._refreshing is not None:
+            await asyncio.wait((self._refreshing,))
         if self._map is None:
             raise RedisConnectionError(f"no node of the Redis Cluster tells its slots: {self._failure}")
         owner = self._map.owners[slot]
@@ -158,6 +162,7 @@ class ClusterLink:
             self._failure = f"{address}: {error or 'no answer'}"
             return False
         self._map = SlotMap.read(reply, address)
+        self._map_until_s = asyncio.get_running_loop().time() + self._map_lasts_s
         return True
 
     async def _drop_links(self) -> None:

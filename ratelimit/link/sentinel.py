@@ -34,7 +34,7 @@ class SentinelLink(Link):
                 return parse_endpoint(self._urls.at(await self._ask(address), self._db))
             except (RedisError, TimeoutError) as error:
                 failures.append(f"{address}: {error or 'no answer'}")
-        raise RedisConnectionError(f"no sentinel names the master of {self._service}: {'; '.join(failures)}")
+        raise RedisConnectionError(f"no sentinel names it ({'; '.join(failures)})")
 
     async def _ask(self, sentinel: Address) -> Address:
         """Whom one sentinel holds for the master; each gets its share of the time for connecting."""

@@ -41,12 +41,14 @@ def valkey_server_executable() -> str:
 class Server:
     """A server in a folder of its own, on a Unix socket or, for ``port``, on 127.0.0.1. Ends with its block."""
 
-    def __init__(self, executable: str, settings: Sequence[str] = (), port: int = 0) -> None:
+    def __init__(self, executable: str, settings: Sequence[str] = (), port: int = 0, config: str = "") -> None:
         self.port = port
         self._executable = executable
         self._settings = settings
         self._folder = tempfile.TemporaryDirectory(prefix="pn-test-")
         self._socket = Path(self._folder.name) / "redis.sock"
+        self._config = Path(self._folder.name) / "server.conf"
+        self._config.write_text(config, "utf-8")
         self.url = f"redis://127.0.0.1:{port}" if port else f"unix://{self._socket}"
 
     def __enter__(self) -> Server:
@@ -66,7 +68,7 @@ class Server:
     def start(self) -> None:
         """Start it, anew after it was killed, and wait until it answers; it keeps nothing over a restart."""
         where = ["--port", str(self.port)] if self.port else ["--port", "0", "--unixsocket", str(self._socket)]
-        argv = [self._executable, *where, "--dir", self._folder.name, "--save", "", *self._settings]
+        argv = [self._executable, str(self._config), *where, "--dir", self._folder.name, "--save", "", *self._settings]
         self._process = GuardedProcess.start(argv, log_path=Path(self._folder.name) / "server.log")
         eventually(self._answers, START_TIMEOUT_S, f"an answer of {argv[0]}")
 

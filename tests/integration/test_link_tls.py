@@ -1,0 +1,77 @@
+"""A link over TLS: real Redis behind a listener that speaks TLS for it, since the test servers are built without."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import ssl
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from ratelimit.link import Link
+
+CONNECT_S = 10.0
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with cert.pem, which signs itself for localhost, and its key.pem."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl to make a certificate with")
+    folder = tmp_path_factory.mktemp("tls")
+    made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
+    argv = [openssl, *made.split(), "-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run(argv, cwd=folder, check=True, capture_output=True, timeout=30)
+    return folder
+
+
+@asynccontextmanager
+async def tls_in_front_of(socket: str, certificate: Path) -> AsyncIterator[int]:
+    """The port of 127.0.0.1 at which the server on this Unix socket is reached over TLS."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind, ahead = await asyncio.open_unix_connection(socket)
+        await asyncio.gather(copy(reader, ahead), copy(behind, writer), return_exceptions=True)
+        writer.close()
+        ahead.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def test_a_certificate_that_the_url_trusts_is_accepted(redis_url: str, certificate: Path) -> None:
+    """With the authority named in the URL, many commands of all sizes pass over TLS."""
+    async with tls_in_front_of(redis_url.removeprefix("unix://"), certificate) as port:
+        url = f"rediss://localhost:{port}/0?ssl_ca_certs={certificate / 'cert.pem'}"
+        async with aclosing(Link(url, CONNECT_S)) as link:
+            sent = ["x" * (number * 97 % 5_000) for number in range(300)]
+            replies = await asyncio.gather(*(link.command("k", "ECHO", text) for text in sent))
+            assert [reply.decode() for reply in replies] == sent
+
+
+@pytest.mark.parametrize(("host", "trusted"), [("localhost", False), ("127.0.0.1", True)])
+async def test_a_certificate_that_proves_nothing_is_refused(
+    redis_url: str, certificate: Path, host: str, trusted: bool
+) -> None:
+    """An unknown authority, and a certificate for another host name, are refused before any password is sent."""
+    async with tls_in_front_of(redis_url.removeprefix("unix://"), certificate) as port:
+        options = f"?ssl_ca_certs={certificate / 'cert.pem'}" if trusted else ""
+        async with aclosing(Link(f"rediss://:secret@{host}:{port}/0{options}", CONNECT_S)) as link:
+            with pytest.raises(RedisConnectionError, match="certificate verify failed") as caught:
+                await link.command("k", "PING")
+    assert "secret" not in str(caught.value)
