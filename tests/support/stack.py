@@ -24,7 +24,7 @@ MODEL = "llama-3.1-8b"
 CONFIG = """\
 state_dir: state
 redis: embedded
-gateway: {{port: {port}, admin_port: {admin_port}, workers: {workers}}}
+gateway: {{port: {port}, admin_port: {admin_port}, workers: {workers}, redis_timeout_ms: 5000}}
 pools:
   - model: llama-3.1-8b
     slo: {{ttft_ms: 1000, tpot_ms: 50}}
@@ -35,8 +35,8 @@ pools:
     engines: [{{device: virtual, profile: h100-llama-3.1-8b, count: {count}, slowdown: 2, port: {engine_port}}}]
 tiers:
   - {{name: pro, share: 0.6, ceiling: 1.0, priority: 0, burst_s: 5}}
-  - {{name: free, share: 0.2, ceiling: 0.5, priority: 1, burst_s: 5}}
-  - {{name: tiny, share: 0.004, ceiling: 0.1, priority: 2, burst_s: 5}}
+  - {{name: free, share: 0.2, priority: 1, burst_s: 5}}
+  - {{name: tiny, share: 0.004, ceiling: 0.004, holds: maximum, priority: 2, burst_s: 5}}
 orgs:
   - {{name: acme}}
 """
