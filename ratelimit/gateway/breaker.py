@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from secrets import token_hex
 from typing import Protocol, TypeVar
@@ -21,6 +21,8 @@ from ratelimit.store import StoreUnavailableError
 log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 0.25
+#: What a call that no request waits for may take, unless an admission may take longer.
+BACKGROUND_TIMEOUT_S = 1.0
 #: Passes of the event loop between the end of a timeout and its judgement: one reads the socket, one hands the answer
 #: to its reader, one lets the reader parse it.
 _PASSES = 3
@@ -148,6 +150,29 @@ class GuardedStore:
                 self._back.set()
         self._metrics.store_away.labels(self._cell).set(0)
         log.warning("Redis is back for %s after %.1f s", self._cell, loop.time() - since)
+
+
+class GuardedStores:
+    """The guarded stores of all cells, by model; ``open_store`` makes the store of one."""
+
+    def __init__(self, open_store: Callable[[str], CellStore], timeout_s: float, metrics: GatewayMetrics) -> None:
+        self._open_store = open_store
+        self._timeout_s = timeout_s
+        self._metrics = metrics
+        self._stores: dict[str, GuardedStore] = {}
+
+    def __call__(self, model: str) -> GuardedStore:
+        """The store of a published model's cell."""
+        store = self._stores.get(model)
+        if store is None:
+            store = GuardedStore(self._open_store(model), model, self._timeout_s, self._metrics)
+            self._stores[model] = store
+        return store
+
+    async def aclose(self) -> None:
+        """End what probes; the stores' clients stay their owner's."""
+        for store in self._stores.values():
+            await store.aclose()
 
 
 class _Patience:

@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import msgspec
+
 from ratelimit.gateway.headers import Room
 from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.terms import Terms
+from ratelimit.limitrules import rules_for
 from ratelimit.meter import GAUGE, Admitted, Charge, Denied, Role
-from ratelimit.publication import Limit
+from ratelimit.publication import POOL_TICK_US, Limit, Publication, PublishedPool
 
 POOL_BUCKET = "pool:work"
-#: The pool's level is kept in milliseconds, a key's in microseconds: see ``meter``.
-POOL_TICK_US = 1_000
 WINDOW_S = {"minute": 0, "5h": 5 * 3_600, "week": 7 * 86_400}
 _CEILING = ".ceiling"
 _SCOPES = {"key": "k", "org": "o", "tier": "t", "model": "m"}
@@ -95,17 +96,22 @@ def _unused(key_id: str, terms: Terms) -> tuple[Charge, ...]:
     names = {"key": key_id, "org": terms.org, "tier": terms.tier, "model": terms.pool.model}
     limits = [_limit_charge(limit, names[limit.per]) for limit in terms.limits]
     ceilings = [_ceiling_charge(limit, names[limit.per]) for limit in terms.limits if limit.ceiling_per_minute]
-    pool, borrows = terms.pool, bool(ceilings) or not terms.assured
-    work = Charge(
-        POOL_BUCKET,
-        0,
-        pool.budget_burst,
-        max(1, pool.budget_per_minute),  # a rate of 0 would make it a gauge
-        POOL_TICK_US,
-        Role.POOL if borrows else Role.COUNTED,
-        borrow_up_to=terms.borrow_up_to,
-    )
-    return (*limits, *ceilings, work)
+    role = Role.POOL if ceilings or not terms.assured else Role.COUNTED
+    return (*limits, *ceilings, _work_charge(terms.pool, role, terms.borrow_up_to))
+
+
+def check_countable(publication: Publication) -> None:
+    """Raises ``ValueError`` for a limit or a budget that the meter could not count exactly."""
+    everybodys = [msgspec.structs.replace(r, tiers=None, orgs=None, models=None, keys=None) for r in publication.rules]
+    ruled = [limit for rule in everybodys for limit in rules_for((rule,), "", "", "", "")]
+    for limit in (*(limit for tier in publication.tiers for limit in tier.limits), *ruled):
+        _limit_charge(limit, "any")
+        if limit.ceiling_per_minute:
+            _ceiling_charge(limit, "any")
+    for pool in publication.pools:
+        _work_charge(pool, Role.COUNTED, 0)
+    for tier in publication.tiers:
+        Charge(POOL_BUCKET, 0, 1, 1, role=Role.POOL, borrow_up_to=tier.borrow_up_to)
 
 
 def _bucket(limit: Limit, name: str) -> str:
@@ -125,15 +131,25 @@ def _ceiling_charge(limit: Limit, name: str) -> Charge:
     return Charge(bucket, 0, limit.ceiling_burst, limit.ceiling_per_minute, role=Role.CEILING)
 
 
+def _work_charge(pool: PublishedPool, role: Role, borrow_up_to: int) -> Charge:
+    rate = max(1, pool.budget_per_minute)  # a rate of 0 would make it a gauge
+    return Charge(POOL_BUCKET, 0, pool.budget_burst, rate, POOL_TICK_US, role, borrow_up_to=borrow_up_to)
+
+
 def rooms(terms: Terms, answer: Admitted | Denied) -> tuple[Room, ...]:
     """What is left of each of the caller's limits, by the store's answer; ceilings and the pool are not told."""
     told = zip(terms.limits, answer.remaining, answer.reset_us, strict=False)
     return tuple(Room(limit, remaining, reset_us) for limit, remaining, reset_us in told)
 
 
+def without_ceiling(bucket: str) -> str:
+    """The bucket of the limit that this is a ceiling of; any other is left as it is."""
+    return bucket.removesuffix(_CEILING)
+
+
 def limit_of(terms: Terms, bucket: str) -> Limit | None:
     """The limit whose bucket, or whose ceiling's, this is; None for the pool's."""
-    scope, _, meter = bucket.removesuffix(_CEILING).rpartition(":")
+    scope, _, meter = without_ceiling(bucket).rpartition(":")
     return next(
         (limit for limit in terms.limits if meter_of(limit) == meter and scope[:2] == _SCOPES[limit.per] + ":"), None
     )

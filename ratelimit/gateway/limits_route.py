@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from time import time
 from typing import Any
 
-from ratelimit.gateway.charges import charges_for
+from ratelimit.gateway.charges import charges_for, without_ceiling
 from ratelimit.gateway.directory import Directory
 from ratelimit.gateway.errors import model_not_found
+from ratelimit.gateway.headers import rfc3339
 from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.terms import Terms
 from ratelimit.keys import KeyRecord
 from ratelimit.meter import Charge, Reading
+from ratelimit.publication import Limit
 
 _UNITS = {
     "requests": "requests",
@@ -31,26 +34,51 @@ def terms_asked(directory: Directory, record: KeyRecord, model: str | None) -> T
 
 
 def key_charges(record: KeyRecord, terms: Terms) -> tuple[Charge, ...]:
-    """The key's buckets, to be read; without the pool's."""
+    """The caller's buckets, to be read: its limits, then their ceilings; without the pool's."""
     return charges_for(record.id, terms, Usage(0, 0), 0)[:-1]
 
 
 def limits_body(record: KeyRecord, terms: Terms, readings: Sequence[Reading]) -> dict[str, Any]:
-    """Each limit with what is left of it, in the order published."""
+    """Each limit with what is left of it, in the order published.
+
+    ``colour`` is what a request would be now, where there is room for it: green within what is assured, else borrowing.
+    """
+    now_s = time()
+    ceilings = {without_ceiling(reading.bucket): reading for reading in readings[len(terms.limits) :]}
+    told = list(zip(terms.limits, readings, strict=False))
+    assured = [reading for limit, reading in told if limit.ceiling_per_minute]
+    green = terms.assured and all(reading.remaining > 0 for reading in assured)
     return {
         "tier": record.tier,
+        "org": record.org,
         "epoch": terms.epoch,
         "model": terms.pool.model,
-        "limits": [
-            {
-                "name": limit.name,
-                "unit": _UNITS[limit.name],
-                "per_minute": limit.per_minute,
-                "burst": limit.burst,
-                "remaining": reading.remaining,
-                "reset_s": reading.reset_us / 1e6,
-                "explanation": limit.explanation,
-            }
-            for limit, reading in zip(terms.limits, readings, strict=True)
-        ],
+        "enforced": terms.enforce and not terms.shadow,
+        "colour": "green" if green else "borrowing",
+        "limits": [_limit(limit, reading, ceilings, now_s) for limit, reading in told],
     }
+
+
+def _limit(limit: Limit, reading: Reading, ceilings: Mapping[str, Reading], now_s: float) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "name": limit.name,
+        "unit": _UNITS[limit.name],
+        "per": limit.per,
+        "window": limit.window,
+        "per_minute": limit.per_minute,
+        "burst": limit.burst,
+        "remaining": reading.remaining,
+        "reset_s": reading.reset_us / 1e6,
+        "explanation": limit.explanation,
+    }
+    if limit.window != "minute":
+        told["reset_at"] = rfc3339(now_s, reading.reset_us) if reading.reset_us else None
+    ceiling = ceilings.get(reading.bucket)
+    if ceiling is not None:
+        told["ceiling"] = {
+            "per_minute": limit.ceiling_per_minute,
+            "burst": limit.ceiling_burst,
+            "remaining": ceiling.remaining,
+            "reset_s": ceiling.reset_us / 1e6,
+        }
+    return told

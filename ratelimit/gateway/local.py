@@ -114,6 +114,11 @@ class LocalMode:
                     child = self._metrics.local_bound.labels(terms.pool.model, terms.tier, limit.name, per)
                     child.set(keys * safe_amount(amount, gateways))
 
+    @property
+    def owes(self) -> int:
+        """Buckets and records that the stores have not been told."""
+        return sum(len(j.debts) + len(j.records) + (j.telling is not None) for j in self._journals.values())
+
     async def run(self, store_for: Callable[[str], CellStore]) -> None:
         """Tell the stores what they are owed whenever they can be told, until cancelled."""
         while True:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import lru_cache, partial
+from functools import partial
 
 import uvicorn
 import uvloop
 from redis.asyncio import Redis
 
 from ratelimit.embedded_redis import EmbeddedRedisError, connect
-from ratelimit.gateway.accounting import Ledger
 from ratelimit.gateway.admin import admin_app
 from ratelimit.gateway.app import DataApp
+from ratelimit.gateway.breaker import BACKGROUND_TIMEOUT_S, GuardedStores
 from ratelimit.gateway.directory import Directory
 from ratelimit.gateway.forward import Forwarder
+from ratelimit.gateway.ledger import Ledger
+from ratelimit.gateway.local import LocalMode
 from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.gateway.presence import HEARTBEAT_S, Presence
 from ratelimit.gateway.proxy import Proxy
 from ratelimit.gateway.settings import SETTLE_DRAIN_S, GatewaySettings
 from ratelimit.gateway.upstream import AiohttpUpstream
 from ratelimit.keyuse import read_uses
 from ratelimit.store import Store
+
+log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
@@ -107,22 +113,49 @@ async def serve_gateway(settings: GatewaySettings) -> None:
 @asynccontextmanager
 async def _wired(settings: GatewaySettings, redis: Redis) -> AsyncIterator[tuple[DataApp, object]]:
     metrics = GatewayMetrics()
-    directory = Directory(redis, metrics, settings.poll_interval_s)
-    ledger = Ledger(metrics, settings.request_timeout_s)
-    limiter_for = lru_cache(1024)(lambda model: Store(redis, model, settings.store_timeout_s))
+    presence = Presence(redis, settings.gateway_id, metrics)
+    directory = Directory(redis, metrics, settings.poll_interval_s, presence)
+    local = LocalMode(metrics, settings.gateway_id, presence.gateways, settings.request_timeout_s)
+    ledger = Ledger(metrics, settings.lease_s, local)
+    background_timeout_s = max(BACKGROUND_TIMEOUT_S, settings.store_timeout_s)
+    stores = GuardedStores(lambda model: Store(redis, model, background_timeout_s), settings.store_timeout_s, metrics)
     async with _upstream(settings) as upstream:
         forwarder = Forwarder(upstream, metrics, settings.first_byte_timeout_s)
-        proxy = Proxy(settings, directory, limiter_for, forwarder, ledger, metrics)
+        proxy = Proxy(settings, directory, stores, forwarder, ledger, metrics)
         await directory.refresh()
-        following = asyncio.create_task(directory.run())
+        background = asyncio.create_task(_background(directory, ledger, local, stores))
         try:
             admin = admin_app(directory, metrics, settings.admin_token, partial(read_uses, redis))
-            yield DataApp(proxy, directory, limiter_for), admin
+            yield DataApp(proxy, directory, stores), admin
             await ledger.drain(SETTLE_DRAIN_S)
+            await local.flush(stores)
         finally:
-            following.cancel()
+            if local.owes:
+                log.error("Redis is away at the end: %d buckets and usage records were not told to it", local.owes)
+            background.cancel()
             with suppress(asyncio.CancelledError):
-                await following
+                await background
+            await stores.aclose()
+
+
+async def _background(directory: Directory, ledger: Ledger, local: LocalMode, stores: GuardedStores) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(directory.run())
+        tasks.create_task(ledger.run())
+        tasks.create_task(local.run(stores))
+        tasks.create_task(_show_bound(directory, local))
+
+
+async def _show_bound(directory: Directory, local: LocalMode) -> None:
+    """Keep the metric of what would be admitted without Redis true."""
+    shown = None
+    while True:
+        published = directory.publication
+        current = published.epoch if published else 0, directory.presence.gateways()
+        if current != shown:
+            local.publish_bound(directory.every_tier())
+            shown = current
+        await asyncio.sleep(HEARTBEAT_S)
 
 
 def _upstream(settings: GatewaySettings) -> AiohttpUpstream:
