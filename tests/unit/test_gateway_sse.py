@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ratelimit.gateway.formats.answers import answer_outcome
 from ratelimit.gateway.hold import Usage
-from ratelimit.gateway.sse import EventTooLargeError, StreamFilter, answer_usage
+from ratelimit.gateway.sse import EventTooLargeError, StreamFilter
 from ratelimit.gateway.wire import ShownUsage
 from tests.support.fake_upstream import compact, stream_events, whole_answer
 
@@ -34,9 +35,8 @@ def single(shown: ShownUsage) -> StreamFilter:
 
 
 def relayed(stream: StreamFilter, parts: list[bytes]) -> bytes:
-    """What a client gets of these reads, the end as the proxy makes it for a complete stream."""
-    passed = b"".join(stream.feed(part) for part in parts) + stream.flush()
-    return passed + b"data: [DONE]\n\n" if stream.done else passed
+    """What a client gets of these reads."""
+    return b"".join(stream.feed(part) for part in parts) + stream.flush()
 
 
 def events_for(options: dict[str, bool] | None, **more: Any) -> list[bytes]:
@@ -226,8 +226,10 @@ def test_answers_that_end_by_themselves_are_complete(ends_after: int | None) -> 
     stream = single("none")
     relayed(stream, stream_events(body, chat=True, ends_after=ends_after))
     assert stream.complete
+    assert stream.ended == (ends_after is not None)
     assert stream.usage == Usage(11, ends_after or 5)
-    assert answer_usage(whole_answer(CHAT, chat=True, ends_after=ends_after)) == Usage(11, ends_after or 5)
+    outcome = answer_outcome("chat", whole_answer(CHAT, chat=True, ends_after=ends_after))
+    assert (outcome.usage, outcome.ended) == (Usage(11, ends_after or 5), ends_after is not None)
 
 
 def test_fingerprint_moves_back_to_the_finishing_chunk() -> None:
@@ -245,6 +247,28 @@ def test_done_without_finish_reason_is_not_complete() -> None:
         stream.feed(event)
     assert stream.done
     assert not stream.complete
+    assert not stream.ended
+
+
+def test_all_choices_must_end_by_themselves() -> None:
+    """One choice that was cut off at its maximum says that the answer did not end by itself."""
+    body = {**CHAT, "n": 2, "stream_options": FULL}
+    whole, cut = stream_events(body, chat=True, ends_after=3), stream_events(body, chat=True)
+    stream = StreamFilter("none", 2, 1, HELD)
+    for event in (whole[-4], cut[-3]):  # the first choice's last chunk, and the second's
+        stream.feed(event)
+    assert stream.complete
+    assert not stream.ended
+
+
+def test_an_engine_that_tells_no_usage_owes_its_chunks() -> None:
+    """Where a stream is left before any usage was told, its prompt is as held, and each chunk was a token at least."""
+    for choices in (1, 2):
+        stream = StreamFilter("none", choices, 1, HELD)
+        assert stream.usage is None
+        for event in events_for(None, n=choices)[choices : choices + 4]:
+            stream.feed(event)
+        assert stream.usage == Usage(HELD, 4)
 
 
 def test_engine_error_is_seen_and_passed() -> None:
@@ -253,6 +277,7 @@ def test_engine_error_is_seen_and_passed() -> None:
     event = b'data: {"error":{"message":"no","code":500}}\n\n'
     assert stream.feed(event) == event
     assert stream.error_seen
+    assert stream.feed(b"data: [DONE]\n\n") + stream.flush() == b""
 
 
 def test_other_engines_spacing() -> None:
@@ -286,11 +311,3 @@ def test_an_endless_event_is_refused() -> None:
         assert stream.feed(b"x" * 100) == b""
     with pytest.raises(EventTooLargeError):
         stream.feed(b"x")
-
-
-def test_usage_of_a_whole_answer() -> None:
-    """An answer's usage is read; what is no answer has none."""
-    body = b'{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":4,"prompt_tokens_details":null}}'
-    assert answer_usage(body) == Usage(9, 4)
-    assert answer_usage(b"not json") is None
-    assert answer_usage(b'{"usage":null}') is None
