@@ -56,9 +56,10 @@ def lengths_of(mix: WorkloadMix) -> Lengths:
     big_input = nearest_rank((shape.input_tokens - shape.cached_tokens for shape in mix.shapes), BURST_PERCENTILE)
     big_output = nearest_rank((shape.output_tokens for shape in mix.shapes), BURST_PERCENTILE)
     # A mix whose input is all cached still needs a bucket for a prompt that is not.
-    mean_input = max(mix.mean_input_tokens, 1.0)
-    big_requests = max(big_input / mean_input, big_output / mix.mean_output_tokens)
-    return Lengths(factor_value(mean_input), factor_value(mix.mean_output_tokens), factor_value_up(big_requests))
+    mean_input, mean_output = factor_value(max(mix.mean_input_tokens, 1.0)), factor_value(mix.mean_output_tokens)
+    # Of the means as printed, which are rounded down: multiplied by them it must come to the whole request again.
+    big_requests = max(big_input / float(mean_input), big_output / float(mean_output))
+    return Lengths(mean_input, mean_output, factor_value_up(big_requests))
 
 
 def key_limits(tier: TierPolicy, active_keys: int, supply: Supply, lengths: Lengths) -> tuple[Limit, ...]:
