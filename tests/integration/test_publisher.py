@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import msgspec
@@ -9,9 +10,14 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from ratelimit.gateway.charges import POOL_BUCKET
 from ratelimit.keys import KeyRecord
-from ratelimit.publication import Publication
+from ratelimit.meter import Charge, Role
+from ratelimit.publication import POOL_TICK_US, Publication
 from ratelimit.publisher import KEYS_KEY, PUBLICATION_KEY, Publisher, published_file, read_published
+from ratelimit.store import Store, StoreUnavailableError
+from tests.support.gateway import MODEL, publication
+from tests.support.waiting import eventually_async
 
 VALID = KeyRecord("k_1", "digest-1", "acme", "pro", "one", created_at=1.0)
 REVOKED = msgspec.structs.replace(VALID, revoked_at=2.0)
@@ -126,3 +132,36 @@ async def test_epochs_go_on_from_disk_where_redis_starts_empty(redis_client: Red
         newest[:] = [limits(41)]
 
     assert await Publisher(redis_client, tmp_path).next_epoch() == 42
+
+
+async def test_published_limits_are_in_force_in_the_pools_bucket_at_once(redis_client: Redis, tmp_path: Path) -> None:
+    """What is left of a pool falls with its publication, and not only when the next request brings the epoch."""
+    store, publisher = Store(redis_client, MODEL, timeout_s=5), Publisher(redis_client, tmp_path)
+    for burst in (10**6, 500):
+        await publisher.publish(publication([], epoch=await publisher.next_epoch(), pool_budget=(10**9, burst)))
+    requests = itertools.count()
+
+    async def room() -> bool:
+        """What a gateway is told that still has the limits of the epoch before; a new pool takes 60 ms to drain."""
+        asked = Charge(POOL_BUCKET, 0, 10**6, 10**9, POOL_TICK_US, Role.COUNTED)
+        answer = await store.admit(f"r{next(requests)}", [asked], epoch=1, lease_ms=1000)
+        return answer.remaining == (500,)
+
+    await eventually_async(room, 10, "the pool's new capacity")
+
+
+async def test_limits_are_published_though_a_pools_bucket_cannot_be_told(
+    redis_client: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next request brings them anyway."""
+
+    async def unavailable(*_args: object) -> None:
+        raise StoreUnavailableError("Redis did not answer configure in 1 s")
+
+    monkeypatch.setattr(Store, "configure", unavailable)
+    publisher = Publisher(redis_client, tmp_path)
+
+    await publisher.publish(publication([], epoch=await publisher.next_epoch()))
+
+    assert not (await publisher.lost()).publication
+    assert "takes up its limits with its next request" in caplog.text
