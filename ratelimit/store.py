@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import cache, partial
 from hashlib import sha1
 from importlib.resources import files
+from struct import pack, unpack
 from typing import Any, Final, NamedTuple
 
-import msgspec
 from redis.asyncio import Redis
 from redis.client import NEVER_DECODE
 from redis.exceptions import NoScriptError, RedisError
@@ -33,6 +33,8 @@ MOST_REAPED: Final = 1000
 
 #: Usage records that the stream keeps while nobody takes them: the oldest are dropped beyond (approximately) this.
 MOST_USAGE_RECORDS: Final = 1_000_000
+#: An open reservation that nobody reaps is dropped this long after its lease.
+KEPT_UNREAPED_MS: Final = 86_400_000
 
 _CONSTANTS: Final = {
     **{
@@ -43,6 +45,7 @@ _CONSTANTS: Final = {
     **{role.name: role.value for role in meter.Role},
     "POOL_SCOPE": f"'{meter.POOL_SCOPE}'",
     "TRIM_USAGE_TO": MOST_USAGE_RECORDS,
+    "KEPT_UNREAPED_MS": KEPT_UNREAPED_MS,
 }
 
 
@@ -57,17 +60,44 @@ class Script(NamedTuple):
     digest: str
 
 
+_PARTS: Final = {
+    "admit": ("lib", "reap()", "admit"),
+    "extend": ("lib", "reservations", "extend"),
+    "settle": ("lib", "reservations", "settle"),
+    "reap": ("lib", "reap()", "reap"),
+    "configure": ("lib", "configure"),
+    "peek": ("lib", "peek"),
+}
+
+
 @cache
 def script(name: str) -> Script:
-    """The script ``scripts/<name>.lua`` below the constants of ``meter`` and the shared ``lib.lua``."""
-    folder = files("ratelimit") / "scripts"
-    constants = "".join(f"local {name} = {value}\n" for name, value in _CONSTANTS.items())
-    text = constants + (folder / "lib.lua").read_text("utf-8") + (folder / f"{name}.lua").read_text("utf-8")
+    """A script: the constants of ``meter`` and ``cell``, and the files of ``scripts/`` that it is made of."""
+    constants = "".join(f"local {constant} = {value}\n" for constant, value in _CONSTANTS.items())
+    text = constants + "".join(map(_part, _PARTS[name]))
     return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-_ADMIT_ANSWER: Final = msgspec.msgpack.Decoder(list[int])
-_PEEK_ANSWER: Final = msgspec.msgpack.Decoder(tuple[tuple[int, int, int], ...])
+def _part(name: str) -> str:
+    """The text of one file, or for ``reap()`` of the function, within which what it needs is not made until called."""
+    if name == "reap()":
+        return f"local function reap(due)\n{_part('reservations')}{_part('reaping')}end\n"
+    return (files("ratelimit") / "scripts" / f"{name}.lua").read_text("utf-8")
+
+
+class _Listed(NamedTuple):
+    """The charges of a call as a script takes them, scope by scope."""
+
+    keys: tuple[str, ...]
+    arguments: tuple[bytes | str, ...]
+
+
+def _doubles(numbers: Sequence[int]) -> bytes:
+    return pack(f"<{len(numbers)}d", *numbers)
+
+
+def _numbers(doubles: bytes) -> list[int]:
+    return [int(number) for number in unpack(f"<{len(doubles) // 8}d", doubles)]
 
 
 class Store:
@@ -93,73 +123,80 @@ class Store:
         ``memo`` is kept with the reservation, and comes out in the usage stream if nobody settles it.
         """
         meter.check_terms(epoch, lease_ms)
-        keys, told = self._told(charges, self._reservation_prefix + request_id)
-        call = (request_id, told, epoch, lease_ms, memo.decode())
-        answer = _ADMIT_ANSWER.decode(await self._run("admit", keys, call))
+        listed = self._listed(charges, request_id)
+        names = "".join([f"{charge.bucket}\n" for charge in charges])
+        terms = _doubles((epoch, lease_ms * 1_000))
+        answer = _numbers(await self._run("admit", listed.keys, (request_id, terms, memo, names, *listed.arguments)))
+        told = 1 if answer[0] >= 0 else 2
+        room, reset = tuple(answer[told::2]), tuple(answer[told + 1 :: 2])
         if answer[0] >= 0:
-            return Admitted(tuple(answer[1::2]), tuple(answer[2::2]), answer[0] == 1)
+            return Admitted(room, reset, answer[0] == 1)
         wait_us = None if answer[1] < 0 else answer[1]
-        return Denied(charges[-answer[0] - 1].bucket, wait_us, tuple(answer[2::2]), tuple(answer[3::2]))
+        return Denied(charges[-answer[0] - 1].bucket, wait_us, room, reset)
 
     async def extend(self, request_id: str, usage: Sequence[Charge], lease_ms: int) -> bool:
         """Hold these amounts from now on, and renew the lease; False where the request is unknown or settled."""
         meter.check_terms(0, lease_ms)
-        keys, told = self._told(usage, self._reservation_prefix + request_id)
-        return bool(await self._run("extend", keys, (request_id, told, lease_ms)))
+        listed = self._listed(usage, request_id)
+        return bool(await self._run("extend", listed.keys, (request_id, lease_ms, *listed.arguments)))
 
     async def settle(self, request_id: str, usage: Sequence[Charge], record: bytes = b"") -> bool:
         """Correct the hold to what was used and give gauges back; False where it was settled before.
 
         With the first settlement ``record`` goes into the cell's usage stream.
         """
-        keys, told = self._told(usage, self._reservation_prefix + request_id)
-        return bool(await self._run("settle", keys, (request_id, told, record.decode())))
+        listed = self._listed(usage, request_id)
+        return bool(await self._run("settle", listed.keys, (request_id, record, *listed.arguments)))
 
     async def reap(self, most: int = 100) -> int:
         """End up to ``most`` reservations whose lease is over, or forget those reaped long ago; how many were ended."""
         if not 0 < most <= MOST_REAPED:
             raise ValueError(f"reap ends 1 to {MOST_REAPED} reservations at a time, not {most}")
-        return int(await self._run("reap", self._cell_keys, (most,)))
+        return int(await self._run("reap", (*self._cell_keys, self._reservation_prefix), (most,)))
 
     async def configure(self, charges: Sequence[Charge], epoch: int) -> None:
         """Put limits in force in these buckets at once, where the epoch is newer than theirs."""
         meter.check_terms(epoch, 1)
-        keys, told = self._told(charges)
-        await self._run("configure", keys, (told, epoch))
+        listed = self._listed(charges)
+        await self._run("configure", listed.keys, (epoch, *listed.arguments))
 
     async def peek(self, charges: Sequence[Charge]) -> tuple[Reading, ...]:
         """The buckets as they stand, under the limits that the charges state; nothing is written."""
-        keys, told = self._told(charges)
-        found = _PEEK_ANSWER.decode(await self._run("peek", keys, (told,)))
-        return tuple(Reading(charge.bucket, *numbers) for charge, numbers in zip(charges, found, strict=True))
+        listed = self._listed(charges)
+        found = _numbers(await self._run("peek", listed.keys, listed.arguments))
+        readings = zip(charges, found[::3], found[1::3], found[2::3], strict=True)
+        return tuple(Reading(charge.bucket, *numbers) for charge, *numbers in readings)
 
-    def _told(self, charges: Sequence[Charge], *reservation: str) -> tuple[list[str], list[tuple[object, ...]]]:
-        """The keys of a call, and its charges as the scripts read them."""
+    def _listed(self, charges: Sequence[Charge], request_id: str = "") -> _Listed:
+        """Charges as the scripts read them: scope by scope."""
         meter.check_charges(charges)
-        keys = [*self._cell_keys, *reservation]
-        index: dict[str, int] = {}
-        told: list[tuple[object, ...]] = []
-        for bucket, cost, capacity, rate, tick_us, role, window_s, at_reap, borrow_up_to in charges:
-            scope, _, name = bucket.rpartition(":")
-            at = index.get(scope)
-            if at is None:
-                keys.append(self._scope_prefix + scope)
-                at = index[scope] = len(keys)
-            kind = tick_us if rate else -window_s
-            told.append((at, name, cost, capacity, rate, kind, role, at_reap, borrow_up_to))
-        return keys, told
+        of_scope: dict[str, list[tuple[int, str, Charge]]] = {}
+        for place, charge in enumerate(charges, 1):
+            scope, _, name = charge.bucket.rpartition(":")
+            of_scope.setdefault(scope, []).append((place, name, charge))
+        numbers: list[int] = []
+        names: list[str] = []
+        for members in of_scope.values():
+            for place, name, charge in members:
+                _, cost, capacity, rate, _, role, _, at_reap, borrow_up_to = charge
+                numbers += (cost, capacity, rate, charge.kind, role, at_reap, borrow_up_to, place)
+                names.append(name)
+        scopes = [self._scope_prefix + scope for scope in of_scope]
+        counts = _doubles([len(members) for members in of_scope.values()])
+        keys = (*self._cell_keys, self._reservation_prefix + request_id, *scopes)
+        return _Listed(keys, (counts, _doubles(numbers), *names))
 
-    async def _run(self, name: str, keys: Sequence[str], call: Sequence[object]) -> Any:
+    async def _run(self, name: str, keys: Sequence[str], arguments: Sequence[bytes | str | int]) -> Any:
         """One script; raises StoreUnavailableError whatever keeps Redis from it."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._evaluate(script(name), keys, (msgspec.msgpack.encode(call),))
+                return await self._evaluate(script(name), keys, arguments)
         except TimeoutError as error:
             raise StoreUnavailableError(f"Redis did not answer {name} in {self._timeout_s} s") from error
         except (RedisError, OSError) as error:
             raise StoreUnavailableError(f"Redis failed at {name}: {error}") from error
 
-    async def _evaluate(self, chosen: Script, keys: Sequence[str], arguments: Sequence[bytes]) -> Any:
+    async def _evaluate(self, chosen: Script, keys: Sequence[str], arguments: Sequence[bytes | str | int]) -> Any:
         """EVALSHA; a server that does not know the script (a new one, or a failover) is sent its text."""
         tail = (len(keys), *keys, *arguments)
         execute: Callable[..., Awaitable[Any]] = partial(self._redis.execute_command, **{NEVER_DECODE: True})

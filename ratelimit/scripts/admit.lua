@@ -1,28 +1,38 @@
--- Charge the buckets, or none. {request_id, charges, epoch, lease_ms, memo} -> {1 if green, room and reset of each
--- charge}, or for a denial {-index of the charge named, wait in microseconds (-1: none is known), room, reset, ...}.
+-- Charge the buckets, or none. ARGV: request_id, {epoch, lease in µs} as doubles, memo, names of the charges' buckets,
+-- charges. The answer is doubles: 1 if green and else 0, then room and reset of each charge; or for a denial -index of
+-- the charge named and the wait in microseconds (-1: none is known), then room and reset.
 
-local request_id, charges, epoch, lease_ms, memo = unpack(call)
+local request_id, memo, names = ARGV[1], ARGV[3], ARGV[4]
+local epoch, lease_us = struct_unpack('<dd', ARGV[2])
+local counts, blob, FIRST_METER = ARGV[5], ARGV[6], 7
 local NEVER, UNTOLD = EXACT, -1
+local count = #blob / CHARGE_BYTES
+
+local function answer_with(first, second, buckets)
+  local numbers = second and {first, second} or {first}
+  for i = 1, count do
+    local n = #numbers
+    numbers[n + 1], numbers[n + 2] = remaining(buckets[i]), reset_us(buckets[i])
+  end
+  return struct_pack('<' .. string.rep('d', #numbers), unpack(numbers))
+end
 
 local function told_at_us(bucket, short)
-  local kind = bucket[B_KIND]
+  local kind = bucket[KIND]
   if kind < 0 then
     local window_us = -kind * 1000000
-    local windows = min(ceil(short / bucket[B_CAPACITY]), floor(LONGEST_WAIT_US / window_us))
-    return bucket[B_TICK] + windows * window_us
+    return bucket[TICK] + min(ceil(short / bucket[CAPACITY]), floor(LONGEST_WAIT_US / window_us)) * window_us
   end
-  local exact = bucket[B_TICK] + min(ceil(short / bucket[B_RATE]), LONGEST_WAIT_US / kind)
-  if exact < bucket[B_DUE] and bucket[B_DUE] <= exact + SPREAD_US / kind then
-    return bucket[B_DUE] * kind
-  end
-  return exact * kind
+  local exact, due = bucket[TICK] + min(ceil(short / bucket[RATE]), LONGEST_WAIT_US / kind), bucket[DUE]
+  return (exact < due and due <= exact + SPREAD_US / kind and due or exact) * kind
 end
 
 -- How long a charge must wait; nil where it fits.
 local function told_wait_us(bucket, charge)
-  local capacity, kind = floor(bucket[B_CAPACITY] * charge[BORROW_UP_TO] / THOUSANDTHS), bucket[B_KIND]
-  local short = max(0, bucket[B_LEVEL] - (capacity - min(charge[COST], capacity)) * units(kind))
-  if capacity == 0 and (charge[COST] > 0 or (short > 0 and kind < 0)) then
+  local cost, kind = charge[C_COST], bucket[KIND]
+  local capacity = floor(bucket[CAPACITY] * charge[C_BORROW_UP_TO] / THOUSANDTHS)
+  local short = max(0, bucket[LEVEL] - (capacity - min(cost, capacity)) * units(kind))
+  if capacity == 0 and (cost > 0 or (short > 0 and kind < 0)) then
     return NEVER
   elseif short == 0 then
     return nil
@@ -33,103 +43,130 @@ local function told_wait_us(bucket, charge)
 end
 
 -- Whether the request is green; for a denial also the charge named, the one that made the promise, and the wait.
-local function decide(buckets)
-  local index, wait = {}, {}
+local function decide(buckets, charges)
+  local plain, plain_wait, assured, assured_wait, shared, shared_wait
   local has_assured, has_pool = false, false
-  for i = 1, #charges do
-    local role = charges[i][ROLE]
+  for i = 1, count do
+    local role = charges[i][C_ROLE]
     has_assured, has_pool = has_assured or role == ASSURED, has_pool or role == POOL
-    local told = role ~= COUNTED and told_wait_us(buckets[i], charges[i])
-    if told then
-      local group = role == POOL and CEILING or role
-      if not index[group] or told > wait[group] then
-        index[group], wait[group] = i, told
+    local wait = role ~= COUNTED and told_wait_us(buckets[i], charges[i])
+    if not wait then
+      -- it fits
+    elseif role == PLAIN then
+      if not plain or wait > plain_wait then
+        plain, plain_wait = i, wait
       end
+    elseif role == ASSURED then
+      if not assured or wait > assured_wait then
+        assured, assured_wait = i, wait
+      end
+    elseif not shared or wait > shared_wait then
+      shared, shared_wait = i, wait
     end
   end
-  local green = not index[ASSURED] and (has_assured or not has_pool)
-  if not green and index[CEILING] then
-    local first = CEILING
-    if has_assured and wait[ASSURED] <= wait[CEILING] then
-      first = ASSURED
+  local green = not assured and (has_assured or not has_pool)
+  if not green and shared then
+    local first, wait = shared, shared_wait
+    if assured and assured_wait <= wait then
+      first, wait = assured, assured_wait
     end
-    if not index[PLAIN] or wait[first] > wait[PLAIN] then
-      return false, has_assured and index[ASSURED] or index[CEILING], index[first], wait[first]
+    if not plain or wait > plain_wait then
+      return false, assured or shared, first, wait
     end
   end
-  return green, index[PLAIN], index[PLAIN], wait[PLAIN]
+  return green, plain, plain, plain_wait
 end
 
 -- Whoever is refused after this one is told a time when this one's cost has leaked away too.
 local function promise(bucket, charge, at_us)
-  local kind = bucket[B_KIND]
+  local kind = bucket[KIND]
   if kind > 0 then
-    local size = min(charge[COST], bucket[B_CAPACITY]) * units(kind)
-    bucket[B_DUE] = floor(at_us / kind) + min(ceil(size / bucket[B_RATE]), LONGEST_WAIT_US / kind)
-    bucket[B_WAITING] = bucket[B_WAITING] + 1
+    local size = min(charge[C_COST], bucket[CAPACITY]) * units(kind)
+    bucket[DUE] = floor(at_us / kind) + min(ceil(size / bucket[RATE]), LONGEST_WAIT_US / kind)
+    bucket[WAITING] = bucket[WAITING] + 1
   end
 end
 
-local function charge_all(buckets, green)
+-- Charges the buckets in place; the holds, as a reservation stores them.
+local function charge_all(buckets, charges, green)
   local holds = {}
-  for i = 1, #charges do
+  for i = 1, count do
     local charge, bucket = charges[i], buckets[i]
-    if charge[ROLE] ~= ASSURED or green then
-      shift(bucket, charge[COST] * units(charge[KIND]))
-      bucket[B_WAITING] = max(0, bucket[B_WAITING] - 1)
-      if bucket[B_WAITING] == 0 then
-        bucket[B_DUE] = 0
+    if charge[C_ROLE] ~= ASSURED or green then
+      shift(bucket, charge[C_COST] * units(charge[C_KIND]))
+      if bucket[WAITING] > 1 then
+        bucket[WAITING] = bucket[WAITING] - 1
+      else
+        bucket[WAITING], bucket[DUE] = 0, 0
       end
-      local scope = string.sub(KEYS[charge[KEY]], #SCOPE + 1)
-      holds[#holds + 1] = {scope, charge[METER], charge[COST], charge[AT_REAP], bucket[B_TICK], charge[KIND]}
+      holds[i] = struct_pack('<dddd', charge[C_COST], charge[C_AT_REAP], bucket[TICK], charge[C_KIND])
+    else
+      holds[i] = struct_pack('<dddd', -1, 0, 0, charge[C_KIND])
     end
   end
-  return holds
+  return table.concat(holds)
 end
 
-local function answering(answer, buckets)
-  for i = 1, #buckets do
-    answer[#answer + 1] = remaining(buckets[i])
-    answer[#answer + 1] = reset_us(buckets[i])
+local due = redis_call('ZRANGEBYSCORE', LEASES, '-inf', format('%d', now_us), 'LIMIT', 0, REAPED_PER_ADMIT)
+if #due > 0 then
+  reap(due)
+end
+local known = redis_call('GET', RESERVATION_KEY)
+if known then
+  local phase, forget_us, holds = struct_unpack('<ddd', known)
+  if phase == SETTLED and forget_us <= now_us then
+    known = nil
+  elseif holds >= 0 then
+    return string.sub(known, 33, 32 + (2 * holds + 1) * 8)
   end
-  return answer
 end
 
-if reap(REAPED_PER_ADMIT) > 0 then
-  save_changed()
-end
-local key = KEYS[3]
-local known = known_reservation(key)
-local admitted_before = known and known[ANSWER]
-if admitted_before and #admitted_before > 0 then
-  return pack(admitted_before)
-end
-
-local buckets = {}
-for i = 1, #charges do
-  buckets[i] = current(charges[i])
-  adopt(buckets[i], charges[i], epoch)
+-- Both in the order of the call; places are the order of the scopes.
+local charges, buckets, places, kept_until, scopes = {}, {}, {}, {}, #counts / 8
+for scope = 1, scopes do
+  local first = #places
+  local last = first + struct_unpack('<d', counts, scope * 8 - 7)
+  local meters = FIRST_METER + first
+  local found = redis_call('HMGET', KEYS[FIRST_SCOPE + scope - 1], UNTIL, unpack(ARGV, meters, FIRST_METER + last - 1))
+  kept_until[scope] = found[1]
+  for i = first + 1, last do
+    local charge = {struct_unpack(CHARGE_FORMAT, blob, (i - 1) * CHARGE_BYTES + 1)}
+    local bucket, place = current(found[i - first + 1], charge), charge[C_PLACE]
+    adopt(bucket, charge, epoch)
+    places[i], charges[place], buckets[place] = place, charge, bucket
+  end
 end
 if known then -- settled before it was admitted: it has paid
-  return pack(answering({0}, buckets))
+  return answer_with(0, nil, buckets)
 end
-local green, named, promised, wait = decide(buckets)
-local answer, holds
+
+local green, named, promised, wait = decide(buckets, charges)
+local answer
 if named then
   if wait == NEVER then
     wait = UNTOLD
   elseif wait ~= UNTOLD then
     promise(buckets[promised], charges[promised], now_us + wait)
   end
-  answer = answering({-named, wait}, buckets)
+  answer = answer_with(-named, wait, buckets)
 else
-  holds = charge_all(buckets, green)
-  answer = answering({green and 1 or 0}, buckets)
-  redis_call('SET', key, pack({OPEN, 0, memo, answer, holds}), 'PX', lease_ms + KEPT_UNREAPED_MS)
-  lease(request_id, now_us + lease_ms * 1000)
+  local holds = charge_all(buckets, charges, green)
+  answer = answer_with(green and 1 or 0, nil, buckets)
+  local record = struct_pack('<dddd', OPEN, 0, count, #names) .. answer .. holds .. names .. memo
+  redis_call('SET', RESERVATION_KEY, record, 'PX', format('%d', lease_us / 1000 + KEPT_UNREAPED_MS))
+  redis_call('ZADD', LEASES, format('%d', now_us + lease_us), request_id)
 end
-for i = 1, #charges do
-  keep(KEYS[charges[i][KEY]], buckets[i])
+
+local i = 0
+for scope = 1, scopes do
+  local fields, unused_us, key = {}, 0, KEYS[FIRST_SCOPE + scope - 1]
+  for _ = 1, struct_unpack('<d', counts, scope * 8 - 7) do
+    local n, bucket = #fields, buckets[places[i + 1]]
+    fields[n + 1], fields[n + 2] = ARGV[FIRST_METER + i], packed(bucket)
+    unused_us = max(unused_us, reset_us(bucket))
+    i = i + 1
+  end
+  redis_call('HSET', key, unpack(fields))
+  keep_scope(key, kept_until[scope], unused_us)
 end
-save_changed()
-return pack(answer)
+return answer

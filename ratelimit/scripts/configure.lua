@@ -1,10 +1,11 @@
--- Put limits in force in these buckets at once, where the epoch is newer than theirs. {charges, epoch} -> 1
+-- Put limits in force in these buckets at once, where the epoch is newer than theirs. ARGV: epoch, charges -> 1
 
-local charges, epoch = unpack(call)
-for _, charge in ipairs(charges) do
-  local bucket = current(charge)
-  adopt(bucket, charge, epoch)
-  keep(KEYS[charge[KEY]], bucket)
+for _, given in ipairs(charges_from(2)) do
+  local key, meter, charge = unpack(given)
+  local found = redis_call('HMGET', key, meter, UNTIL)
+  local bucket = current(found[1], charge)
+  adopt(bucket, charge, tonumber(ARGV[1]))
+  redis_call('HSET', key, meter, packed(bucket))
+  keep_scope(key, found[2], reset_us(bucket))
 end
-save_changed()
 return 1

@@ -1,9 +1,12 @@
--- The buckets as they stand, under the limits that the charges state. {charges} -> {used, remaining, reset_us} of each.
+-- The buckets as they stand, under the limits that the charges state. ARGV: charges -> used, remaining and reset of
+-- each, as doubles.
 
 local found = {}
-for i, charge in ipairs(call[1]) do
-  local bucket = current(charge)
-  bucket[B_RATE], bucket[B_CAPACITY] = charge[RATE], charge[CAPACITY]
-  found[i] = {ceil(bucket[B_LEVEL] / units(charge[KIND])), remaining(bucket), reset_us(bucket)}
+for _, asked in ipairs(charges_from(1)) do
+  local key, meter, charge = unpack(asked)
+  local bucket = current(redis_call('HGET', key, meter), charge)
+  bucket[RATE], bucket[CAPACITY] = charge[C_RATE], charge[C_CAPACITY]
+  local used = ceil(bucket[LEVEL] / units(charge[C_KIND]))
+  found[#found + 1] = struct_pack('<ddd', used, remaining(bucket), reset_us(bucket))
 end
-return pack(found)
+return table.concat(found)

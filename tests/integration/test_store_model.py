@@ -12,11 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from redis.asyncio import Redis
 
 from ratelimit.cell import TOMBSTONE_US, Cell
-from ratelimit.meter import EXACT, GAUGE, MINUTE_US, POOL_SCOPE, SPREAD_US, Charge, Role, reset_us
+from ratelimit.meter import EXACT, MINUTE_US, POOL_SCOPE, SPREAD_US, Bucket, Charge, Role, reset_us
 from tests.support.clocked_store import ClockedStore
 
 T = TypeVar("T")
 
+HALF_A_DAY_MS = 43_200_000
 LARGEST = {1: (EXACT - 1) // MINUTE_US, 1000: (EXACT - 1) * 1000 // MINUTE_US}
 RATES = st.one_of(st.integers(1, 20), st.integers(1, 10**9), st.integers(EXACT - 50, EXACT - 1))
 
@@ -82,6 +83,8 @@ class StoreModel(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.store = ClockedStore(Redis.from_url(self.redis_url))
         self.cell = Cell()
+        self.latest_us = self.now_us
+        self.written: dict[str, list[Bucket]] = {}
         self.wait(self.store.redis.flushall())
 
     def wait(self, call: Awaitable[T]) -> T:
@@ -97,6 +100,7 @@ class StoreModel(RuleBasedStateMachine):
     @rule(step_us=STEPS_US)
     def the_clock_steps(self, step_us: int) -> None:
         self.store.now_us += step_us
+        self.latest_us = max(self.latest_us, self.now_us)
 
     @rule(request_id=REQUEST_IDS, charges=CHARGES, epoch=EPOCHS, lease_ms=LEASES_MS, memo=st.sampled_from([b"", b"m"]))
     def admit(self, request_id: str, charges: list[Charge], epoch: int, lease_ms: int, memo: bytes) -> None:
@@ -144,12 +148,13 @@ class StoreModel(RuleBasedStateMachine):
         assert stored.usage == self.cell.usage
         for scope, lifetime_ms in stored.lifetimes_ms.items():
             of_scope = [bucket for name, bucket in stored.buckets.items() if name.rpartition(":")[0] == scope]
-            if scope == POOL_SCOPE or any(bucket.kind == GAUGE and bucket.level for bucket in of_scope):
-                assert lifetime_ms == -1, "a pool, and what is in flight, may not expire"
-            elif lifetime_ms != -1:
-                newest_us = max(bucket.tick * max(1, bucket.kind) for bucket in of_scope)
-                unused_us = max(reset_us(bucket, newest_us) for bucket in of_scope)
+            written, self.written[scope] = of_scope != self.written.get(scope), of_scope
+            if scope == POOL_SCOPE:
+                assert lifetime_ms == -1, "a pool may not expire"
+            elif written:
+                unused_us = max(reset_us(bucket, self.latest_us) for bucket in of_scope)
                 assert lifetime_ms > unused_us / 1000, "a key may not expire before its buckets are unused"
+                assert lifetime_ms > HALF_A_DAY_MS, "nor while a request may be in flight"
 
     def teardown(self) -> None:
         self.wait(self.store.redis.aclose())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha1
+from struct import unpack
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ class ClockedStore(Store):
         self.redis = redis
         self.now_us = now_us
 
-    async def _evaluate(self, chosen: Script, keys: Sequence[str], arguments: Sequence[bytes]) -> Any:
+    async def _evaluate(self, chosen: Script, keys: Sequence[str], arguments: Sequence[bytes | str | int]) -> Any:
         seconds, rest = divmod(self.now_us, 1_000_000)
         clock = msgspec.msgpack.encode([str(seconds), str(rest)])
         return await super()._evaluate(_clocked(chosen), keys, (*arguments, clock))
@@ -38,12 +39,14 @@ class ClockedStore(Store):
         async with self.redis.pipeline(transaction=True) as pipeline:
             pipeline.zrange(leases, 0, -1, withscores=True)
             pipeline.xrange(usage)
-            for name in (*names, *reservations):
-                pipeline.get(name)
+            for name in names:
+                pipeline.hgetall(name)
                 pipeline.pttl(name)
+            for name in reservations:
+                pipeline.get(name)
             leased, used, *values = await pipeline.execute()
+        held = values[2 * len(names) :]
         scopes = {n.decode()[len(self._scope_prefix) :]: v for n, v in zip(names, values[::2], strict=False)}
-        held = values[2 * len(names) :: 2]
         start = len(self._reservation_prefix)
         return StoredState(
             buckets={f"{scope}:{name}": bucket for scope, v in scopes.items() for name, bucket in _buckets(v)},
@@ -68,25 +71,35 @@ class StoredState(msgspec.Struct):
 def _clocked(chosen: Script) -> Script:
     if chosen.text.count(CLOCK_READ) != 1:
         raise AssertionError(f"the script reads the clock {chosen.text.count(CLOCK_READ)} times, not once")
-    text = chosen.text.replace(CLOCK_READ, "cmsgpack.unpack(ARGV[2])")
+    text = chosen.text.replace(CLOCK_READ, "cmsgpack.unpack(ARGV[#ARGV])")
     return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-def _buckets(packed: bytes) -> list[tuple[str, Bucket]]:
-    return [(name, Bucket(*rest)) for name, *rest in msgspec.msgpack.decode(packed)]
+def _buckets(fields: dict[bytes, bytes]) -> list[tuple[str, Bucket]]:
+    return [(name.decode(), Bucket(*_integers(value))) for name, value in fields.items() if name != b".until"]
 
 
 def _reservation(packed: bytes) -> Reservation:
-    phase, forget_us, memo, answer, holds = msgspec.msgpack.decode(packed)
+    phase, forget_us, count, names_length = _integers(packed[:32])
+    answer = _integers(packed[32 : 32 + 8 * (2 * count + 1)]) if count >= 0 else []
+    holds_at = 32 + 8 * len(answer)
+    names_at = holds_at + 32 * max(0, count)
+    names = packed[names_at : names_at + names_length].decode().splitlines()
+    holds = [Hold(*_integers(packed[at : at + 32])) for at in range(holds_at, names_at, 32)]
+    by_name = dict(zip(names, holds, strict=True)) if names else {}
     return Reservation(
         phase=phase,
         forget_us=forget_us,
-        memo=memo.encode(),
+        memo=packed[names_at + names_length :],
         green=bool(answer) and answer[0] == 1,
         remaining=tuple(answer[1::2]) if answer else None,
         reset_us=tuple(answer[2::2]),
-        holds={f"{scope}:{name}": Hold(*rest) for scope, name, *rest in holds},
+        holds={name: hold for name, hold in by_name.items() if hold.held >= 0},
     )
+
+
+def _integers(doubles: bytes) -> list[int]:
+    return [int(number) for number in unpack(f"<{len(doubles) // 8}d", doubles)]
 
 
 def _usage(fields: dict[bytes, bytes]) -> UsageEntry:
