@@ -1,0 +1,41 @@
+-- End reservations whose lease is over, forget those reaped long ago: up to most of both; how many were ended.
+
+local function forget(request_id, key, record)
+  local held = {}
+  for _, hold in ipairs(record.ordered) do
+    if hold[OF_KIND] ~= GAUGE and hold[HELD] >= 0 then
+      held[#held + 1] = {string.sub(hold[H_SCOPE], #SCOPE + 1) .. ':' .. hold[H_METER], hold[HELD]}
+    end
+  end
+  record_usage('expired', record.memo, 'held', cmsgpack.pack(held))
+  redis_call('DEL', key)
+  redis_call('ZREM', LEASES, request_id)
+end
+
+local function finish(request_id, key, record)
+  shift_gauges(record, -1)
+  for _, hold in ipairs(record.ordered) do
+    if hold[OF_KIND] ~= GAUGE and hold[HELD] >= 0 then
+      refund(hold, hold[HELD] - hold[AT_REAP])
+      hold[HELD] = hold[AT_REAP]
+    end
+  end
+  record.phase = REAPED
+  save_reservation(key, record, TOMBSTONE_US / 1000)
+  lease(request_id, now_us + TOMBSTONE_US)
+end
+
+local ended = 0
+for _, request_id in ipairs(due) do
+  local key = CELL .. 'r:' .. request_id
+  local record = load_reservation(key)
+  if not record then -- a server that evicts keys may have dropped it: then there is nothing to give back
+    redis_call('ZREM', LEASES, request_id)
+  elseif record.phase == REAPED then
+    forget(request_id, key, record)
+  else
+    finish(request_id, key, record)
+    ended = ended + 1
+  end
+end
+return ended
