@@ -58,6 +58,7 @@ def test_a_file_of_one_half_line_is_begun_anew(tmp_path: Path) -> None:
     (files.folder / "2023-11-14.jsonl").write_bytes(b'{"id":' + 200_000 * b" ")
     files.append([line("a", f"{LATE_MS}-0")])
     assert all_lines(files) == [line("a", f"{LATE_MS}-0")]
+    assert (files.folder / "2023-11-14.jsonl").read_bytes().endswith(b"}\n")
 
 
 def test_written_looks_at_one_cell_and_its_span(tmp_path: Path) -> None:
