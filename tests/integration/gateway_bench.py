@@ -8,11 +8,13 @@ from typing import Any
 
 import httpx
 import openai
+from msgspec.structs import replace
 from redis.asyncio import Redis
 
 from ratelimit.gateway.hold import Usage
 from ratelimit.keys import KeyRecord
 from ratelimit.publication import Publication
+from ratelimit.store import KEY_VERSION
 from tests.support.fake_upstream import FakeUpstream
 from tests.support.gateway import MODEL, GatewayProcess, make_key, publication, publish
 from tests.support.stack import metric
@@ -42,6 +44,18 @@ class Bench:
         await self.until(lambda: self.gateway.epoch() == self.epoch)
         async with self.http() as http:
             await self.until_answered(http, "/v1/models", 200)
+
+    async def borrowing(self, **changes: Any) -> None:
+        """The same limits once more, for a tier that is promised nothing and may fill the pool."""
+        tiers = tuple(replace(tier, assured=False, borrow_up_to=1000) for tier in self.published.tiers)
+        await self.republish(tiers=tiers, **changes)
+
+    async def republish(self, *more_keys: KeyRecord, **changes: Any) -> None:
+        """Put the limits in force once more, with these changes, and wait until they are."""
+        self.epoch += 1
+        self.published = replace(self.published, epoch=self.epoch, **changes)
+        await publish(self.redis, self.published, self.record, *more_keys)
+        await self.until(lambda: self.gateway.epoch() == self.epoch)
 
     def client(self, **options: Any) -> openai.AsyncOpenAI:
         """The official client with this bench's key."""
@@ -82,7 +96,7 @@ class Bench:
         """Wait until every reservation is settled."""
 
         async def none_open() -> bool:
-            return await self.redis.zcard(f"pn1:{{{MODEL}}}:leases") == 0
+            return await self.redis.zcard(f"{KEY_VERSION}:{{{MODEL}}}:leases") == 0
 
         await _until(none_open)
 

@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 
 from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.settings import GatewaySettings
-from ratelimit.keys import KeyRecord, new_key
+from ratelimit.keys import new_key
 from ratelimit.policy import OrgPolicy
 from ratelimit.publication import TierLimits
 from ratelimit.publisher import CHANGED_CHANNEL, KEYS_KEY
@@ -112,7 +112,7 @@ async def test_an_org_uses_only_the_models_it_is_allowed(bench: Bench) -> None:
     outsiders = [new_key(org, "pro", "test", created_at=0.0) for org in ("elsewhere", "removed")]
     records = [record for _, record in outsiders]
     await bench.publish(None, *records)
-    await republish(bench, *records, orgs=(OrgPolicy("acme"), OrgPolicy("elsewhere", ("other",))))
+    await bench.republish(*records, orgs=(OrgPolicy("acme"), OrgPolicy("elsewhere", ("other",))))
     async with bench.client() as insider:
         assert [model.id async for model in insider.models.list()] == [MODEL]
     for secret, _ in outsiders:
@@ -127,18 +127,11 @@ async def test_a_model_that_lost_its_replicas_is_short_not_unknown(bench: Bench)
     """With every replica gone a caller is told to come back (503), not that the model does not exist (404)."""
     await bench.publish()
     bare = replace(bench.published.pools[0], replicas=(), groups=(), budget_per_minute=0, budget_burst=0)
-    await republish(bench, pools=(bare,), tiers=(TierLimits("pro", MODEL, 1, ()),))
+    await bench.republish(pools=(bare,), tiers=(TierLimits("pro", MODEL, 1, ()),))
     refused = await post(bench, {"model": MODEL, "messages": MESSAGES})
 
     assert refused.status_code == 503
     assert int(refused.headers["retry-after"]) >= 1
-
-
-async def republish(bench: Bench, *more_keys: KeyRecord, **changes: Any) -> None:
-    """Put the bench's limits in force once more, with these changes, and wait until they are."""
-    bench.epoch += 1
-    await publish(bench.redis, replace(bench.published, epoch=bench.epoch, **changes), bench.record, *more_keys)
-    await bench.until(lambda: bench.gateway.epoch() == bench.epoch)
 
 
 async def test_bad_keys_all_look_the_same(bench: Bench) -> None:

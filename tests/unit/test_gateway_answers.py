@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -11,9 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit.gateway.admission import Durations, answer_headers, refusal
-from ratelimit.gateway.charges import charges_for, used_charges
+from ratelimit.gateway.charges import amounts, charges_for, used_charges
 from ratelimit.gateway.errors import Rejection, retry_headers
-from ratelimit.gateway.headers import Room, go_duration, limit_headers, policy_header
+from ratelimit.gateway.headers import (
+    Room,
+    anthropic_limit_headers,
+    go_duration,
+    limit_headers,
+    policy_header,
+    rfc3339,
+)
 from ratelimit.gateway.hold import Usage, estimate, pool_cost_us
 from ratelimit.gateway.terms import Terms, terms_by_tier
 from ratelimit.gateway.wire import parse_request
@@ -36,10 +43,10 @@ def chat(**members: object) -> bytes:
 @pytest.mark.parametrize(
     ("members", "held"),
     [
-        ({}, Usage(14, 64)),
+        ({}, Usage(14, MAX_MODEL_LEN - 14)),
         ({"max_tokens": 100}, Usage(14, 100)),
         ({"max_tokens": 100, "n": 3}, Usage(14, 300)),
-        ({"n": 2}, Usage(14, 128)),
+        ({"n": 2}, Usage(14, 2 * (MAX_MODEL_LEN - 14))),
         ({"max_tokens": 0}, Usage(14, 1)),
         ({"max_tokens": MAX_MODEL_LEN}, Usage(14, MAX_MODEL_LEN)),
     ],
@@ -60,7 +67,7 @@ def test_exact_prompt_beyond_the_context_is_refused() -> None:
     body = msgspec.json.encode({"model": MODEL, "prompt": [1] * 4000, "max_tokens": 200})
     with pytest.raises(Rejection) as caught:
         estimate(parse_request("completions", body), terms().pool)
-    assert json.loads(caught.value.body)["error"]["code"] == "context_length_exceeded"
+    assert caught.value.code == "context_length_exceeded"
 
 
 def test_identical_replicas_are_counted_together() -> None:
@@ -82,12 +89,12 @@ def test_further_choices_cost_less_than_further_requests() -> None:
 def test_settled_charges_leave_the_gauge_out() -> None:
     """True costs replace the held ones; the place in flight is the store's to give back."""
     held = charges_for("k1", terms(), Usage(10, 20), 1000)
-    used = used_charges(held, Usage(12, 5, 2), 700)
+    used = used_charges(held, amounts(Usage(12, 5, 2), 700))
     assert [(charge.bucket, charge.cost) for charge in used] == [
         ("k:k1:requests", 1),
         ("k:k1:input_tokens", 10),
         ("k:k1:output_tokens", 5),
-        ("pool", 700),
+        ("pool:work", 700),
     ]
     assert [charge.bucket for charge in held][3] == "k:k1:concurrency"
 
@@ -141,6 +148,52 @@ def test_both_header_families_agree() -> None:
     )
 
 
+SHARED = (
+    Room(Limit("requests", 600, 50, ""), 49, 100_000),
+    Room(Limit("output_tokens", 1200, 100, ""), 60, 2_000_000),
+    Room(Limit("output_tokens", 6000, 500, "", per="org"), 100, 4_000_000),
+    Room(Limit("output_tokens", 0, 10**6, "", per="org", window="week"), 5, 3_600_000_001),
+    Room(Limit("requests", 0, 1000, "", window="5h"), 999, 18_000_000_000),
+    Room(Limit("concurrency", 0, 80, "", per="model"), 7, 0),
+)
+
+
+def test_of_several_limits_of_one_name_the_scarcest_is_told() -> None:
+    """The families that know one limit of each name tell the minute limit with the smallest share left, and agree."""
+    openai = dict(limit_headers(SHARED))
+    anthropic = dict(anthropic_limit_headers(SHARED, now_s=1_767_225_600.0))
+    assert openai[b"x-ratelimit-remaining-output-tokens"] == b"100"
+    for name in (b"requests", b"output-tokens", b"tokens"):
+        for field in (b"limit", b"remaining"):
+            assert (
+                anthropic[b"anthropic-ratelimit-%s-%s" % (name, field)] == openai[b"x-ratelimit-%s-%s" % (field, name)]
+            )
+    assert anthropic[b"anthropic-ratelimit-output-tokens-reset"] == b"2026-01-01T00:00:04Z"
+    assert anthropic[b"anthropic-ratelimit-tokens-reset"] == b"2026-01-01T00:00:04Z"
+    assert anthropic[b"anthropic-ratelimit-requests-reset"] == b"2026-01-01T00:00:01Z"
+    assert len(anthropic) == 9
+
+
+def test_the_ietf_fields_list_every_limit() -> None:
+    """Shared limits and long windows have names of their own, their window's length, and the time to its end."""
+    assert dict(limit_headers(SHARED))[b"ratelimit"] == (
+        b'"requests";r=49;t=1, "output_tokens";r=60;t=2, "org-output_tokens";r=100;t=4, '
+        b'"org-output_tokens-week";r=5;t=3601, "requests-5h";r=999;t=18000, "model-concurrency";r=7'
+    )
+    assert policy_header([room.limit for room in SHARED])[1] == (
+        b'"requests";q=50;qu="requests";w=5, "output_tokens";q=100;qu="tokens";w=5, '
+        b'"org-output_tokens";q=500;qu="tokens";w=5, "org-output_tokens-week";q=1000000;qu="tokens";w=604800, '
+        b'"requests-5h";q=1000;qu="requests";w=18000, "model-concurrency";q=80;qu="concurrent-requests"'
+    )
+
+
+@given(st.floats(0, 4e9), st.integers(0, 10**13))
+def test_a_reset_is_never_told_too_early(now_s: float, after_us: int) -> None:
+    """A client that waits until the time that is told has waited long enough, and at most a second too long."""
+    told_s = datetime.fromisoformat(rfc3339(now_s, after_us)).timestamp()
+    assert -1e-5 <= told_s - (now_s + after_us / 1e6) < 1 + 1e-5
+
+
 def denied(bucket: str, wait_us: int | None) -> Denied:
     """A denial with five readings: four limits and the pool."""
     return Denied(bucket, wait_us, (5, 4, 3, 2, 1), (0, 0, 0, 0, 0))
@@ -152,8 +205,8 @@ def denied(bucket: str, wait_us: int | None) -> Denied:
         ("k:k1:requests", 1_500_000, 429, b"1500"),
         ("k:k1:output_tokens", 1, 429, b"1"),
         ("k:k1:concurrency", None, 429, b"2"),
-        ("pool", 250_000, 503, b"250"),
-        ("pool", None, 503, b"1000"),
+        ("pool:work", 250_000, 503, b"250"),
+        ("pool:work", None, 503, b"1000"),
     ],
 )
 def test_who_is_to_blame(bucket: str, wait_us: int | None, status: int, retry_ms: bytes) -> None:
