@@ -250,7 +250,7 @@ class Account:
         ``ended``: the answer ended by itself, and so teaches how long this caller's answers are. ``whole``: it came to
         an end, by itself or at the maximum that was asked for; else it was cut off.
         """
-        if usage is not None and not self._settled:
+        if usage is not None and usage.prompt_tokens and not self._settled:
             answer = -(-usage.output_tokens // self._choices)
             prompt = self._prompt_bytes, usage.prompt_tokens - self._template_tokens
             self._ledger.learn(self._record, self._terms, prompt, answer, ended)

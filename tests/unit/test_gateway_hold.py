@@ -1,45 +1,23 @@
-"""What requests of several choices hold, and what they owe."""
+"""What requests hold, those of several choices too, and what they owe."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import msgspec
 import pytest
 
 from ratelimit.gateway.accounting import Account, Ledger
-from ratelimit.gateway.charges import POOL_BUCKET
+from ratelimit.gateway.estimates import Expected
 from ratelimit.gateway.hold import Usage, estimate, pool_cost_us
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.terms import terms_by_tier
 from ratelimit.gateway.wire import parse_request
-from ratelimit.meter import Admitted, Charge, Reading
-from tests.support.gateway import MODEL, make_key, publication
+from tests.support.gateway import MAX_MODEL_LEN, MODEL, make_key, publication
+from tests.support.limiter import AwayLimiter
 
 TERMS = terms_by_tier(publication(["http://127.0.0.1:1"]))["pro", MODEL]
 
 
-class SettlingStore:
-    """A store that admits, and remembers what was settled."""
-
-    def __init__(self) -> None:
-        self.settled: dict[str, int] = {}
-
-    async def admit(self, request_id: str, charges: Sequence[Charge], epoch: int, lease_ms: int) -> Admitted:
-        return Admitted((), ())
-
-    async def extend(self, request_id: str, usage: Sequence[Charge], lease_ms: int) -> bool:
-        return True
-
-    async def settle(self, request_id: str, usage: Sequence[Charge]) -> bool:
-        self.settled = {charge.bucket: charge.cost for charge in usage}
-        return True
-
-    async def peek(self, charges: Sequence[Charge]) -> tuple[Reading, ...]:
-        return ()
-
-
-def account_of(store: SettlingStore, ledger: Ledger, **members: object) -> Account:
+def account_of(store: AwayLimiter, ledger: Ledger, **members: object) -> Account:
     """The account of a completions request."""
     _, record = make_key()
     body = {"model": MODEL, "prompt": "water", "max_tokens": 64, **members}
@@ -58,23 +36,62 @@ def account_of(store: SettlingStore, ledger: Ledger, **members: object) -> Accou
 )
 async def test_output_is_held_for_every_choice_that_may_be_generated(members: dict[str, object], output: int) -> None:
     """``best_of`` is held for like ``n``, for each prompt."""
-    account = account_of(SettlingStore(), Ledger(GatewayMetrics(), 600), **members)
+    account = account_of(AwayLimiter(), Ledger(GatewayMetrics(), 600), **members)
     assert account.held.output_tokens == output
 
 
 async def test_best_of_holds_the_pool_as_n_does() -> None:
     """Choices that may be generated are several short answers to the pool, never one that is as long as all."""
     ledger = Ledger(GatewayMetrics(), 600)
-    best_of, n = (account_of(SettlingStore(), ledger, **{name: 100}) for name in ("best_of", "n"))
+    best_of, n = (account_of(AwayLimiter(), ledger, **{name: 100}) for name in ("best_of", "n"))
     assert best_of.cost_us == n.cost_us
 
 
 async def test_what_came_back_is_what_the_pool_is_charged_for() -> None:
     """An engine that ignores ``best_of`` generated one answer, and one is what it costs."""
-    store, ledger = SettlingStore(), Ledger(GatewayMetrics(), 600)
+    store, ledger = AwayLimiter(), Ledger(GatewayMetrics(), 600)
     account = account_of(store, ledger, best_of=100)
     await account.admit()
     used = Usage(prompt_tokens=2, output_tokens=64)
-    account.settle_used(used)
+    account.settle_used(used, ended=True)
     await ledger.drain(timeout_s=30)
-    assert store.settled[POOL_BUCKET] == pool_cost_us(TERMS.groups, used, choices=1, prompts=1)
+    assert store.settled[0]["work"] == pool_cost_us(TERMS.groups, used, choices=1, prompts=1)
+
+
+def body(**members: object) -> bytes:
+    """A chat body whose prompt is held at 14 tokens."""
+    return msgspec.json.encode({"model": MODEL, "messages": [{"role": "user", "content": "x" * 40}], **members})
+
+
+@pytest.mark.parametrize(
+    ("members", "usual", "held"),
+    [
+        ({}, 64, 64),
+        ({"max_tokens": 16}, 64, 16),
+        ({"max_tokens": 4_000}, 64, 64),
+        ({"max_tokens": 4_000}, 10_000, 4_000),
+        ({"n": 3}, 64, 192),
+        ({}, 10_000, MAX_MODEL_LEN - 14),
+    ],
+)
+def test_learned_holds_are_what_is_usual_or_the_maximum_if_that_is_less(
+    members: dict[str, int], usual: int, held: int
+) -> None:
+    """A large maximum does not lock a caller out, and a small one is believed; neither exceeds the context."""
+    request = parse_request("chat", body(**members))
+    assert estimate(request, TERMS.pool, Expected(0.25, usual)).output_tokens == held
+
+
+@pytest.mark.parametrize(("members", "held"), [({}, MAX_MODEL_LEN - 14), ({"max_tokens": 4_000}, 4_000)])
+def test_holds_at_the_maximum_can_never_be_exceeded(members: dict[str, int], held: int) -> None:
+    """Where the policy wants it so, the most that the engine may generate is held."""
+    assert estimate(parse_request("chat", body(**members)), TERMS.pool).output_tokens == held
+
+
+def test_the_ledger_holds_as_the_policy_says() -> None:
+    """A tier with holds at the maximum is not held by what was learned; a learned tier begins at the pool's prior."""
+    ledger, (_, record) = Ledger(GatewayMetrics(), 15), make_key()
+    request = parse_request("chat", body(max_tokens=1_000))
+    learned, maximum = (msgspec.structs.replace(TERMS, holds=holds) for holds in ("learned", "maximum"))
+    assert ledger.held(record, learned, request).output_tokens == TERMS.pool.default_max_output
+    assert ledger.held(record, maximum, request).output_tokens == 1_000
