@@ -536,6 +536,28 @@ def test_thresholds_are_ranked() -> None:
     assert list(borrow_thresholds(tiers).values()) == [0, 900, 800, 700, 600, 500, 500]
 
 
+@pytest.mark.parametrize("unlimited", ANY_LIMITS, ids=" ".join)
+@pytest.mark.parametrize(("share", "ceiling"), [(0.3, 0.3), (0.3, 0.5), (0.0, 0.5)])
+def test_every_set_of_limits_may_be_unset(share: float, ceiling: float, unlimited: tuple[LimitName, ...]) -> None:
+    """Whatever is unset, the rest is derived, and whoever no rated limit bounds meets the pool."""
+    tier = TierPolicy("pro", share, ceiling, 0, 5.0, unlimited)
+    publication = published(supply(), rules=policy(tier))
+    assert set(limits(publication)) == set(get_args(LimitName)) - set(unlimited)
+    bounded = bool({"requests", "input_tokens", "output_tokens"} - set(unlimited))
+    (of_tier,) = publication.tiers
+    assert of_tier.assured == (share > 0 and bounded)
+    assert of_tier.borrow_up_to == (0 if share == ceiling and bounded else BEST_BORROW)
+    assert set(together(publication)) == (set() if share == ceiling else set(promise_carriers(tier)))
+
+
+def test_the_bursts_that_keys_are_assured_fit_the_tiers_ceiling() -> None:
+    """Where many keys' least bursts exceed the ceiling's, the tier's bucket holds them all."""
+    rules = policy(TierPolicy("pro", 0.3, 0.5, 0, 0.01))
+    publication = published(supply(), rules=rules, keys={"pro": 50})
+    tier = together(publication)["output_tokens"]
+    assert tier.ceiling_burst == tier.burst == 50 * limits(publication)["output_tokens"].burst
+
+
 def test_requests_carry_the_promise_where_tokens_are_unlimited() -> None:
     """Without token limits the request limit is assured at the mean rate, without headroom, and may borrow."""
     tier = TierPolicy("pro", 0.5, 1.0, 0, 5.0, ("input_tokens", "output_tokens"))

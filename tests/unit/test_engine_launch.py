@@ -145,6 +145,7 @@ def test_virtual_command_names_executor_limits_and_block_size(tmp_path: Path) ->
         (("--seed", "8"), True),
         (("--scheduling-policy", "fcfs"), False),
         (("--seed", "8", "--scheduling-policy=fcfs"), False),
+        (("--scheduling-policy=priority", "--seed", "8"), True),
         (("--scheduling_policy", "fcfs", "--scheduling-policy", "priority"), True),
     ],
 )

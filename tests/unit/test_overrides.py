@@ -14,7 +14,11 @@ MODEL = "llama-3.1-8b"
 
 
 def publication() -> Publication:
-    limits = (Limit("requests", 600, 50, "x"), Limit("concurrency", 0, 9, "x"))
+    limits = (
+        Limit("requests", 600, 50, "x", ceiling_per_minute=900, ceiling_burst=70),
+        Limit("concurrency", 0, 9, "x"),
+        Limit("requests", 1200, 100, "x", per="tier"),
+    )
     tiers = (
         TierLimits("pro", MODEL, 2, limits),
         TierLimits("pro", "other", 2, limits[:1]),
@@ -34,11 +38,12 @@ def test_setting_one_limit() -> None:
 
 
 def test_freezing_what_is_published() -> None:
-    """A freeze holds rate and burst of every limit the tier has now."""
+    """A freeze holds rate, burst and ceiling of every limit a key of the tier has now; what follows from them does."""
     override = freezing(publication(), "pro", 50.0, "migration")
-    assert override.freezes(MODEL, "requests") == FrozenLimit(MODEL, "requests", 600, 50)
+    assert override.freezes(MODEL, "requests") == FrozenLimit(MODEL, "requests", 600, 50, 900, 70)
     assert override.freezes(MODEL, "concurrency") == FrozenLimit(MODEL, "concurrency", 0, 9)
     assert override.freezes("other", "concurrency") is None
+    assert len(override.frozen) == 3
     assert override.sets(MODEL, "requests") is None
 
 
