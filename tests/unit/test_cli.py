@@ -11,7 +11,9 @@ from ratelimit.keys import KeyFile
 from ratelimit.keyuse import KeyUse, uses_file
 from ratelimit.publication import Limit, LimitRule, Publication, TierLimits
 from ratelimit.publisher import published_file
+from ratelimit.usagefiles import UsageFiles
 from tests.support.stack import write_config
+from tests.support.usage import line
 
 runner = CliRunner()
 
@@ -170,3 +172,70 @@ def test_revoking_an_unknown_key_names_where_ids_are_shown(config: Path) -> None
 
     assert result.exit_code == 1
     assert "penstock keys list" in result.output
+
+
+@pytest.fixture
+def used(config: Path) -> Path:
+    """The config of an installation with three records of two orgs, the last of them a day later."""
+    lines = [
+        line("a", "1700000000000-0"),
+        line("b", "1700000000001-0", key="k_2", org="zeta", cached_tokens=1_000_000),
+        line("c", "1700086400000-0", model="other"),
+    ]
+    UsageFiles(config.parent / "state").append(lines)
+    return config
+
+
+def test_usage_is_exported_by_period_and_by_whose_it_was(used: Path) -> None:
+    """JSON lines and CSV tell the same records, those from `since` on and before `until`."""
+
+    def export(*options: str) -> str:
+        return runner.invoke(app, ["usage", "export", "--config", str(used), "--since", "2023-11-14", *options]).stdout
+
+    assert [json.loads(text)["id"] for text in export().splitlines()] == ["a", "b", "c"]
+    assert [json.loads(text)["id"] for text in export("--until", "2023-11-15").splitlines()] == ["a", "b"]
+    assert [json.loads(text)["id"] for text in export("--org", "zeta").splitlines()] == ["b"]
+    assert [json.loads(text)["id"] for text in export("--key", "k_1", "--model", "other").splitlines()] == ["c"]
+    heading, *rows = export("--format", "csv").splitlines()
+    assert heading.startswith("id,time,key,org,tier,model,route,stream,input_tokens,")
+    assert [row.split(",")[0] for row in rows] == ["a", "b", "c"]
+
+
+def test_usage_is_summed_up(used: Path) -> None:
+    """By org, key and model unless told otherwise; a table for people, numbers for scripts."""
+    options = ["--config", str(used), "--since", "2023-11-14"]
+
+    by_org = json.loads(runner.invoke(app, ["usage", "sum", "--by", "org", "--json", *options]).stdout)
+    table = runner.invoke(app, ["usage", "sum", *options], env={"COLUMNS": "160"}).stdout
+
+    assert [(row["org"], row["requests"], row["input_tokens"], row["cost_us"]) for row in by_org] == [
+        ("acme", 2, 20, 4_000_000),
+        ("zeta", 1, 10, 2_000_000),
+    ]
+    assert "1,000,000" in table
+    assert table.count("k_1") == 2
+
+
+def test_a_wrong_period_or_grouping_is_refused_with_the_form_that_is_right(config: Path) -> None:
+    """The messages show what to write."""
+    moment = runner.invoke(app, ["usage", "export", "--since", "yesterday", "--config", str(config)])
+    grouping = runner.invoke(app, ["usage", "sum", "--by", "color", "--config", str(config)])
+    assert (moment.exit_code, grouping.exit_code) == (1, 1)
+    assert "2026-01-31" in moment.output
+    assert "key, org, model, tier" in grouping.output
+
+
+def test_a_gateway_needs_a_usable_admin_token(config: Path) -> None:
+    """A token file that is too weak stops the start, and the message says how to make one."""
+    token = config.parent / "token"
+    token.write_text("weak")
+    config.write_text(
+        config.read_text()
+        .replace("redis: embedded", "redis: redis://127.0.0.1:1/0")
+        .replace("gateway: {", "gateway: {admin_token_file: token, ")
+    )
+
+    result = runner.invoke(app, ["gateway", "--config", str(config)])
+
+    assert result.exit_code == 1
+    assert "openssl rand" in result.output
