@@ -8,13 +8,20 @@ local counts, blob, FIRST_METER = ARGV[5], ARGV[6], 7
 local NEVER, UNTOLD = EXACT, -1
 local count = #blob / CHARGE_BYTES
 
-local function answer_with(first, second, buckets)
-  local numbers = second and {first, second} or {first}
-  for i = 1, count do
-    local n = #numbers
-    numbers[n + 1], numbers[n + 2] = remaining(buckets[i]), reset_us(buckets[i])
-  end
+local function doubles(numbers)
   return struct_pack('<' .. string.rep('d', #numbers), unpack(numbers))
+end
+
+-- numbers, and room and reset of each charge after them; resets takes the resets.
+local function answer_with(numbers, buckets, resets)
+  local n = #numbers
+  for i = 1, count do
+    local bucket = buckets[i]
+    resets[i] = reset_us(bucket)
+    numbers[n + 1], numbers[n + 2] = remaining(bucket), resets[i]
+    n = n + 2
+  end
+  return doubles(numbers)
 end
 
 local function told_at_us(bucket, short)
@@ -89,9 +96,10 @@ end
 
 -- Charges the buckets in place; the holds, as a reservation stores them.
 local function charge_all(buckets, charges, green)
-  local holds = {}
+  local holds, n = {}, 0
   for i = 1, count do
     local charge, bucket = charges[i], buckets[i]
+    local held, at_reap = -1, 0
     if charge[C_ROLE] ~= ASSURED or green then
       shift(bucket, charge[C_COST] * units(charge[C_KIND]))
       if bucket[WAITING] > 1 then
@@ -99,12 +107,12 @@ local function charge_all(buckets, charges, green)
       else
         bucket[WAITING], bucket[DUE] = 0, 0
       end
-      holds[i] = struct_pack('<dddd', charge[C_COST], charge[C_AT_REAP], bucket[TICK], charge[C_KIND])
-    else
-      holds[i] = struct_pack('<dddd', -1, 0, 0, charge[C_KIND])
+      held, at_reap = charge[C_COST], charge[C_AT_REAP]
     end
+    holds[n + 1], holds[n + 2], holds[n + 3], holds[n + 4] = held, at_reap, bucket[TICK], charge[C_KIND]
+    n = n + 4
   end
-  return table.concat(holds)
+  return doubles(holds)
 end
 
 local due = redis_call('ZRANGEBYSCORE', LEASES, '-inf', format('%d', now_us), 'LIMIT', 0, REAPED_PER_ADMIT)
@@ -137,21 +145,21 @@ for scope = 1, scopes do
   end
 end
 if known then -- settled before it was admitted: it has paid
-  return answer_with(0, nil, buckets)
+  return answer_with({0}, buckets, {})
 end
 
 local green, named, promised, wait = decide(buckets, charges)
-local answer
+local answer, resets = nil, {}
 if named then
   if wait == NEVER then
     wait = UNTOLD
   elseif wait ~= UNTOLD then
     promise(buckets[promised], charges[promised], now_us + wait)
   end
-  answer = answer_with(-named, wait, buckets)
+  answer = answer_with({-named, wait}, buckets, resets)
 else
   local holds = charge_all(buckets, charges, green)
-  answer = answer_with(green and 1 or 0, nil, buckets)
+  answer = answer_with({green and 1 or 0}, buckets, resets)
   local record = struct_pack('<dddd', OPEN, 0, count, #names) .. answer .. holds .. names .. memo
   redis_call('SET', RESERVATION_KEY, record, 'PX', format('%d', lease_us / 1000 + KEPT_UNREAPED_MS))
   redis_call('ZADD', LEASES, format('%d', now_us + lease_us), request_id)
@@ -159,12 +167,12 @@ end
 
 local i = 0
 for scope = 1, scopes do
-  local fields, unused_us, key = {}, 0, KEYS[FIRST_SCOPE + scope - 1]
+  local fields, n, unused_us, key = {}, 0, 0, KEYS[FIRST_SCOPE + scope - 1]
   for _ = 1, struct_unpack('<d', counts, scope * 8 - 7) do
-    local n, bucket = #fields, buckets[places[i + 1]]
-    fields[n + 1], fields[n + 2] = ARGV[FIRST_METER + i], packed(bucket)
-    unused_us = max(unused_us, reset_us(bucket))
-    i = i + 1
+    local place = places[i + 1]
+    fields[n + 1], fields[n + 2] = ARGV[FIRST_METER + i], packed(buckets[place])
+    unused_us = max(unused_us, resets[place])
+    i, n = i + 1, n + 2
   end
   redis_call('HSET', key, unpack(fields))
   keep_scope(key, kept_until[scope], unused_us)
