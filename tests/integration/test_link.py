@@ -140,6 +140,25 @@ async def test_callers_wait_for_the_connect_under_way_but_no_longer_than_its_tim
     assert accepted == 1
 
 
+async def test_a_server_that_is_down_is_not_asked_by_every_command() -> None:
+    """A server that hangs up on every greeting is tried again after growing pauses, however many commands fail."""
+    accepted = 0
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    commands = 500
+    async with server, aclosing(Link(f"redis://127.0.0.1:{port}", CONNECT_S)) as link:
+        for _ in range(commands):
+            with pytest.raises(RedisConnectionError, match="no connection to Redis"):
+                await link.command("k", "PING")
+    assert 0 < accepted < commands / 10
+
+
 async def test_a_closed_link_fails_its_callers(link: Link, server_url: str) -> None:
     """What is in flight, connecting too, raises ConnectionError, and so does every later command."""
     connecting = Link(server_url, CONNECT_S)

@@ -122,6 +122,7 @@ async def test_a_primary_that_dies_is_replaced_by_a_replica_that_joined_later() 
                 return link._map is not None and len(link._map.nodes) == len(formed.nodes)
 
             await eventually_async(knows_both, LONG_S, "the replica's being told of")
+            link._map_until_s = float("inf")  # from now on only failures make it ask
             await asyncio.to_thread(primary.kill)
             with pytest.raises(RedisConnectionError):
                 await link.command(CELL, "GET", CELL + "a")

@@ -37,21 +37,28 @@ async def tls_in_front_of(socket: str, certificate: Path) -> AsyncIterator[int]:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
 
+    handlers: set[asyncio.Task[None]] = set()
+
     async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65_536):
-            writer.write(data)
-            await writer.drain()
-        writer.close()
+        try:
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        finally:
+            writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         behind, ahead = await asyncio.open_unix_connection(socket)
         await asyncio.gather(copy(reader, ahead), copy(behind, writer), return_exceptions=True)
-        writer.close()
-        ahead.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handlers.add(asyncio.create_task(serve(reader, writer)))
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context)
     async with server:
         yield server.sockets[0].getsockname()[1]
+    if handlers:
+        await asyncio.wait(handlers, timeout=CONNECT_S)
 
 
 async def test_a_certificate_that_the_url_trusts_is_accepted(redis_url: str, certificate: Path) -> None:
