@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ratelimit.embedded_redis import connect, start_embedded_redis
-from tests.bench.load import ask_for, open_streams
+from tests.bench.load import Asked, ask_for, open_streams
 from tests.support.gateway import GatewayProcess, gateway_settings, make_key, publication, publish
 
 CONNECTIONS = 32
@@ -78,12 +78,17 @@ def cpu_s(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-async def measure(url: str, secret: str, process: psutil.Process, seconds: float, streams: int) -> Figures:
-    """Both loads on one target, after a warm-up."""
+async def measure_whole(url: str, secret: str, process: psutil.Process, seconds: float) -> tuple[Asked, float]:
+    """Answers that are not streamed, after a warm-up: what came back, and the process's CPU seconds for it."""
     await ask_for(url, secret, CONNECTIONS, min(1.0, seconds))
     before = cpu_s(process)
     whole = await ask_for(url, secret, CONNECTIONS, seconds)
-    whole_cpu_s = cpu_s(process) - before
+    return whole, cpu_s(process) - before
+
+
+async def measure(url: str, secret: str, process: psutil.Process, seconds: float, streams: int) -> Figures:
+    """Both loads on one target."""
+    whole, whole_cpu_s = await measure_whole(url, secret, process, seconds)
     chunks = round(seconds * CHUNKS_PER_S)
     warm, _ = await open_streams(url, secret, streams, chunks)
     for asker in warm:  # the memory that a first wave leaves behind belongs to no stream of the second
