@@ -23,7 +23,7 @@ Caller = tuple[str, str, tuple[str, int]]
 
 class _Refusal(msgspec.Struct, frozen=True):
     answer: Denied
-    costs: tuple[int, ...]
+    charges: Sequence[Charge]
     epoch: int
     at_us: int
     ends_us: int
@@ -39,8 +39,7 @@ class Denials:
     def note(self, caller: Caller, answer: Denied, charges: Sequence[Charge], epoch: int, now_us: int) -> None:
         """A caller was refused just now."""
         lasts_us = LONGEST_US if answer.wait_us is None else min(LONGEST_US, answer.wait_us)
-        costs = tuple(charge.cost for charge in charges)
-        self._latest[caller] = _Refusal(answer, costs, epoch, now_us, now_us + lasts_us)
+        self._latest[caller] = _Refusal(answer, charges, epoch, now_us, now_us + lasts_us)
         self._latest.move_to_end(caller)
         if len(self._latest) > self._most_remembered:
             self._latest.popitem(last=False)
@@ -53,9 +52,16 @@ class Denials:
         if now_us >= refusal.ends_us or epoch != refusal.epoch:
             del self._latest[caller]
             return None
-        if any(charge.cost < cost for charge, cost in zip(charges, refusal.costs, strict=True)):
+        if not _covers(refusal.charges, charges):
             return None
         passed_us, answer = now_us - refusal.at_us, refusal.answer
         wait_us = None if answer.wait_us is None else answer.wait_us - passed_us
         resets = tuple(max(0, reset_us - passed_us) for reset_us in answer.reset_us)
         return Denied(answer.bucket, wait_us, answer.remaining, resets)
+
+
+def _covers(refused: Sequence[Charge], charges: Sequence[Charge]) -> bool:
+    """Whether these ask of the same buckets at least what was refused; a key may change its tier within an epoch."""
+    return len(refused) == len(charges) and all(
+        one.bucket == other.bucket and one.cost <= other.cost for one, other in zip(refused, charges, strict=True)
+    )
