@@ -4,12 +4,12 @@ Load tests replay schedules through it, and a gateway decides by one while Redis
 
 **The life of a reservation** (``admit`` decides by the rules of ``meter``)
 
-1. ``extend`` sets what is held, up (charged without asking) or down (given back), and renews the lease. Buckets that the
-   request does not hold are left alone.
+1. ``extend`` sets what is held, up (charged without asking) or down (given back), and renews the lease. Buckets that
+   the request does not hold are left alone.
 2. ``settle`` corrects the hold to what was used; the first one wins. Gauges are given back whole.
 3. At the end of its lease a reservation is reaped: each bucket stays charged with the hold's ``at_reap``, gauges are
-   given back. A later ``extend`` opens it again, a later ``settle`` corrects it. ``TOMBSTONE_US`` later it is forgotten,
-   with a usage record that says so.
+   given back. A later ``extend`` opens it again, a later ``settle`` corrects it. ``TOMBSTONE_US`` later it is
+   forgotten, with a usage record that says so.
 4. A reservation that is unknown is charged in full at ``settle``, but for its gauges, and not at all at ``extend``.
    Settled ones are remembered for ``TOMBSTONE_US``.
 5. What a fixed window held is given back to no later window.
@@ -26,7 +26,6 @@ import msgspec
 from ratelimit.meter import (
     GAUGE,
     NO_EPOCH,
-    POOL_SCOPE,
     Admitted,
     Bucket,
     Charge,
@@ -286,11 +285,6 @@ class Cell:
 def _readings(buckets: Sequence[Bucket], now_us: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Room left and time until unused, per bucket."""
     return tuple(map(remaining, buckets)), tuple(reset_us(bucket, now_us) for bucket in buckets)
-
-
-def is_kept(scope: str, buckets: Sequence[Bucket]) -> bool:
-    """Whether a scope is kept until it is needed again: a pool's, and one with something in flight."""
-    return scope == POOL_SCOPE or any(bucket.kind == GAUGE and bucket.level for bucket in buckets)
 
 
 class Deadlines:

@@ -16,7 +16,7 @@ from functools import cache, partial
 from hashlib import sha1
 from importlib.resources import files
 from struct import pack, unpack
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from redis.asyncio import Redis
 from redis.client import NEVER_DECODE
@@ -100,15 +100,33 @@ def _numbers(doubles: bytes) -> list[int]:
     return [int(number) for number in unpack(f"<{len(doubles) // 8}d", doubles)]
 
 
+class Commands(Protocol):
+    """A way to Redis; ``ratelimit.link`` has the fast ones. Errors are redis-py's, replies undecoded."""
+
+    async def command(self, key: str, *parts: bytes | str | int) -> Any:
+        """One command; ``key`` is one of its keys, by which a cluster chooses the server."""
+
+
+class RedisCommands:
+    """The same through a redis-py client, for what runs seldom."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._execute: Callable[..., Awaitable[Any]] = partial(redis.execute_command, **{NEVER_DECODE: True})
+
+    async def command(self, key: str, *parts: bytes | str | int) -> Any:  # noqa: ARG002 - the client goes by the parts
+        """One command."""
+        return await self._execute(*parts)
+
+
 class Store:
     """The meters and reservations of one cell of a pool. The client stays its owner's, who closes it."""
 
-    def __init__(self, redis: Redis, cell: str, timeout_s: float) -> None:
+    def __init__(self, redis: Redis | Commands, cell: str, timeout_s: float) -> None:
         if not cell or "{" in cell or "}" in cell:
             raise ValueError(f"a cell needs a name without braces (it is the hash tag of its keys), not {cell!r}")
         if timeout_s <= 0:
             raise ValueError(f"timeout_s must be above 0, not {timeout_s}")
-        self._redis = redis
+        self._commands = RedisCommands(redis) if isinstance(redis, Redis) else redis
         self._timeout_s = timeout_s
         prefix = f"{KEY_VERSION}:{{{cell}}}:"
         self._scope_prefix = f"{prefix}s:"
@@ -199,8 +217,7 @@ class Store:
     async def _evaluate(self, chosen: Script, keys: Sequence[str], arguments: Sequence[bytes | str | int]) -> Any:
         """EVALSHA; a server that does not know the script (a new one, or a failover) is sent its text."""
         tail = (len(keys), *keys, *arguments)
-        execute: Callable[..., Awaitable[Any]] = partial(self._redis.execute_command, **{NEVER_DECODE: True})
         try:
-            return await execute("EVALSHA", chosen.digest, *tail)
+            return await self._commands.command(keys[0], "EVALSHA", chosen.digest, *tail)
         except NoScriptError:
-            return await execute("EVAL", chosen.text, *tail)
+            return await self._commands.command(keys[0], "EVAL", chosen.text, *tail)

@@ -28,7 +28,8 @@ from ratelimit.gateway.proxy import Proxy
 from ratelimit.gateway.settings import SETTLE_DRAIN_S, GatewaySettings
 from ratelimit.gateway.upstream import AiohttpUpstream
 from ratelimit.keyuse import read_uses
-from ratelimit.store import Store
+from ratelimit.link import open_link
+from ratelimit.store import Commands, Store
 
 log = logging.getLogger(__name__)
 
@@ -104,21 +105,30 @@ async def serve_gateway(settings: GatewaySettings) -> None:
         except EmbeddedRedisError as error:
             raise GatewayStartError(str(error)) from error
         try:
-            async with _wired(settings, redis) as (data, admin):
+            async with _limiter_link(settings) as link, _wired(settings, redis, link) as (data, admin):
                 await _serve(_server(data, settings.drain_s), data_socket, _server(admin, _ADMIN_DRAIN_S), admin_socket)
         finally:
             await redis.aclose()
 
 
 @asynccontextmanager
-async def _wired(settings: GatewaySettings, redis: Redis) -> AsyncIterator[tuple[DataApp, object]]:
+async def _limiter_link(settings: GatewaySettings) -> AsyncIterator[Commands]:
+    link = open_link(settings.redis_url, settings.connect_timeout_s)
+    try:
+        yield link
+    finally:
+        await link.aclose()
+
+
+@asynccontextmanager
+async def _wired(settings: GatewaySettings, redis: Redis, link: Commands) -> AsyncIterator[tuple[DataApp, object]]:
     metrics = GatewayMetrics()
     presence = Presence(redis, settings.gateway_id, metrics)
     directory = Directory(redis, metrics, settings.poll_interval_s, presence)
     local = LocalMode(metrics, settings.gateway_id, presence.gateways, settings.request_timeout_s)
     ledger = Ledger(metrics, settings.lease_s, local)
     background_timeout_s = max(BACKGROUND_TIMEOUT_S, settings.store_timeout_s)
-    stores = GuardedStores(lambda model: Store(redis, model, background_timeout_s), settings.store_timeout_s, metrics)
+    stores = GuardedStores(lambda model: Store(link, model, background_timeout_s), settings.store_timeout_s, metrics)
     async with _upstream(settings) as upstream:
         forwarder = Forwarder(upstream, metrics, settings.first_byte_timeout_s)
         proxy = Proxy(settings, directory, stores, forwarder, ledger, metrics)
