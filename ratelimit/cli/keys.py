@@ -84,7 +84,10 @@ def list_keys(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False
     if as_json:
         typer.echo(msgspec.json.encode(rows).decode())
         return
-    table = Table("id", "org", "tier", "name", "status", "created", "expires", "last used")
+    table = Table()
+    table.add_column("id", no_wrap=True)  # it is copied from here
+    for heading in ("org", "tier", "name", "status", "created", "expires", "last used"):
+        table.add_column(heading)
     for row in rows:
         times = (_minute(row.created_at), _minute(row.expires_at), _minute(row.last_used_at))
         table.add_row(*map(escape, (row.id, row.org, row.tier, row.name, row.status)), *times)

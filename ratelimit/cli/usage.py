@@ -83,10 +83,12 @@ def _json_lines(lines: Iterable[LedgerLine]) -> Iterator[str]:
 
 
 def _table(groupings: Iterable[str], found: dict[tuple[str, ...], Totals]) -> Table:
-    table = Table(*groupings)
+    table = Table()
+    for grouping in groupings:
+        table.add_column(grouping, overflow="fold")
     for heading in ("requests", "input", "cached", "output", "replica-seconds"):
         table.add_column(heading, justify="right")
     for names, total in found.items():
         tokens = (total.requests, total.input_tokens, total.cached_tokens, total.output_tokens)
-        table.add_row(*map(escape, names), *(f"{amount:,}" for amount in tokens), f"{total.cost_us / 1e6:,.1f}")
+        table.add_row(*map(escape, names), *(f"{amount:,}" for amount in tokens), f"{total.cost_us / 1e6:,.3f}")
     return table

@@ -80,6 +80,8 @@ def test_a_key_is_rotated_and_each_of_its_secrets_is_listed(config: Path) -> Non
     assert (new["id"], new["status"], new["expires_at"]) == (made["id"], "active", None)
     listed = runner.invoke(app, ["keys", "list", "--config", str(config)], env={"COLUMNS": "200"}).stdout
     assert "2023-11-14 22:13" in listed
+    narrow = runner.invoke(app, ["keys", "list", "--config", str(config)], env={"COLUMNS": "70"}).stdout
+    assert narrow.count(made["id"]) == 2
     assert made["key"] not in listed
 
 
