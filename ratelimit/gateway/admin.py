@@ -58,7 +58,7 @@ class TokenGuard:
             await self._app(scope, receive, send)
             return
         refusal = JSONResponse(_UNAUTHORIZED, 401, {"WWW-Authenticate": 'Bearer realm="penstock admin"'})
-        await refusal(scope, receive, send)  # type: ignore[arg-type]  # starlette's ASGI types are narrower than ours
+        await refusal(scope, receive, send)
 
     def _is_shown(self, scope: Scope, wanted: bytes) -> bool:
         """Digests are compared, in a time that tells neither the token's length nor how much of it was right."""

@@ -38,7 +38,7 @@ async def directory() -> AsyncIterator[Directory]:
 
 
 async def get(app: TokenGuard, path: str, authorization: str | None = None, method: str = "GET") -> httpx.Response:
-    transport = httpx.ASGITransport(app)  # type: ignore[arg-type]  # httpx's ASGI types are narrower than ours
+    transport = httpx.ASGITransport(app)
     headers = {} if authorization is None else {"authorization": authorization}
     async with httpx.AsyncClient(transport=transport, base_url="http://admin") as client:
         return await client.request(method, path, headers=headers)
