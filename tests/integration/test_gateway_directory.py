@@ -1,6 +1,8 @@
-"""What a gateway believes of what it reads from Redis."""
+"""What a gateway believes of what it reads from Redis, and what gateways tell each other there."""
 
 from __future__ import annotations
+
+from time import time
 
 import pytest
 from redis.asyncio import Redis
@@ -8,7 +10,8 @@ from redis.asyncio import Redis
 from ratelimit.gateway.directory import Directory
 from ratelimit.gateway.errors import Rejection
 from ratelimit.gateway.metrics import GatewayMetrics
-from ratelimit.publisher import KEYS_KEY, PUBLICATION_KEY
+from ratelimit.gateway.presence import GATEWAYS_KEY, LIVE_S, Presence
+from ratelimit.publisher import KEYS_KEY, KEYS_USED_KEY, PUBLICATION_KEY
 from tests.support.gateway import make_key, publication, publish
 
 
@@ -17,11 +20,6 @@ async def directory(redis_client: Redis) -> Directory:
     """A directory of an empty Redis."""
     await redis_client.delete(PUBLICATION_KEY, KEYS_KEY)
     return Directory(redis_client, GatewayMetrics())
-
-
-def bearer(secret: str) -> bytes:
-    """The header that a key is sent in."""
-    return f"Bearer {secret}".encode()
 
 
 def errors(directory: Directory, what: str) -> float:
@@ -37,12 +35,12 @@ async def test_a_redis_that_lost_everything_keeps_the_keys(redis_client: Redis, 
     await directory.refresh()
     await redis_client.delete(PUBLICATION_KEY, KEYS_KEY)
     await directory.refresh()
-    assert directory.authenticate(bearer(secret)) == record
+    assert directory.authenticate(secret) == record
 
     await publish(redis_client, publication(["http://a"], epoch=2), other)
     await directory.refresh()
     with pytest.raises(Rejection):
-        directory.authenticate(bearer(secret))
+        directory.authenticate(secret)
 
 
 async def test_one_unreadable_key_is_one_key(redis_client: Redis, directory: Directory) -> None:
@@ -51,7 +49,7 @@ async def test_one_unreadable_key_is_one_key(redis_client: Redis, directory: Dir
     await publish(redis_client, publication(["http://a"]), record)
     await redis_client.hset(KEYS_KEY, "0" * 64, "{")
     await directory.refresh()
-    assert directory.authenticate(bearer(secret)) == record
+    assert directory.authenticate(secret) == record
     assert errors(directory, "key") == 1
 
 
@@ -70,3 +68,58 @@ async def test_a_fault_that_returns_is_told_again(
         await directory.refresh()
     lines = [record.getMessage().split(",")[0] for record in caplog.records]
     assert lines == 2 * ["cannot read publication", "cannot read keys"]
+
+
+def test_no_secret_is_no_key(directory: Directory) -> None:
+    """A request without a key is refused as one with a wrong key is."""
+    refused = []
+    for secret in (None, "", "pn-wrong", "\ud800"):
+        with pytest.raises(Rejection) as rejection:
+            directory.authenticate(secret)
+        refused.append((rejection.value.status, rejection.value.message))
+    assert len(set(refused)) == 1
+
+
+def presence(redis: Redis, gateway_id: str) -> Presence:
+    """A gateway's presence, silent as yet."""
+    return Presence(redis, gateway_id, GatewayMetrics())
+
+
+async def test_gateways_count_each_other(redis_client: Redis) -> None:
+    """Each knows how many live, but for those that were silent for long; before the first beat it knows of none."""
+    first, second = presence(redis_client, "g1"), presence(redis_client, "g2")
+    assert first.gateways() == 0
+    now_s = (await redis_client.time())[0]
+    await redis_client.zadd(GATEWAYS_KEY, {"dead": now_s - LIVE_S - 2})
+    await first.beat()
+    assert first.gateways() == 1
+    await second.beat()
+    await first.beat()
+    assert (first.gateways(), second.gateways()) == (2, 2)
+    assert {member async for member, _ in redis_client.zscan_iter(GATEWAYS_KEY)} == {b"g1", b"g2"}
+
+
+async def test_a_redis_that_lost_everything_does_not_make_a_gateway_alone(redis_client: Redis) -> None:
+    """The number before counts until the others have had time to say that they live."""
+    first, second = presence(redis_client, "g1"), presence(redis_client, "g2")
+    await second.beat()
+    await first.beat()
+    await redis_client.flushall()
+    await first.beat()
+    assert first.gateways() == 2
+
+
+async def test_the_last_uses_of_keys_are_told(redis_client: Redis, directory: Directory) -> None:
+    """A key's use is told once, and a later one that another gateway told stays."""
+    (secret, record), (other_secret, other) = make_key(), make_key()
+    await publish(redis_client, publication(["http://a"]), record, other)
+    await directory.refresh()
+    before_s, later_s = int(time()), int(time()) + 1_000
+    await redis_client.hset(KEYS_USED_KEY, other.id, later_s)
+    directory.authenticate(secret)
+    directory.authenticate(other_secret)
+    await directory.presence.tell_uses()
+    told = {key_id.decode(): int(at) for key_id, at in (await redis_client.hgetall(KEYS_USED_KEY)).items()}
+    assert before_s <= told[record.id] <= int(time())
+    assert told[other.id] == later_s
+    assert directory.presence.used == {}

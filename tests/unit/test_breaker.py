@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
@@ -69,7 +69,7 @@ async def closed(guarded: GuardedStore) -> None:
 async def test_any_failure_opens_it_and_then_nobody_waits(store: SlowStore, guarded: GuardedStore, call: str) -> None:
     """The call that failed may have reached the store; those after it are known not to have."""
     store.away = StoreUnavailableError("gone")
-    calls = {
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
         "admit": lambda: guarded.admit("1", CHARGES, 1, 1_000),
         "extend": lambda: guarded.extend("1", CHARGES, 1_000),
         "settle": lambda: guarded.settle("1", CHARGES),

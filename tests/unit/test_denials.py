@@ -65,7 +65,7 @@ def test_a_smaller_request_may_fit(denials: Denials) -> None:
 def test_others_are_not_refused_by_it(denials: Denials) -> None:
     """Another key, another model and another connection of the same key ask the store."""
     for caller in (("k2", *CALLER[1:]), ("k1", "other", CALLER[2]), ("k1", "m", ("10.0.0.1", 5001))):
-        assert denials.find(caller, charges(50), 7, NOW_US) is None  # type: ignore[arg-type]  # the tuples are callers
+        assert denials.find(caller, charges(50), 7, NOW_US) is None
 
 
 def test_only_so_many_are_remembered() -> None:

@@ -45,7 +45,7 @@ def test_together_they_stay_within_the_bound(history: tuple[int, int, int, list[
             excess[gateway] = max(excess[gateway], cost - own)
         passed = Fraction(now_us - START_US, MINUTE_US)
         # A rate below one token a minute for a gateway is rounded up to one.
-        bound = SAFE_SHARE * capacity + max(SAFE_SHARE * rate, gateways) * passed
+        bound = SAFE_SHARE * capacity + max(SAFE_SHARE * rate, Fraction(gateways)) * passed
         assert admitted <= bound + sum(excess)
 
 
