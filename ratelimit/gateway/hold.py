@@ -68,7 +68,12 @@ def check_context(request: ParsedRequest, max_model_len: int) -> None:
 
 
 def pool_cost_us(groups: Sequence[ReplicaGroup], usage: Usage, choices: int, prompts: int) -> int:
-    """Replica-microseconds of a request: each prompt is computed once, its further choices find it in the cache."""
+    """Replica-microseconds of a request: each prompt is computed once, its further choices find it in the cache.
+
+    A request without tokens, such as one that only has them counted, costs nothing.
+    """
+    if not usage.prompt_tokens and not usage.output_tokens:
+        return 0
     prompt, output = ceil(usage.prompt_tokens / prompts), ceil(usage.output_tokens / choices)
     first = fleet_cost_s(groups, RequestShape(prompt, output, min(prompt, usage.cached_tokens // prompts)))
     cost_s = prompts * first

@@ -45,11 +45,6 @@ class Bench:
         async with self.http() as http:
             await self.until_answered(http, "/v1/models", 200)
 
-    async def borrowing(self, **changes: Any) -> None:
-        """The same limits once more, for a tier that is promised nothing and may fill the pool."""
-        tiers = tuple(replace(tier, assured=False, borrow_up_to=1000) for tier in self.published.tiers)
-        await self.republish(tiers=tiers, **changes)
-
     async def republish(self, *more_keys: KeyRecord, **changes: Any) -> None:
         """Put the limits in force once more, with these changes, and wait until they are."""
         self.epoch += 1

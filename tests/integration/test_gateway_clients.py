@@ -16,6 +16,8 @@ from tests.support.fake_upstream import FINGERPRINT, stream_events
 from tests.support.gateway import MODEL
 
 MESSAGES: Any = [{"role": "user", "content": "Tell me about the sea, at length and in detail."}]
+#: A tier that is promised nothing, and may fill the pool.
+BORROWING: dict[str, Any] = {"assured": False, "borrow_up_to": 1000}
 
 
 def chat(**more: Any) -> dict[str, Any]:
@@ -109,11 +111,9 @@ async def test_concurrency_wait_is_marked_as_an_estimate(bench: Bench) -> None:
 
 
 async def test_pool_shortage_is_the_fleets_fault(bench: Bench) -> None:
-    """When the pool is used up the answer is 503 with a wait, in both the client's and the IETF's form."""
-    await bench.publish(pool_budget=(60, 1))
-    await bench.borrowing()
+    """When the pool is used up, as a new one is, the answer is 503 with a wait, in the client's and the IETF's form."""
+    await bench.publish(pool_budget=(60, 1), **BORROWING)
     async with bench.http() as http:
-        assert (await http.post("/v1/chat/completions", json=chat())).status_code == 200
         refused = await http.post("/v1/chat/completions", json=chat())
     assert refused.status_code == 503
     assert int(refused.headers["retry-after"]) >= 1

@@ -34,7 +34,7 @@ def messages_usage(prompt: int, output: int, cached: int = 0) -> dict[str, int]:
 
 def messages_events(model: str, prompt: int, output: int, stop_reason: str, cached: int = 0) -> list[bytes]:
     """Every event of a stream of ``/v1/messages``; the prompt is told whole first, and less the cached part last."""
-    message = {
+    message: dict[str, Any] = {
         "id": "chatcmpl-1",
         "type": "message",
         "role": "assistant",
@@ -131,7 +131,7 @@ def _responses_usage(prompt: int, output: int, cached: int) -> dict[str, Any]:
 
 
 def _item(text: str, status: str) -> dict[str, Any]:
-    content = [{"annotations": [], "text": text, "type": "output_text", "logprobs": None}] if text else []
+    content: list[Any] = [{"annotations": [], "text": text, "type": "output_text", "logprobs": None}] if text else []
     return {"id": "msg_1", "content": content, "role": "assistant", "status": status, "type": "message", "phase": None}
 
 

@@ -15,7 +15,8 @@ from ratelimit.gateway.formats.answers import answer_outcome
 from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.sse import EventTooLargeError, StreamFilter
 from ratelimit.gateway.wire import ShownUsage
-from tests.support.fake_upstream import compact, stream_events, whole_answer
+from tests.support.fake_formats import compact
+from tests.support.fake_upstream import stream_events, whole_answer
 
 OPTIONS: dict[ShownUsage, dict[str, bool] | None] = {
     "none": None,
