@@ -17,6 +17,7 @@ from tests.support.gateway import MAX_MODEL_LEN
 SHORTEST, LONGEST = 10, 80
 #: What one token takes an engine that is busy.
 TOKEN_S = 0.02
+_NOT_FOUND = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 _STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 _WHOLE_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 
@@ -54,6 +55,9 @@ class PacedUpstream:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                if not head.startswith(b"post "):  # LiteLLM looks what else is there
+                    writer.write(_NOT_FOUND)
+                    continue
                 length = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
                 await self._answer(writer, json.loads(await reader.readexactly(length)))
         except (ConnectionError, asyncio.IncompleteReadError):
