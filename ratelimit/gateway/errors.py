@@ -66,9 +66,9 @@ def context_length_exceeded(max_model_len: int, asked: str) -> Rejection:
 
 
 def context_refusal(message: str, context: str) -> Rejection:
-    """The same in the engine's own words."""
+    """The same in the engine's own words. The code stands in the text too: LangChain looks for it only there."""
     code = "context_length_exceeded"
-    return Rejection(400, "invalid_request_error", message, code, "messages", context=context)
+    return Rejection(400, "invalid_request_error", f"{message} ({code})", code, "messages", context=context)
 
 
 def unauthorized() -> Rejection:

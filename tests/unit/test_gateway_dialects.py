@@ -132,7 +132,7 @@ def test_an_engines_word_for_the_context_becomes_the_clients(body: dict[str, Any
     written = json.dumps(body).encode()
     answer = engine_refusal(400, written, "openai", b"id-1")
     error = json.loads(answer.body)["error"]
-    assert (error["code"], error["message"]) == ("context_length_exceeded", CONTEXT)
+    assert (error["code"], error["message"]) == ("context_length_exceeded", CONTEXT + " (context_length_exceeded)")
     answer = engine_refusal(400, written, "anthropic", b"id-1")
     error = json.loads(answer.body)["error"]
     assert error == {"type": "invalid_request_error", "message": "prompt is too long: 4097 tokens > 4096 maximum"}
