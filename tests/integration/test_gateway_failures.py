@@ -239,19 +239,6 @@ async def test_output_beyond_the_hold_is_charged_along_the_way(bench: Bench) -> 
     await bench.settled(Usage(PROMPT_TOKENS, 16))
 
 
-async def test_store_that_fails_is_a_503(impatient: Bench) -> None:
-    """While Redis cannot decide, requests are refused with a wait, and served again afterwards."""
-    async with impatient.http() as http:
-        await impatient.redis.client_pause(2000)
-        refused = await http.post(PATH, json=chat())
-        assert refused.status_code == 503
-        assert "rate limiter" in refused.json()["error"]["message"]
-        async with asyncio.timeout(10):
-            while (await http.post(PATH, json=chat())).status_code != 200:
-                pass
-    await impatient.settled(Usage(PROMPT_TOKENS, 8))
-
-
 async def test_many_streams_at_once_all_settle(bench: Bench) -> None:
     """Many streams at once, some cut by their clients, leave nothing held."""
     async with bench.http() as http:
