@@ -66,7 +66,7 @@ async def redis_pid(redis: Redis) -> int:
 
 async def records(redis: Redis) -> list[UsageRecord]:
     """All usage records of the test's cell."""
-    entries = await redis.xrange(f"{KEY_VERSION}:{{{MODEL}}}:usage")
+    entries: Any = await redis.xrange(f"{KEY_VERSION}:{{{MODEL}}}:usage")
     return [msgspec.json.decode(fields[b"record"], type=UsageRecord) for _, fields in entries]
 
 
