@@ -30,6 +30,7 @@ from ratelimit.publisher import CHANGED_CHANNEL, KEYS_KEY, PUBLICATION_KEY
 log = logging.getLogger(__name__)
 
 _RETRY_WHILE_EMPTY_US = 1_000_000
+_REFRESH_TIMEOUT_S = 5.0
 
 
 class Directory:
@@ -146,9 +147,10 @@ class Directory:
     async def _poll(self) -> None:
         while True:
             try:
-                await self.refresh()
+                async with asyncio.timeout(_REFRESH_TIMEOUT_S):
+                    await self.refresh()
                 self._failed.discard("redis")
-            except (RedisError, OSError) as error:
+            except (RedisError, OSError) as error:  # OSError: TimeoutError too
                 self._note_failure("redis", error)
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._poll_interval_s):

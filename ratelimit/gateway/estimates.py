@@ -65,11 +65,13 @@ def _bucket_of(tokens: int) -> int:
 class Outputs:
     """The lengths of one caller's answers: counts that fade, in buckets of growing width."""
 
-    __slots__ = ("_counts", "_found", "_newest")
+    __slots__ = ("_counts", "_found", "_longest", "_newest", "_total")
 
     def __init__(self) -> None:
         self._counts = array("f", bytes(4 * _BUCKETS))
         self._newest = 1.0  # what the newest answer counts; it grows, so that the older ones fade beside it
+        self._total = 0.0
+        self._longest = 0  # no bucket above it was ever used
         self._found: tuple[int, int] | None = None
 
     def p90(self, prior: int) -> int:
@@ -80,22 +82,25 @@ class Outputs:
 
     def _p90(self, prior: int) -> int:
         at_prior, prior_weight = _bucket_of(prior), PRIOR_WEIGHT * self._newest
-        allowed = (1 - PERCENTILE) * (sum(self._counts) + prior_weight)
-        above = 0.0
-        for index in range(_BUCKETS - 1, -1, -1):
+        allowed = (1 - PERCENTILE) * (self._total + prior_weight)
+        index, above = max(self._longest, at_prior) + 1, 0.0
+        while above <= allowed and index > 0:
+            index -= 1
             above += self._counts[index] + (prior_weight if index == at_prior else 0.0)
-            if above > allowed:
-                break
         found = prior if index == at_prior else _TOPS[index]
         return max(found, ceil(prior * FLOOR_SHARE), 1)
 
     def note(self, tokens: int) -> None:
         """An answer was this long."""
+        bucket = _bucket_of(tokens)
         self._newest *= 1 + 1 / MEMORY
-        self._counts[_bucket_of(tokens)] += self._newest
+        self._counts[bucket] += self._newest
+        self._total += self._newest
+        self._longest = max(self._longest, bucket)
         self._found = None
         if self._newest > _LARGEST_COUNT:
             self._counts = array("f", (count / self._newest for count in self._counts))
+            self._total /= self._newest
             self._newest = 1.0
 
 

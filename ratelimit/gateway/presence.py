@@ -107,6 +107,7 @@ class Presence:
 
     async def _leave(self) -> None:
         try:
+            await self.tell_uses()
             async with asyncio.timeout(_CALL_TIMEOUT_S):
                 await self._redis.zrem(GATEWAYS_KEY, self._gateway_id)
         except (RedisError, OSError):
