@@ -68,8 +68,8 @@ VARIANTS = tuple(
 class Outcome(msgspec.Struct, frozen=True):
     """What one key got. Times in seconds, everything else in output tokens or requests.
 
-    ``allowed`` is burst + rate × time, from the first request to the end of the scenario, or to the arrival of the last
-    served answer's first byte, where that is later. ``overrun`` is what the gateway says was used beyond the holds.
+    ``served`` counts every answer to a request that was sent in time, to its end; ``allowed`` is burst + rate × time.
+    ``overrun`` is what the gateway says was used beyond the holds.
     """
 
     variant: str
@@ -95,7 +95,6 @@ class _Tally:
     """What the callers of one key have seen."""
 
     def __init__(self) -> None:
-        self.started_s = self.served_by_s = perf_counter()
         self.answers = self.refusals = self.refusals_without_time = self.errors = 0
         self.longest_wait_told_s = 0.0
 
@@ -118,11 +117,9 @@ def told_wait_s(headers: httpx.Headers) -> float | None:
 async def _ask(client: httpx.AsyncClient, request: dict[str, Any], tally: _Tally) -> tuple[bool, float | None]:
     """Whether it was served, and if not, the wait that was told."""
     async with client.stream("POST", "/v1/chat/completions", json=request) as response:
-        arrived_s = perf_counter()
         await response.aread()
     if response.status_code == 200:
         tally.answers += 1
-        tally.served_by_s = max(tally.served_by_s, arrived_s)
         return True, None
     told_s = told_wait_s(response.headers)
     if response.status_code == 429:
@@ -150,12 +147,18 @@ async def _call(client: httpx.AsyncClient, request: dict[str, Any], ends_s: floa
 
 
 class Overload(msgspec.Struct, frozen=True):
-    """How hard a key is asked, and its limit of output tokens."""
+    """How hard a key is asked, its limit of output tokens, and what one token takes the engine."""
 
     per_minute: int
     burst: int
     seconds: float
     callers: int = CALLERS
+    token_s: float = 0.02
+
+    @property
+    def allowed(self) -> float:
+        """Burst + rate × time."""
+        return self.burst + self.per_minute / 60 * self.seconds
 
     async def of(self, variant: Variant, url: str, secret: str, upstream: PacedUpstream) -> Outcome:
         """Callers ask at once until the time is over; what they got, once the last answer has ended."""
@@ -168,16 +171,15 @@ class Overload(msgspec.Struct, frozen=True):
         headers = {"authorization": f"Bearer {secret}"}
         async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=ANSWER_TIMEOUT_S) as client:
             tally = _Tally()
-            ends_s = tally.started_s + self.seconds
+            ends_s = perf_counter() + self.seconds
             await asyncio.gather(*(_call(client, request, ends_s, tally) for _ in range(self.callers)))
-        seconds = max(self.seconds, tally.served_by_s - tally.started_s)
         return Outcome(
             variant=variant.name,
             limit_per_minute=self.per_minute,
             burst=self.burst,
-            seconds=seconds,
+            seconds=self.seconds,
             served=upstream.generated[variant.name],
-            allowed=self.burst + self.per_minute / 60 * seconds,
+            allowed=self.allowed,
             answers=tally.answers,
             refusals=tally.refusals,
             refusals_without_time=tally.refusals_without_time,
@@ -197,7 +199,7 @@ def publication_for(overload: Overload, variants: Sequence[Variant], upstream_ur
 async def overload_gateway(overload: Overload, variants: Sequence[Variant], redis_url: str) -> list[Outcome]:
     """Every variant at once, each on a key of its own, through a gateway process of ours."""
     keys = [make_key(tier=variant.name) for variant in variants]
-    async with PacedUpstream() as upstream, Redis.from_url(redis_url) as redis:
+    async with PacedUpstream(overload.token_s) as upstream, Redis.from_url(redis_url) as redis:
         await publish(redis, publication_for(overload, variants, upstream.url), *(record for _, record in keys))
         with GatewayProcess(gateway_settings(redis_url)) as gateway:
             await eventually_async(partial(asyncio.to_thread, gateway.epoch), 10, "the limits' arrival")
@@ -218,7 +220,7 @@ def overrun_of(exposition: str, tier: str) -> int:
 async def overload_litellm(overload: Overload, variants: Sequence[Variant]) -> list[Outcome]:
     """The same through LiteLLM's proxy, whose keys all have the limit. Raises LitellmUnavailableError."""
     limits = KeyLimits(requests_per_minute=_AMPLE_RATE[0], tokens_per_minute=overload.per_minute)
-    async with PacedUpstream() as upstream:
+    async with PacedUpstream(overload.token_s) as upstream:
         with bench_redis() as server, LitellmProxy(upstream.url, server.port, limits) as litellm:
             asked = (
                 overload.of(variant, litellm.url, f"sk-{index}", upstream) for index, variant in enumerate(variants)

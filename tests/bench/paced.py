@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,20 +16,19 @@ from tests.support.gateway import MAX_MODEL_LEN
 
 #: Tokens of an answer, all lengths between them equally often: 45 on average.
 SHORTEST, LONGEST = 10, 80
-#: What one token takes an engine that is busy.
-TOKEN_S = 0.02
 _NOT_FOUND = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 _STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 _WHOLE_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 
 
 class PacedUpstream:
-    """One replica, for chat completions. Use as an async context manager.
+    """One replica, for chat completions, that takes ``token_s`` for a token. Use as an async context manager.
 
     ``generated`` counts output tokens by the content of the first message, which tells who asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, token_s: float) -> None:
+        self._token_s = token_s
         self.generated: Counter[str] = Counter()
         self._lengths = random.Random(7)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -69,22 +69,19 @@ class PacedUpstream:
         body = {"max_tokens": MAX_MODEL_LEN, **asked}
         length = self._lengths.randint(SHORTEST, LONGEST)
         self.generated[body["messages"][0]["content"]] += output_tokens(body, length)
-        answering = _stream if body.get("stream") else _answer_whole
-        await answering(writer, body, length)
+        if body.get("stream"):
+            await self._stream(writer, stream_events(body, True, length))
+        else:
+            await asyncio.sleep(output_tokens(body, length) * self._token_s)
+            answer = whole_answer(body, True, length)
+            writer.write(_WHOLE_HEAD % len(answer) + answer)
+            await writer.drain()
 
-
-async def _answer_whole(writer: asyncio.StreamWriter, body: dict[str, Any], length: int) -> None:
-    await asyncio.sleep(output_tokens(body, length) * TOKEN_S)
-    answer = whole_answer(body, True, length)
-    writer.write(_WHOLE_HEAD % len(answer) + answer)
-    await writer.drain()
-
-
-async def _stream(writer: asyncio.StreamWriter, body: dict[str, Any], length: int) -> None:
-    writer.write(_STREAM_HEAD)
-    for event in stream_events(body, True, length):
-        await asyncio.sleep(TOKEN_S)
-        writer.write(http_chunk(event))
+    async def _stream(self, writer: asyncio.StreamWriter, events: Sequence[bytes]) -> None:
+        writer.write(_STREAM_HEAD)
+        for event in events:
+            await asyncio.sleep(self._token_s)
+            writer.write(http_chunk(event))
+            await writer.drain()
+        writer.write(b"0\r\n\r\n")
         await writer.drain()
-    writer.write(b"0\r\n\r\n")
-    await writer.drain()
