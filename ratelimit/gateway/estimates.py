@@ -121,17 +121,13 @@ class Estimates:
     def note_output(self, key_id: str, model: str, tokens: int, prior_output: int, ended: bool) -> None:
         """One answer was this long; ``ended`` if it ended by itself, and so says how little is enough."""
         caller = (key_id, model)
-        outputs = self._outputs.get(caller)
-        if outputs is None:
-            outputs = Outputs()
-            if not ended and tokens <= outputs.p90(prior_output):
-                return
-            self._outputs[caller] = outputs
-            if len(self._outputs) > self._most_remembered:
-                self._outputs.popitem(last=False)
-        elif not ended and tokens <= outputs.p90(prior_output):
+        outputs = self._outputs.get(caller) or Outputs()
+        if not ended and tokens <= outputs.p90(prior_output):
             return
+        self._outputs[caller] = outputs
         self._outputs.move_to_end(caller)
+        if len(self._outputs) > self._most_remembered:
+            self._outputs.popitem(last=False)
         outputs.note(tokens)
 
     def note_prompt(self, model: str, prompt_bytes: int, tokens: int, tokens_per_byte: float) -> None:

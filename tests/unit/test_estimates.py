@@ -72,6 +72,10 @@ def test_what_was_cut_short_teaches_nothing_downwards() -> None:
     estimates = Estimates()
     note(estimates, 1, times=5_000, ended=False)
     assert expected_output(estimates) == PRIOR
+    note(estimates, 150, times=600)
+    usual = expected_output(estimates)
+    note(estimates, 1, times=5_000, ended=False)
+    assert expected_output(estimates) == usual
 
 
 def test_long_answers_are_learned_at_once_however_they_ended() -> None:

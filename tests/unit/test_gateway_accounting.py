@@ -158,7 +158,6 @@ async def test_the_books_balance() -> None:
 async def test_a_request_within_what_is_assured_is_green() -> None:
     """It is charged to both its buckets; the next, which no longer fits, borrows and leaves the assured one alone."""
     limiter, ledger = CellLimiter(), Ledger(GatewayMetrics(), 15)
-    limiter.cell.buckets.clear()
     terms = two_coloured(pool=msgspec.structs.replace(plain_terms().pool, budget_burst=10**9))
     green = account_of(ledger, limiter, terms, max_tokens=80, request_id="green")
     assert isinstance(await green.admit(), Admitted)
@@ -177,6 +176,23 @@ async def test_a_request_within_what_is_assured_is_green() -> None:
     assert used[f"k:{RECORD.id}:output_tokens"] == 60
     assert used[f"k:{RECORD.id}:output_tokens.ceiling"] == 110
     assert {record.id: record.green for record in limiter.records()} == {"green": True, "borrower": False}
+
+
+async def test_a_borrower_owes_nothing_of_what_is_assured() -> None:
+    """Neither by its reservation nor where Redis has lost that and is told the whole use."""
+    limiter, ledger = CellLimiter(), Ledger(GatewayMetrics(), 15)
+    terms = two_coloured(pool=msgspec.structs.replace(plain_terms().pool, budget_burst=10**9))
+    await account_of(ledger, limiter, terms, max_tokens=100, request_id="green").admit()
+    limiter.cell.buckets["pool:work"].level = 0
+    borrower = account_of(ledger, limiter, terms, max_tokens=80)
+    await borrower.admit()
+    limiter.cell.reservations.clear()
+    limiter.cell.buckets.clear()
+    borrower.settle_used(Usage(3, 50), ended=True)
+    await ledger.drain(timeout_s=30)
+    used = limiter.used()
+    assert used[f"k:{RECORD.id}:output_tokens.ceiling"] == 50
+    assert f"k:{RECORD.id}:output_tokens" not in used
 
 
 # Leases
@@ -212,6 +228,7 @@ async def test_the_sweep_keeps_every_open_lease() -> None:
     await ledger.drain(timeout_s=30)
     await ledger.sweep()
     assert [name for name, _ in limiter.calls].count("extend") == 3
+    assert not ledger._open
 
 
 async def test_a_young_lease_is_not_renewed() -> None:
