@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit.gateway.formats.answers import answer_outcome
-from ratelimit.gateway.formats.events import EventFilter, read_messages_event, read_responses_event
+from ratelimit.gateway.formats.events import EventFilter, Reader, read_messages_event, read_responses_event
 from ratelimit.gateway.formats.fields import Route
 from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.sse import EventTooLargeError
@@ -104,6 +104,16 @@ def test_many_small_deltas_are_tokens_each() -> None:
         told = {"type": "content_block_delta", "delta": {"type": "thinking_delta", "thinking": "a"}, "index": 0}
         stream.feed(f"event: content_block_delta\ndata: {compact(told)}\n\n".encode())
     assert stream.usage == Usage(HELD, 10)
+
+
+@pytest.mark.parametrize(("route", "read"), [("messages", read_messages_event), ("responses", read_responses_event)])
+def test_no_estimate_is_above_what_was_asked_for(route: str, read: Reader) -> None:
+    """A client that leaves never owes more output than the maximum that its request set."""
+    stream = EventFilter(read, HELD, TOKENS_PER_BYTE, most_output=6)
+    for event in events_of(route)[:-2]:
+        stream.feed(event)
+    assert stream.usage is not None
+    assert stream.usage.output_tokens == 6
 
 
 def test_a_response_that_is_left_owes_its_held_prompt_and_an_upper_estimate() -> None:

@@ -8,7 +8,8 @@ Both formats name their events, tell the output's tokens only at the end, and pa
   response's ``status``), ``response.incomplete`` or ``response.failed``.
 
 Until the usage is told, the output is estimated at the upper side: the deltas that came, or their text's bytes times
-the model's tokens per byte, whichever is more. The last event is kept back until the stream is flushed.
+the model's tokens per byte, whichever is more, and never more than was asked for. The last event is kept back until the
+stream is flushed.
 """
 
 from __future__ import annotations
@@ -57,12 +58,18 @@ Reader = Callable[[Seen, bytes, bytes], None]
 
 
 class EventFilter:
-    """The state of one stream; ``held_prompt_tokens`` count until the engine tells the prompt's length."""
+    """The state of one stream; ``held_prompt_tokens`` count until the engine tells the prompt's length.
 
-    __slots__ = ("_held_prompt_tokens", "_kept", "_read", "_seen", "_tokens_per_byte")
+    ``most_output`` is the maximum that the request set, ``None`` where it set none.
+    """
 
-    def __init__(self, read: Reader, held_prompt_tokens: int, tokens_per_byte: float) -> None:
+    __slots__ = ("_held_prompt_tokens", "_kept", "_most_output", "_read", "_seen", "_tokens_per_byte")
+
+    def __init__(
+        self, read: Reader, held_prompt_tokens: int, tokens_per_byte: float, most_output: int | None = None
+    ) -> None:
         self._read = read
+        self._most_output = most_output
         self._held_prompt_tokens = held_prompt_tokens
         self._tokens_per_byte = tokens_per_byte
         self._seen = Seen()
@@ -92,6 +99,8 @@ class EventFilter:
         if seen.prompt is None and not seen.deltas:
             return None
         output = max(seen.deltas, ceil(seen.text_bytes * self._tokens_per_byte))
+        if self._most_output is not None:
+            output = min(output, self._most_output)
         if seen.prompt is None:
             return Usage(self._held_prompt_tokens, output)
         return Usage(seen.prompt.prompt_tokens, max(output, seen.prompt.output_tokens), seen.prompt.cached_tokens)

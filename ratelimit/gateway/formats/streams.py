@@ -41,9 +41,9 @@ class AnswerStream(Protocol):
 def answer_stream(request: ParsedRequest, held_prompt_tokens: int, tokens_per_byte: float) -> AnswerStream:
     """The filter for a request's stream."""
     if request.route == "messages":
-        return EventFilter(read_messages_event, held_prompt_tokens, tokens_per_byte)
+        return EventFilter(read_messages_event, held_prompt_tokens, tokens_per_byte, request.max_output)
     if request.route == "responses":
-        return EventFilter(read_responses_event, held_prompt_tokens, tokens_per_byte)
+        return EventFilter(read_responses_event, held_prompt_tokens, tokens_per_byte, request.max_output)
     return StreamFilter(request.shown_usage, request.choices, request.prompts, held_prompt_tokens)
 
 
