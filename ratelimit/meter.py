@@ -25,8 +25,9 @@ module agree to the bit. At 1 µs a bucket holds up to 150 million tokens, at 1 
    gauge has no such time and is named, with no wait, only where no other is short. A bucket of capacity 0 is named
    before all others, with no wait: it will not come.
 6. No herd. Who is told a time is promised the room that comes then, and whoever is refused after it is told the time
-   after that (``due``). The line starts anew when all who stand in it were admitted (``waiting``), when its end has
-   passed, and when it is longer than ``SPREAD_US``. A lone caller always gets the exact time.
+   at which its own cost has leaked away after that (``due``). The line starts anew when all who stand in it were
+   admitted (``waiting``), when its end has passed, and when it is longer than ``SPREAD_US``. A lone caller always gets
+   the exact time.
 7. A pool's bucket that is not stored starts full: Redis has lost it, and nobody knows what is in flight.
 """
 
@@ -196,8 +197,8 @@ class Reading(NamedTuple):
 class Bucket(msgspec.Struct, array_like=True):
     """What is stored of a bucket: its level at a tick, and the limits of the newest epoch that it has seen.
 
-    A window's tick is the microsecond at which it opened. ``due`` is the tick after the last promise made to a refused
-    caller, ``waiting`` how many were promised and not admitted since.
+    A window's tick is the microsecond at which it opened. ``due`` is the tick at which the last one promised room is
+    in, and has left no debt; ``waiting`` is how many were promised and not admitted since.
     """
 
     level: int
@@ -254,38 +255,49 @@ def adopt(bucket: Bucket, charge: Charge, epoch: int) -> None:
 
 def shortfall(bucket: Bucket, charge: Charge) -> int:
     """Level units that must go before the cost fits; 0 where it fits (rules 2 and 3)."""
-    capacity = bucket.capacity * charge.borrow_up_to // THOUSANDTHS
+    capacity = capacity_for(bucket, charge)
     return max(0, bucket.level - (capacity - min(charge.cost, capacity)) * charge.units)
+
+
+def capacity_for(bucket: Bucket, charge: Charge) -> int:
+    """How much of the bucket this charge may fill, in tokens (rule 3)."""
+    return bucket.capacity * charge.borrow_up_to // THOUSANDTHS
 
 
 def told_wait_us(bucket: Bucket, charge: Charge, now_us: int) -> int | None:
     """How long this charge must wait; None where it fits, and marks for "will not come" and "nobody knows"."""
     short = shortfall(bucket, charge)
-    if bucket.capacity * charge.borrow_up_to < THOUSANDTHS and (charge.cost > 0 or (short and bucket.kind < 0)):
+    if capacity_for(bucket, charge) == 0 and (charge.cost > 0 or (short and bucket.kind < 0)):
         return _NEVER
     if short == 0:
         return None
     if bucket.kind == GAUGE:
         return _UNTOLD
-    return told_at_us(bucket, short) - now_us
+    return told_at_us(bucket, charge, short) - now_us
 
 
-def told_at_us(bucket: Bucket, short: int) -> int:
+def told_at_us(bucket: Bucket, charge: Charge, short: int) -> int:
     """The moment told for a shortfall: the first at which it is gone, or the next in line after it (rule 6)."""
     kind = bucket.kind
     if kind < 0:
         windows = min(ceil_div(short, bucket.capacity), LONGEST_WAIT_US // (-kind * 1_000_000))
         return bucket.tick + windows * -kind * 1_000_000
-    exact = bucket.tick + min(ceil_div(short, bucket.rate), LONGEST_WAIT_US // kind)
-    return (bucket.due if exact < bucket.due <= exact + SPREAD_US // kind else exact) * kind
+    exact = bucket.tick + _ticks_to_leak(bucket, short)
+    fits = min(charge.cost, capacity_for(bucket, charge))
+    next_in_line = bucket.due + _ticks_to_leak(bucket, fits * charge.units) if bucket.due else 0
+    return (next_in_line if exact < next_in_line <= exact + SPREAD_US // kind else exact) * kind
 
 
 def promise(bucket: Bucket, charge: Charge, at_us: int) -> None:
-    """Whoever is refused after this one is told a time when this one's cost has leaked away too (rule 6)."""
+    """Whoever is refused after this one is told a time after the room promised to it here (rule 6)."""
     if bucket.kind > 0:
-        size = min(charge.cost, bucket.capacity) * charge.units
-        bucket.due = at_us // bucket.kind + min(ceil_div(size, bucket.rate), LONGEST_WAIT_US // bucket.kind)
+        debt = max(0, charge.cost - capacity_for(bucket, charge)) * charge.units
+        bucket.due = at_us // bucket.kind + _ticks_to_leak(bucket, debt)
         bucket.waiting += 1
+
+
+def _ticks_to_leak(bucket: Bucket, level: int) -> int:
+    return min(ceil_div(level, bucket.rate), LONGEST_WAIT_US // bucket.kind)
 
 
 def admitted_one(bucket: Bucket) -> None:
@@ -346,8 +358,7 @@ def reset_us(bucket: Bucket, now_us: int) -> int:
         most = LONGEST_WAIT_US // window_us
         windows = min(ceil_div(bucket.level, bucket.capacity), most) if bucket.capacity else most
         return bucket.tick + windows * window_us - now_us
-    ticks = min(ceil_div(bucket.level, bucket.rate), LONGEST_WAIT_US // bucket.kind)
-    return (bucket.tick + ticks) * bucket.kind - now_us
+    return (bucket.tick + _ticks_to_leak(bucket, bucket.level)) * bucket.kind - now_us
 
 
 def ceil_div(a: int, b: int) -> int:

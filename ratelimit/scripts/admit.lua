@@ -24,20 +24,35 @@ local function answer_with(numbers, buckets, resets)
   return doubles(numbers)
 end
 
-local function told_at_us(bucket, short)
+-- How much of a bucket a charge may fill. In two parts, because capacity * C_BORROW_UP_TO may not be exact.
+local function capacity_for(bucket, charge)
+  local capacity, borrow_up_to = bucket[CAPACITY], charge[C_BORROW_UP_TO]
+  if borrow_up_to == THOUSANDTHS then
+    return capacity
+  end
+  local rest = capacity % THOUSANDTHS
+  return (capacity - rest) / THOUSANDTHS * borrow_up_to + floor(rest * borrow_up_to / THOUSANDTHS)
+end
+
+local function ticks_to_leak(bucket, level)
+  return min(ceil(level / bucket[RATE]), LONGEST_WAIT_US / bucket[KIND])
+end
+
+local function told_at_us(bucket, charge, capacity, short)
   local kind = bucket[KIND]
   if kind < 0 then
     local window_us = -kind * 1000000
     return bucket[TICK] + min(ceil(short / bucket[CAPACITY]), floor(LONGEST_WAIT_US / window_us)) * window_us
   end
-  local exact, due = bucket[TICK] + min(ceil(short / bucket[RATE]), LONGEST_WAIT_US / kind), bucket[DUE]
-  return (exact < due and due <= exact + SPREAD_US / kind and due or exact) * kind
+  local exact, due = bucket[TICK] + ticks_to_leak(bucket, short), bucket[DUE]
+  local next_in_line = due > 0 and due + ticks_to_leak(bucket, min(charge[C_COST], capacity) * units(kind)) or 0
+  return (exact < next_in_line and next_in_line <= exact + SPREAD_US / kind and next_in_line or exact) * kind
 end
 
 -- How long a charge must wait; nil where it fits.
 local function told_wait_us(bucket, charge)
   local cost, kind = charge[C_COST], bucket[KIND]
-  local capacity = floor(bucket[CAPACITY] * charge[C_BORROW_UP_TO] / THOUSANDTHS)
+  local capacity = capacity_for(bucket, charge)
   local short = max(0, bucket[LEVEL] - (capacity - min(cost, capacity)) * units(kind))
   if capacity == 0 and (cost > 0 or (short > 0 and kind < 0)) then
     return NEVER
@@ -46,7 +61,7 @@ local function told_wait_us(bucket, charge)
   elseif kind == GAUGE then
     return UNTOLD
   end
-  return told_at_us(bucket, short) - now_us
+  return told_at_us(bucket, charge, capacity, short) - now_us
 end
 
 -- Whether the request is green; for a denial also the charge named, the one that made the promise, and the wait.
@@ -84,12 +99,12 @@ local function decide(buckets, charges)
   return green, plain, plain, plain_wait
 end
 
--- Whoever is refused after this one is told a time when this one's cost has leaked away too.
+-- Whoever is refused after this one is told a time after the room promised to it here.
 local function promise(bucket, charge, at_us)
   local kind = bucket[KIND]
   if kind > 0 then
-    local size = min(charge[C_COST], bucket[CAPACITY]) * units(kind)
-    bucket[DUE] = floor(at_us / kind) + min(ceil(size / bucket[RATE]), LONGEST_WAIT_US / kind)
+    local debt = max(0, charge[C_COST] - capacity_for(bucket, charge)) * units(kind)
+    bucket[DUE] = floor(at_us / kind) + ticks_to_leak(bucket, debt)
     bucket[WAITING] = bucket[WAITING] + 1
   end
 end
