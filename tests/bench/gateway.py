@@ -164,6 +164,7 @@ def main() -> None:
     report = uvloop.run(run(arguments.seconds, arguments.streams))
     show(report)
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
 
 
