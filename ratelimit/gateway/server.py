@@ -20,6 +20,7 @@ from ratelimit.gateway.app import DataApp
 from ratelimit.gateway.breaker import BACKGROUND_TIMEOUT_S, GuardedStores
 from ratelimit.gateway.directory import Directory
 from ratelimit.gateway.forward import Forwarder
+from ratelimit.gateway.http1 import BoundedHttp
 from ratelimit.gateway.ledger import Ledger
 from ratelimit.gateway.local import LocalMode
 from ratelimit.gateway.metrics import GatewayMetrics
@@ -72,7 +73,7 @@ def _server(app: object, drain_s: float) -> _Server:
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]  # uvicorn wants its own ASGI types; ours are wider
         loop="none",
-        http="httptools",
+        http=BoundedHttp,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -1,0 +1,116 @@
+"""The bounds on a request's head: what is refused, what is given up, and what is not touched."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+
+from ratelimit.gateway import http1
+from ratelimit.gateway.http1 import MAX_HEAD_BYTES, BoundedHttp
+
+REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+
+
+async def echo_length(scope: Any, receive: Any, send: Any) -> None:
+    """Answer with the body's length."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        size += len(message.get("body", b""))
+        more = message.get("more_body", False)
+    body = b"%d;" % size
+    headers = [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+@asynccontextmanager
+async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to a server of the bounded protocol."""
+    config = uvicorn.Config(echo_length, http=BoundedHttp, ws="none", lifespan="off", log_config=None)
+    config.load()
+    state = uvicorn.server.ServerState()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: BoundedHttp(config, state, {}, loop), "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        server.close()
+        await asyncio.gather(*state.tasks)
+
+
+async def answers(reader: asyncio.StreamReader, count: int) -> list[bytes]:
+    """The bodies of so many answers."""
+    async with asyncio.timeout(10):
+        bodies = []
+        for _ in range(count):
+            await reader.readuntil(b"\r\n\r\n")
+            bodies.append(await reader.readuntil(b";"))
+        return bodies
+
+
+async def test_bodies_of_any_size_and_order_are_served() -> None:
+    """Only heads are bounded: large bodies, many requests and requests sent ahead are served."""
+    size = 3 * MAX_HEAD_BYTES
+    async with connected() as (reader, writer):
+        writer.write(3 * (REQUEST % size + b"x" * size))
+        assert await answers(reader, 3) == 3 * [b"%d;" % size]
+        for _ in range(20):
+            writer.write(REQUEST % 5000)
+            await writer.drain()
+            writer.write(b"x" * 5000 + b"POST / HT")
+            assert await answers(reader, 1) == [b"5000;"]
+            writer.write(b"TP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+            assert await answers(reader, 1) == [b"0;"]
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [b"X-Large: " + b"a" * 2**22, b"a" * 2**22, b"X-Many: a\r\n" * 2**18],
+    ids=["value", "name", "many"],
+)
+@pytest.mark.parametrize("before", [b"", REQUEST % 0])
+async def test_a_head_without_end_is_refused(endless: bytes, before: bytes) -> None:
+    """A header that never ends is cut off long before it fills the memory, also after a request that was served."""
+    async with connected() as (reader, writer):
+        if before:
+            writer.write(before)
+            await answers(reader, 1)
+        writer.write(b"POST / HTTP/1.1\r\n" + endless)
+        async with asyncio.timeout(10):
+            try:
+                assert (await reader.readline()).startswith(b"HTTP/1.1 400")
+            except ConnectionError:
+                return
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST / HTTP/1.1\r\nHost:", b"\r\n\r\n", REQUEST % 0 + b"POST / HTTP/1.1\r\nHost:"]
+)
+async def test_a_head_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    """A connection that says nothing, or only the beginning of a request, is closed."""
+    monkeypatch.setattr(http1, "HEAD_TIMEOUT_S", 0.1)
+    async with connected() as (reader, writer):
+        writer.write(sent)
+        async with asyncio.timeout(10):
+            answered = await reader.read(-1)
+    assert answered.count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\nPOST")
+
+
+async def test_a_slow_body_is_not_the_heads_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a head has come, the time for the body is the application's to give."""
+    monkeypatch.setattr(http1, "HEAD_TIMEOUT_S", 0.05)
+    async with connected() as (reader, writer):
+        writer.write(REQUEST % 3 + b"x")
+        await writer.drain()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 0.3)  # nothing is answered, and the connection stays
+        writer.write(b"xx")
+        assert await answers(reader, 1) == [b"3;"]
