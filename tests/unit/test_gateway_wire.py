@@ -257,11 +257,13 @@ def test_a_member_that_occurs_twice_is_refused(name: str, values: tuple[str, str
     """Of two values one reader might take the first and another the last, so neither is taken."""
     first, second = values
     twice = again.format(name=name, code=ord(name[0]), rest=name[1:])
-    body = f'{{ "seed" : 1, "{name}" : {first} , "top_p":1,"{twice}":{second}, "echo":true}}'.encode()
-    with pytest.raises(Rejection, match="400") as caught:
-        parse_request("completions", body)
-    assert caught.value.message == f"'{name}' occurs twice in the request body."
-    assert caught.value.param == name
+    spaced = f'{{ "seed" : 1, "{name}" : {first} , "top_p":1,"{twice}":{second}, "echo":true}}'
+    compact = f'{{"seed":1,"{name}":{first},"{twice}":{second}}}'
+    for body in (spaced.encode(), compact.encode(), compact.encode() + b" "):
+        with pytest.raises(Rejection, match="400") as caught:
+            parse_request("completions", body)
+        assert caught.value.message == f"'{name}' occurs twice in the request body."
+        assert caught.value.param == name
 
 
 @given(
