@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit.meter import OPEN, REAPED, REAPED_PER_ADMIT, SETTLED, TOMBSTONE_US, Admitted, Cell, Charge
+from ratelimit.cell import (
+    OPEN,
+    REAPED,
+    REAPED_PER_ADMIT,
+    SETTLED,
+    TOMBSTONE_US,
+    Cell,
+    UsageEntry,
+)
+from ratelimit.meter import Admitted, Charge
+from tests.support.meters import START_US, used
 
-START_US = 1_700_000_000_000_000
 LEASE_MS = 60_000
 LEASE_END_US = START_US + LEASE_MS * 1000
-TOKENS = Charge("tokens", 10, 100, 1)
-GAUGE = Charge("gauge", 1, 8, 0)
-
-
-def used(cell: Cell, charge: Charge, now_us: int = START_US) -> int:
-    """Tokens that a bucket counts as used."""
-    return cell.peek([charge], now_us)[0].used
+TOKENS = Charge("k:a:tokens", 10, 100, 1)
+GAUGE = Charge("k:a:concurrency", 1, 8, 0)
 
 
 def held_cell() -> Cell:
     """A cell with request ``r`` open: 10 tokens and a place in flight."""
     cell = Cell()
-    assert isinstance(cell.admit("r", [TOKENS, GAUGE], 1, LEASE_MS, START_US), Admitted)
+    assert isinstance(cell.admit("r", [TOKENS, GAUGE], 1, LEASE_MS, START_US, b"memo"), Admitted)
     return cell
 
 
@@ -68,16 +73,18 @@ class TestSettle:
         """Calls that overtake each other count once: the request has already paid."""
         cell = Cell()
         cell.settle("r", [TOKENS], START_US)
-        assert cell.admit("r", [TOKENS, GAUGE], 1, LEASE_MS, START_US) == Admitted((90, 8), (600_000_000, 0))
+        answer = cell.admit("r", [TOKENS, GAUGE], 1, LEASE_MS, START_US)
+        assert answer == Admitted((90, 8), (600_000_000, 0), green=False)
+        assert not cell.leases.at
         assert (used(cell, TOKENS), used(cell, GAUGE)) == (10, 0)
 
     def test_a_refund_never_makes_a_level_negative(self) -> None:
         """A hold that has leaked away leaves nothing to give back: no one saves up beyond the burst."""
         cell = Cell()
-        fast = Charge("tokens", 10, 100, 60)
+        fast = Charge("k:a:tokens", 10, 100, 60)
         cell.admit("r", [fast], 1, LEASE_MS, START_US)
         cell.settle("r", [fast.costing(0)], START_US + 30_000_000)
-        assert cell.rated["tokens"].level == 0
+        assert cell.buckets["k:a:tokens"].level == 0
 
 
 class TestExtend:
@@ -106,13 +113,22 @@ class TestExtend:
         assert not cell.extend("unknown", [TOKENS.costing(90)], LEASE_MS, START_US)
         assert used(cell, TOKENS) == 10
 
-    def test_a_bucket_that_was_not_held_is_charged(self) -> None:
-        """A limit that arrived while the request ran counts from then on."""
+    def test_a_bucket_that_was_not_held_is_left_alone(self) -> None:
+        """A limit that arrived while the request ran counts for the next one."""
         cell = held_cell()
-        late = Charge("late", 7, 100, 1)
+        late = Charge("k:a:late", 7, 100, 1)
         cell.extend("r", [late], LEASE_MS, START_US)
         cell.settle("r", [late.costing(5)], START_US)
-        assert used(cell, late) == 5
+        assert "k:a:late" not in cell.buckets
+
+    def test_a_hold_is_what_was_last_reported(self) -> None:
+        """A settlement corrects from there, and the end of a lease leaves what that report said."""
+        cell = held_cell()
+        cell.extend("r", [TOKENS.costing(40, 30)], LEASE_MS, START_US)
+        cell.reap(LEASE_END_US)
+        assert cell.buckets["k:a:tokens"].level == 30 * TOKENS.units - LEASE_MS * 1000
+        cell.settle("r", [TOKENS.costing(35)], LEASE_END_US)
+        assert cell.buckets["k:a:tokens"].level == 35 * TOKENS.units - LEASE_MS * 1000
 
 
 class TestReap:
@@ -124,7 +140,7 @@ class TestReap:
         assert cell.reap(LEASE_END_US - 1) == 0
         assert cell.reap(LEASE_END_US) == 1
         assert cell.reservations["r"].phase == REAPED
-        assert cell.rated["tokens"].level == TOKENS.cost * TOKENS.units
+        assert cell.buckets["k:a:tokens"].level == TOKENS.cost * TOKENS.units
         assert used(cell, GAUGE, LEASE_END_US) == 0
 
     def test_a_late_settlement_corrects_it(self) -> None:
@@ -153,35 +169,71 @@ class TestReap:
         cell.admit("next", [TOKENS], 1, LEASE_MS, LEASE_END_US)
         assert sum(r.phase == REAPED for r in cell.reservations.values()) == REAPED_PER_ADMIT
 
+    def test_part_of_a_hold_may_end_with_the_lease(self) -> None:
+        """What a dead gateway cannot have used any more is given back, the rest stays charged."""
+        cell = Cell()
+        cell.admit("r", [TOKENS.costing(50, 20)], 1, LEASE_MS, START_US)
+        cell.reap(LEASE_END_US)
+        assert cell.buckets["k:a:tokens"].level == 20 * TOKENS.units - LEASE_MS * 1000
+
+    def test_a_lost_gauge_has_nothing_to_give_back(self) -> None:
+        """A scope that Redis lost is not made again by what ends, and is by what goes on."""
+        cell = held_cell()
+        cell.buckets.clear()
+        cell.reap(LEASE_END_US)
+        assert not cell.buckets
+        cell.extend("r", [], LEASE_MS, LEASE_END_US)
+        assert used(cell, GAUGE, LEASE_END_US) == 1
+
     def test_nothing_is_remembered_for_ever(self) -> None:
-        """Settled and reaped requests are forgotten after a bounded time, gauges as soon as they are at 0."""
+        """Reaped requests are forgotten after a bounded time; a settled one is unknown then."""
         cell = held_cell()
         cell.admit("s", [TOKENS, GAUGE], 1, LEASE_MS, START_US)
         cell.settle("s", [], START_US)
         cell.reap(LEASE_END_US)
+        assert not cell.settle("s", [], START_US + TOMBSTONE_US - 1)
+        assert cell.reap(LEASE_END_US + TOMBSTONE_US) == 0
+        assert "r" not in cell.reservations
+        assert not cell.leases.at
+        assert cell.settle("s", [], LEASE_END_US + TOMBSTONE_US)
+
+
+class TestUsage:
+    """What the usage stream gets."""
+
+    def test_the_first_settlement_writes_its_record(self) -> None:
+        """Once, and nothing where none was given."""
+        cell = held_cell()
+        cell.settle("r", [TOKENS], START_US, b"first")
+        cell.settle("r", [TOKENS], START_US, b"second")
+        cell.settle("unknown", [TOKENS], START_US, b"lost")
+        cell.settle("other", [TOKENS], START_US)
+        assert cell.usage == [UsageEntry(b"first"), UsageEntry(b"lost")]
+
+    def test_what_nobody_settles_is_told_with_its_memo(self) -> None:
+        """Only when it is forgotten, so that a late settlement is the only record; gauges are no usage."""
+        cell = held_cell()
+        cell.extend("r", [TOKENS.costing(30, 25)], LEASE_MS, START_US)
+        cell.reap(LEASE_END_US)
+        cell.reap(LEASE_END_US + TOMBSTONE_US - 1)
+        assert cell.usage == []
         cell.reap(LEASE_END_US + TOMBSTONE_US)
-        assert (cell.reservations, cell.gauges, cell.leases.at, cell.tombstones.at) == ({}, {}, {}, {})
+        assert cell.usage == [UsageEntry(expired=b"memo", held=(("k:a:tokens", 25),))]
+
+    def test_a_late_settlement_is_the_only_record(self) -> None:
+        """A reservation that was reaped and then settled is not told as expired."""
+        cell = held_cell()
+        cell.reap(LEASE_END_US)
+        cell.settle("r", [TOKENS], LEASE_END_US, b"late")
+        cell.reap(LEASE_END_US + 2 * TOMBSTONE_US)
+        assert cell.usage == [UsageEntry(b"late")]
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 9), st.sampled_from(["admit", "extend", "settle", "reap"]), st.integers(0, 30_000)),
-        max_size=60,
-    )
-)
-def test_a_gauge_counts_what_is_open(calls: list[tuple[int, str, int]]) -> None:
-    """After any calls the gauge is the number of open reservations, and 0 once all leases are over."""
-    cell, now_us = Cell(), START_US
-    for request, call, step_ms in calls:
-        now_us += step_ms * 1000
-        if call == "admit":
-            cell.admit(f"r{request}", [GAUGE], 1, LEASE_MS, now_us)
-        elif call == "extend":
-            cell.extend(f"r{request}", [], LEASE_MS, now_us)
-        elif call == "settle":
-            cell.settle(f"r{request}", [], now_us)
-        else:
-            cell.reap(now_us)
-        assert used(cell, GAUGE, now_us) == sum(r.phase == OPEN for r in cell.reservations.values())
-    cell.reap(now_us + LEASE_MS * 1000)
-    assert used(cell, GAUGE, now_us) == 0
+def test_a_bucket_may_be_named_once() -> None:
+    """Two amounts for one bucket have no one meaning, and change nothing."""
+    cell = held_cell()
+    with pytest.raises(ValueError, match="each bucket may be named once"):
+        cell.extend("r", [TOKENS, TOKENS], LEASE_MS, START_US)
+    with pytest.raises(ValueError, match="each bucket may be named once"):
+        cell.settle("r", [TOKENS, TOKENS], START_US)
+    assert used(cell, TOKENS) == 10
