@@ -69,6 +69,34 @@ def test_completions_route(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in streamed)
 
 
+def test_responses_route(client: openai.OpenAI) -> None:
+    """A response is served whole and as a stream, each with its usage, and is not stored."""
+    answer = client.responses.create(model=MODEL, input="How much water passes?", max_output_tokens=12)
+    with client.responses.stream(model=MODEL, input="How much water passes?", max_output_tokens=12) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        final = stream.get_final_response()
+
+    assert answer.output_text
+    assert answer.usage is not None
+    assert answer.usage.output_tokens == 12
+    assert "".join(deltas) == final.output_text
+    assert final.usage is not None
+    assert final.usage.output_tokens == 12
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(answer.id)
+    with pytest.raises(openai.BadRequestError, match="not stored"):
+        client.responses.create(model=MODEL, input="More.", previous_response_id=answer.id)
+
+
+def test_a_prompt_that_is_too_long_is_refused_by_its_code(client: openai.OpenAI) -> None:
+    """What only the engine can measure is refused with the code that clients match."""
+    long: list[ChatCompletionMessageParam] = [{"role": "user", "content": "water " * 200_000}]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=MODEL, messages=long, max_tokens=1)
+
+    assert refused.value.code == "context_length_exceeded"
+
+
 def test_models_are_listed(client: openai.OpenAI) -> None:
     """The models a key may use are those of the pools."""
     assert [model.id for model in client.models.list()] == [MODEL]
