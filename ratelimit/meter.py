@@ -54,10 +54,11 @@ NO_EPOCH = -1
 POOL_SCOPE = "pool"
 #: ``borrow_up_to`` is counted in these parts of the capacity.
 THOUSANDTHS = 1000
+#: The kind of a gauge.
 GAUGE = 0
-
-_NEVER = EXACT
-_UNTOLD = -1
+#: Waits in a verdict that are none: the room will not come, and nobody knows when it does.
+NEVER = EXACT
+UNTOLD = -1
 
 
 class Role(IntEnum):
@@ -217,7 +218,7 @@ class Verdict(NamedTuple):
     green: bool
     named: int = -1
     promised: int = -1
-    wait_us: int = _UNTOLD
+    wait_us: int = UNTOLD
 
 
 def units_of(kind: int) -> int:
@@ -268,11 +269,11 @@ def told_wait_us(bucket: Bucket, charge: Charge, now_us: int) -> int | None:
     """How long this charge must wait; None where it fits, and marks for "will not come" and "nobody knows"."""
     short = shortfall(bucket, charge)
     if capacity_for(bucket, charge) == 0 and (charge.cost > 0 or (short and bucket.kind < 0)):
-        return _NEVER
+        return NEVER
     if short == 0:
         return None
     if bucket.kind == GAUGE:
-        return _UNTOLD
+        return UNTOLD
     return told_at_us(bucket, charge, short) - now_us
 
 
@@ -335,7 +336,7 @@ def _by_wait(found: tuple[int, int]) -> int:
 
 
 def _refused(named: int, promised: int, wait_us: int) -> Verdict:
-    return Verdict(False, named, promised, _UNTOLD if wait_us == _NEVER else wait_us)
+    return Verdict(False, named, promised, UNTOLD if wait_us == NEVER else wait_us)
 
 
 def shifted(level: int, amount: int) -> int:

@@ -4,8 +4,8 @@
 
 local request_id, memo, names = ARGV[1], ARGV[3], ARGV[4]
 local epoch, lease_us = struct_unpack('<dd', ARGV[2])
-local counts, blob, FIRST_METER = ARGV[5], ARGV[6], 7
-local NEVER, UNTOLD = EXACT, -1
+local counts, blob = ARGV[5], ARGV[6]
+local FIRST_METER = 7
 local count = #blob / CHARGE_BYTES
 
 local function doubles(numbers)

@@ -13,7 +13,8 @@
 -- Every number is an integer below 2^53, whole in a double. Of two such, floor(a / b) and ceil(a / b) are exact: the
 -- rounding of a / b is less than 1 / b, the least distance to an integer that it does not reach.
 
-local LEASES, USAGE, RESERVATION_KEY, FIRST_SCOPE = KEYS[1], KEYS[2], KEYS[3], 4
+local LEASES, USAGE, RESERVATION_KEY = KEYS[1], KEYS[2], KEYS[3]
+local FIRST_SCOPE = 4
 local CELL = string.sub(LEASES, 1, -#'leases' - 1)
 local SCOPE = CELL .. 's:'
 local UNTIL = '.until'
