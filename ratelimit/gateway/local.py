@@ -16,6 +16,7 @@ from time import monotonic_ns
 import msgspec
 
 from ratelimit.gateway.breaker import CellStore, StoreAwayError
+from ratelimit.gateway.headers import limit_label
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.terms import Terms
 from ratelimit.meter import EXACT, Admitted, Charge, Denied
@@ -107,12 +108,16 @@ class LocalMode:
         """Show what this gateway would admit of each tier's assured limits, were the store to go away now."""
         self._metrics.local_bound.clear()
         gateways = self._gateways()
+        bounds: dict[tuple[str, str, str, str], int] = {}
         for terms in every:
             for limit in terms.limits if gateways and terms.assured else ():
                 keys = max(1, terms.active_keys) if limit.per == "key" else 1
                 for per, amount in (("minute", limit.per_minute), ("burst", limit.burst)):
-                    child = self._metrics.local_bound.labels(terms.pool.model, terms.tier, limit.name, per)
-                    child.set(keys * safe_amount(amount, gateways))
+                    labels = terms.pool.model, terms.tier, limit_label(limit), per
+                    bound = keys * safe_amount(amount, gateways)
+                    bounds[labels] = min(bound, bounds.get(labels, bound))  # a rule's may stand beside the tier's own
+        for labels, bound in bounds.items():
+            self._metrics.local_bound.labels(*labels).set(bound)
 
     @property
     def owes(self) -> int:

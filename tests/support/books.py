@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
@@ -45,7 +46,7 @@ def balance(gateways: Sequence[GatewayProcess], kind: str) -> Balance:
 
 async def ledger(redis: Redis) -> list[LedgerLine]:
     """Every usage record of the test's cell, as the controller would keep it."""
-    entries = await redis.xrange(usage_stream(MODEL))
+    entries: Any = await redis.xrange(usage_stream(MODEL))
     lines = [ledger_line(MODEL, EntryId.parse(entry.decode()), fields) for entry, fields in entries]
     return [line for line in lines if line is not None]
 
@@ -69,7 +70,8 @@ async def end_leases(redis: Redis) -> int:
     store = Store(redis, MODEL, timeout_s=5)
     ended = 0
     for _ in ("end", "forget"):
-        if found := await redis.zrange(leases, 0, -1):
+        found: Any = await redis.zrange(leases, 0, -1)
+        if found:
             await redis.zadd(leases, dict.fromkeys(found, 1))
         ended += await store.reap(1000)
     return ended

@@ -156,7 +156,7 @@ def alive(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
     return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
-def metric(exposition: str, name: str, **labels: str) -> float:
+def metric(exposition: str, name: str, /, **labels: str) -> float:
     """The sum of a metric's series that have these labels."""
     wanted = [f'{label}="{value}"' for label, value in labels.items()]
     return sum(

@@ -199,3 +199,22 @@ def test_the_bound_is_shown() -> None:
     assert gateway.value("penstock_local_bound", **labels, per="minute") == 3 * 240
     assert gateway.value("penstock_local_bound", **labels, per="burst") == 3 * 40
     assert not gateway.value("penstock_local_bound", **{**labels, "tier": "free"}, per="burst")
+
+
+def test_the_bound_of_each_limit_is_shown_apart() -> None:
+    """A rule's bound does not take the place of the tier's own: windows and scopes have names of their own, and of two
+    limits of one name the smaller binds.
+    """
+    gateway = Gateway(gateways=2)
+    limits = (
+        Limit("output_tokens", 600, 100, "the tier's"),
+        Limit("output_tokens", 6_000, 1_000, "a rule's"),
+        Limit("output_tokens", 0, 10_000, "a rule's", window="5h"),
+        Limit("output_tokens", 60_000, 100_000, "a rule's", per="org"),
+    )
+    gateway.local.publish_bound([some_terms(limits=limits, active_keys=1)])
+    shown = {
+        name: gateway.value("penstock_local_bound", model=MODEL, tier="pro", name=name, per="burst")
+        for name in ("output_tokens", "output_tokens-5h", "org-output_tokens")
+    }
+    assert shown == {"output_tokens": 40, "output_tokens-5h": 4_000, "org-output_tokens": 40_000}
