@@ -37,22 +37,14 @@ MOST_USAGE_RECORDS: Final = 1_000_000
 #: An open reservation that nobody reaps is dropped this long after its lease.
 KEPT_UNREAPED_MS: Final = 86_400_000
 
+_OF_METER: Final = (
+    *("MINUTE_US", "EXACT", "LONGEST_WAIT_US", "SPREAD_US", "THOUSANDTHS"),
+    *("NO_EPOCH", "GAUGE", "NEVER", "UNTOLD"),
+)
+_OF_CELL: Final = ("TOMBSTONE_US", "REAPED_PER_ADMIT", "OPEN", "REAPED", "SETTLED")
 _CONSTANTS: Final = {
-    **{
-        name: getattr(meter, name)
-        for name in (
-            "MINUTE_US",
-            "EXACT",
-            "LONGEST_WAIT_US",
-            "SPREAD_US",
-            "NO_EPOCH",
-            "THOUSANDTHS",
-            "GAUGE",
-            "NEVER",
-            "UNTOLD",
-        )
-    },
-    **{name: getattr(life, name) for name in ("TOMBSTONE_US", "REAPED_PER_ADMIT", "OPEN", "REAPED", "SETTLED")},
+    **{name: getattr(meter, name) for name in _OF_METER},
+    **{name: getattr(life, name) for name in _OF_CELL},
     **{role.name: role.value for role in meter.Role},
     "POOL_SCOPE": f"'{meter.POOL_SCOPE}'",
     "TRIM_USAGE_TO": MOST_USAGE_RECORDS,
@@ -89,7 +81,7 @@ def script(name: str) -> Script:
 
 
 def folded(text: str, constants: Mapping[str, object]) -> str:
-    """The text without comments, its constants (these, and the upper-case locals that are literals) put in their places.
+    """The text without comments, and with its constants (these, and upper-case locals that are literals) put in place.
 
     Redis makes every function of a script anew at each call, and Lua finds each local that one captures by walking
     along all that are captured: as locals, the constants took a fifth of an admission.
