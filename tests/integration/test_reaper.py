@@ -1,3 +1,5 @@
+"""The reaper ends what nobody settles, in cells where nobody asks for admission."""
+
 from __future__ import annotations
 
 from redis.asyncio import Redis
