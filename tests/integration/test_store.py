@@ -357,7 +357,8 @@ class TestCluster:
                 i += 1
                 # Refused while keys are on both sides for a moment: the same request again.
                 again = partial(self.admitted_if_there, store, f"r{name}-{i}", tokens)
-                admitted += isinstance(await eventually_async(again, 10, "an answer"), Admitted)
+                answer = await eventually_async(again, 10, "an answer")
+                admitted += isinstance(answer, Admitted)
 
         async with aclosing(open_link(redis_cluster.url, CONNECT_S)) as link:
             store = Store(link, cell, timeout_s=5)
