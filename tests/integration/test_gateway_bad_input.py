@@ -49,14 +49,32 @@ async def post(bench: Bench, body: bytes | dict[str, Any], **headers: str) -> ht
         b"[" * 200_000,
         b'{"model":"tiny","messages":' + b"[" * 200_000,
         b'{"model": NaN}',
+        b'\xef\xbb\xbf{"model":"tiny","messages":[]}',
+        b'{"model":"tiny","messages":[],"temperature":1e999}',
+        b'{"model":"tiny","messages":[],"user":"\\ud800"}',
+        b'{"model":"tiny","messages":[],"user":"\xff"}',
+        b'{"model":"tiny","messages":[],"model":"tiny"}',
+        b'{"model":"tiny","messages":[],"n":' + b"9" * 5_000 + b"}",
     ],
-    ids=["empty", "cut", "array", "trailing", "not utf-8", "deep", "deep member", "nan"],
-)
+    ids=[
+        "empty", "cut", "array", "trailing", "not utf-8", "deep", "deep member", "nan", "byte order mark", "infinite",
+        "lone surrogate", "latin-1", "twice", "huge",
+    ],
+)  # fmt: skip
 async def test_malformed_json_is_a_400(bench: Bench, body: bytes) -> None:
-    """A body that is no JSON object is refused in the form that clients read."""
+    """A body that is no JSON object is refused in the form that the route's clients read."""
     answer = await post(bench, body)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
+    async with bench.http() as http:
+        for path in ("/v1/responses", "/v1/completions"):
+            other = await http.post(path, content=body)
+            assert (other.status_code, other.json()["error"]["type"]) == (400, "invalid_request_error")
+        for path in ("/v1/messages", "/v1/messages/count_tokens"):
+            other = await http.post(path, content=body)
+            assert other.status_code == 400
+            assert (other.json()["type"], other.json()["error"]["type"]) == ("error", "invalid_request_error")
+    assert bench.upstream.bodies == []
     await bench.settled(Usage(0, 0), requests=0)
 
 
@@ -218,6 +236,12 @@ async def test_slow_body_is_a_408(bench: Bench) -> None:
         ("GET", "/docs", 404),
         ("POST", "/tokenize", 404),
         ("POST", "/v1/chat/completions/", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("POST", "/invocations", 404),
+        ("POST", "/inference/v1/generate", 404),
+        ("POST", "/v1/messages/batches", 404),
+        ("GET", "/v1/messages", 405),
+        ("GET", "/v1/responses", 405),
         ("GET", PATH, 405),
         ("DELETE", "/v1/models", 405),
     ],
@@ -227,8 +251,12 @@ async def test_only_the_listed_routes_exist(bench: Bench, method: str, path: str
     async with bench.http() as http:
         answer = await http.request(method, path)
     assert answer.status_code == status
-    assert answer.json()["error"]["type"] == "invalid_request_error"
+    anthropic = path.startswith("/v1/messages")
+    assert answer.json()["error"]["type"] == (
+        "not_found_error" if anthropic and status == 404 else "invalid_request_error"
+    )
     assert answer.headers["x-request-id"]
+    assert answer.headers.get("request-id") == (answer.headers["x-request-id"] if anthropic else None)
     assert bench.upstream.bodies == []
 
 

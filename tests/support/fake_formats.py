@@ -29,7 +29,7 @@ def token_text(token: int) -> str:
 def messages_usage(prompt: int, output: int, cached: int = 0) -> dict[str, int]:
     """Usage as Anthropic's form has it: the cache's members are left out where nothing is known of it."""
     told = {"input_tokens": prompt - cached, "output_tokens": output}
-    return {**told, "cache_read_input_tokens": cached} if cached else told
+    return {**told, "cache_creation_input_tokens": 0, "cache_read_input_tokens": cached} if cached else told
 
 
 def messages_events(model: str, prompt: int, output: int, stop_reason: str, cached: int = 0) -> list[bytes]:
@@ -82,9 +82,7 @@ def count_answer(prompt: int) -> bytes:
     return compact({"input_tokens": prompt, "context_management": {"original_input_tokens": prompt}}).encode()
 
 
-def _response(
-    body: dict[str, Any], status: str, output: list[Any], usage: dict[str, Any] | None, **more: Any
-) -> dict[str, Any]:
+def _response(body: dict[str, Any], status: str, output: list[Any], usage: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "id": "resp_1",
         "created_at": 1,
@@ -101,12 +99,23 @@ def _response(
         "top_p": 1.0,
         "background": False,
         "max_output_tokens": body.get("max_output_tokens") or 4096,
+        "max_tool_calls": None,
         "previous_response_id": None,
+        "prompt": None,
+        "reasoning": None,
         "service_tier": "auto",
         "status": status,
+        "text": None,
+        "top_logprobs": None,
         "truncation": "disabled",
         "usage": usage,
-        **more,
+        "user": None,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "kv_transfer_params": None,
+        "ec_transfer_params": None,
+        "input_messages": None,
+        "output_messages": None,
     }
 
 
@@ -148,21 +157,21 @@ def responses_events(body: dict[str, Any], prompt: int, output: int, status: str
     part = {"annotations": [], "text": "", "type": "output_text", "logprobs": []}
     begun = _response(body, "in_progress", [], None)
     done = _item(text, "completed")
-    told: list[dict[str, Any]] = [
-        {"response": begun, "type": "response.created"},
-        {"response": begun, "type": "response.in_progress"},
-        {"item": _item("", "in_progress"), "output_index": 0, "type": "response.output_item.added"},
-        {**at, "part": part, "type": "response.content_part.added"},
-        *(
-            {**at, "delta": token_text(token), "logprobs": [], "type": "response.output_text.delta"}
-            for token in range(1, output + 1)
-        ),
-        {**at, "text": text, "logprobs": [], "type": "response.output_text.done"},
-        {**at, "part": {**part, "text": text}, "type": "response.content_part.done"},
-        {"item": done, "output_index": 0, "type": "response.output_item.done"},
-        {
-            "response": _response(body, status, [done], _responses_usage(prompt, output, cached)),
-            "type": "response.completed",
-        },
+    whole = _response(body, status, [done], _responses_usage(prompt, output, cached))
+    told: list[tuple[str, dict[str, Any]]] = [
+        ("created", {"response": begun}),
+        ("in_progress", {"response": begun}),
+        ("output_item.added", {"item": _item("", "in_progress"), "output_index": 0}),
+        ("content_part.added", {**at, "part": part}),
+        *(("output_text.delta", {**at, "delta": token_text(token), "logprobs": []}) for token in range(1, output + 1)),
+        ("output_text.done", {**at, "text": text, "logprobs": []}),
+        ("content_part.done", {**at, "part": {**part, "text": text, "logprobs": None}}),
+        ("output_item.done", {"item": done, "output_index": 0}),
+        ("completed", {"response": whole}),
     ]
-    return [_event({**each, "sequence_number": number}) for number, each in enumerate(told)]
+    return [_event(_sorted(each, f"response.{name}", number)) for number, (name, each) in enumerate(told)]
+
+
+def _sorted(told: dict[str, Any], kind: str, number: int) -> dict[str, Any]:
+    """An event's members as vLLM orders them: by name."""
+    return dict(sorted({**told, "sequence_number": number, "type": kind}.items()))

@@ -242,6 +242,8 @@ def test_an_endless_event_is_refused() -> None:
 
 
 USAGE = {"prompt_tokens": 9, "completion_tokens": 4, "prompt_tokens_details": None}
+#: A fresh prompt as vLLM tells it: what the cache took counts as input, like what it did not.
+CACHE_WRITTEN = {"cache_creation_input_tokens": 16, "cache_read_input_tokens": 0}
 CACHED_USAGE: dict[str, Any] = {**USAGE, "prompt_tokens_details": {"cached_tokens": 5}}
 
 
@@ -262,6 +264,12 @@ CACHED_USAGE: dict[str, Any] = {**USAGE, "prompt_tokens_details": {"cached_token
         ("messages", messages_answer("m", 9, 4, "end_turn", cached=5), Usage(9, 4, 5), True),
         ("messages", messages_answer("m", 9, 4, "stop_sequence"), Usage(9, 4), True),
         ("messages", messages_answer("m", 9, 4, "max_tokens"), Usage(9, 4), False),
+        (
+            "messages",
+            compact({"stop_reason": None, "usage": {"input_tokens": 14, "output_tokens": 3, **CACHE_WRITTEN}}),
+            Usage(30, 3),
+            False,
+        ),
         ("messages", "[]", None, False),
         ("responses", responses_answer(BODY, 9, 4, "completed", cached=5), Usage(9, 4, 5), True),
         ("responses", responses_answer(BODY, 9, 4, "incomplete"), Usage(9, 4), False),
