@@ -32,7 +32,9 @@ async def echo_length(scope: Any, receive: Any, send: Any) -> None:
 @asynccontextmanager
 async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A connection to a server of the bounded protocol."""
-    config = uvicorn.Config(echo_length, http=BoundedHttp, ws="none", lifespan="off", log_config=None)
+    config = uvicorn.Config(
+        echo_length, http=BoundedHttp, ws="none", lifespan="off", log_config=None, timeout_keep_alive=60
+    )
     config.load()
     state = uvicorn.server.ServerState()
     loop = asyncio.get_running_loop()
@@ -73,12 +75,12 @@ async def test_bodies_of_any_size_and_order_are_served() -> None:
 
 @pytest.mark.parametrize(
     "endless",
-    [b"X-Large: " + b"a" * 2**22, b"a" * 2**22, b"X-Many: a\r\n" * 2**18],
-    ids=["value", "name", "many"],
+    [b"X-Large: " + b"a" * 2**22, b"a" * 2**22, b"X-Many: a\r\n" * 2**18, b"X-Large: " + b"a" * 2**16 + b"\r\n\r\n"],
+    ids=["value", "name", "many", "in one read"],
 )
 @pytest.mark.parametrize("before", [b"", REQUEST % 0])
 async def test_a_head_without_end_is_refused(endless: bytes, before: bytes) -> None:
-    """A header that never ends is cut off long before it fills the memory, also after a request that was served."""
+    """A head above the bound is cut off long before it fills the memory, also after a request that was served."""
     async with connected() as (reader, writer):
         if before:
             writer.write(before)
