@@ -83,7 +83,7 @@ def pair() -> Iterator[Pair]:
 
 def settings_of(server: Server) -> GatewaySettings:
     """A gateway that is less patient with Redis than the others of the tests."""
-    return msgspec.structs.replace(gateway_settings(server.url), store_timeout_s=0.1, lease_s=5.0)
+    return msgspec.structs.replace(gateway_settings(server.url), store_timeout_s=0.3, lease_s=5.0)
 
 
 class Scene:
@@ -222,7 +222,7 @@ async def test_redis_stopped_under_load(scene: Scene, stopped_s: float) -> None:
 async def test_redis_that_stutters(scene: Scene) -> None:
     """Pauses shorter and longer than a gateway's patience, one after the other: nothing is lost and nothing doubled."""
     async with scene.load() as load:
-        for pause_s in (0.05, 0.3) * 5:
+        for pause_s in (0.1, 0.6) * 3:
             await scene.answered(load, 5)
             scene.pair.server.signal(signal.SIGSTOP)
             await asyncio.sleep(pause_s)
