@@ -161,7 +161,7 @@ class StoreModel(RuleBasedStateMachine):
         self.runner.close()
 
 
-def test_the_scripts_equal_the_model(redis_url: str) -> None:
+def test_obligation_05_the_scripts_equal_the_model(redis_url: str) -> None:
     """Random calls, retries, epochs, clock steps and lease ends leave Redis and the model the same to the bit."""
     machine = type("StoreModelHere", (StoreModel,), {"redis_url": redis_url})
     run_state_machine_as_test(

@@ -9,7 +9,7 @@ them the machine holds every answer and every stored level against the obligatio
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -121,9 +121,8 @@ class Account:
 
 
 class Histories(RuleBasedStateMachine):
-    """Any history; ``player`` makes the cell that it is played to."""
+    """Any history."""
 
-    player: ClassVar[type[Player]]
     requests = Bundle("requests")
 
     def __init__(self) -> None:
@@ -141,6 +140,10 @@ class Histories(RuleBasedStateMachine):
         self.lost: set[str] = set()
         self.stored: dict[str, Bucket] = {}
 
+    def player(self) -> Player:
+        """The cell that the history is played to."""
+        raise NotImplementedError
+
     # The books. What is stored is read once after each call.
 
     def read(self, taken_before: dict[str, dict[str, int]]) -> None:
@@ -154,9 +157,9 @@ class Histories(RuleBasedStateMachine):
         for name, reservation in self.cell.reservations().items():
             if name in self.open and reservation.phase == REAPED:
                 self.open.discard(name)
-                for bucket, (_, at_reap) in self.holds[name].items():
-                    self.take(bucket, name, at_reap)
-                self.holds[name] = {bucket: (left, left) for bucket, (_, left) in self.holds[name].items()}
+                self.holds[name] = {held: (left, left) for held, (_, left) in self.holds[name].items()}
+                for held, (left, _) in self.holds[name].items():
+                    self.take(held, name, left)
 
     def take(self, bucket: str, name: str, amount: int) -> None:
         """A request now has so much of a bucket in all."""

@@ -31,7 +31,8 @@ STEPS_US = st.integers(0, 2_000_000)
 class CellHistories(Histories):
     """Histories of the model."""
 
-    player = CellPlayer
+    def player(self) -> CellPlayer:
+        return CellPlayer()
 
 
 def test_obligations_over_any_history() -> None:
