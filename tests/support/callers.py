@@ -85,8 +85,9 @@ class Load:
     ``statuses`` counts the answers, ``complaints`` says what was wrong with any.
     """
 
-    def __init__(self, url: str, secret: str, callers: int, *bodies: dict[str, Any]) -> None:
+    def __init__(self, url: str, secret: str, callers: int, *bodies: dict[str, Any], path: str = CHAT) -> None:
         self._url = url
+        self._path = path
         self._secret = secret
         self._bodies = bodies
         self._callers = callers
@@ -104,13 +105,20 @@ class Load:
         """Let what is being answered end."""
         self._stopping = True
         if kind is not None:
-            for task in self._tasks:
-                task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=kind is not None)
+            self.leave()
+        await asyncio.wait(self._tasks)
+        for task in self._tasks:
+            if not task.cancelled() and kind is None:
+                task.result()
+
+    def leave(self) -> None:
+        """Be gone at once, whatever is being answered."""
+        for task in self._tasks:
+            task.cancel()
 
     async def _call(self, number: int) -> None:
         while not self._stopping:
-            answer = await ask(self._url, self._secret, self._bodies[number % len(self._bodies)])
+            answer = await ask(self._url, self._secret, self._bodies[number % len(self._bodies)], self._path)
             number += 1
             self.statuses[answer.status] += 1
             if complaint := answer.complaint:
