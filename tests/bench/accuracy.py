@@ -34,6 +34,7 @@ from tests.support.stack import metric
 from tests.support.waiting import eventually_async
 
 CALLERS = 60
+TABLE_WIDTH = 140
 #: ``max_tokens`` where callers set it: none of the answers is cut short.
 SET = 96
 FAR_TOO_LARGE = MAX_MODEL_LEN - 96
@@ -52,10 +53,15 @@ class Variant(msgspec.Struct, frozen=True):
     holds: Holds = "learned"
 
     @property
+    def asked(self) -> str:
+        """The way to ask."""
+        how = "unset" if self.max_tokens is None else "set" if self.max_tokens == SET else "far too large"
+        return f"max_tokens {how}, {'streaming' if self.stream else 'whole'}"
+
+    @property
     def name(self) -> str:
-        """How tables, prompts and tiers call it."""
-        asked = "unset" if self.max_tokens is None else "set" if self.max_tokens == SET else "too large"
-        return f"{self.holds}, max_tokens {asked}, {'streaming' if self.stream else 'whole'}"
+        """How prompts, tiers and tables call it."""
+        return f"{self.holds} holds, {self.asked}"
 
 
 _HOLDS: tuple[Holds, ...] = ("learned", "maximum")
@@ -225,7 +231,10 @@ async def overload_litellm(overload: Overload, variants: Sequence[Variant]) -> l
             asked = (
                 overload.of(variant, litellm.url, f"sk-{index}", upstream) for index, variant in enumerate(variants)
             )
-            return list(await asyncio.gather(*asked))
+            outcomes = await asyncio.gather(*asked)
+    return [
+        msgspec.structs.replace(each, variant=variant.asked) for each, variant in zip(outcomes, variants, strict=True)
+    ]
 
 
 class Report(msgspec.Struct):
@@ -254,7 +263,7 @@ async def run(per_minute: int, seconds: float) -> Report:
 
 def show(report: Report) -> None:
     """Print the tables."""
-    console = Console()
+    console = Console(width=TABLE_WIDTH)
     for limiter, outcomes in report.outcomes.items():
         first = outcomes[0]
         limit = f"{first.limit_per_minute:,} output tokens a minute, burst {first.burst:,}"

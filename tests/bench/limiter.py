@@ -40,6 +40,7 @@ from tests.support.waiting import eventually_async
 
 TARGET_PER_S = 25_000
 CONCURRENCY = 50
+TABLE_WIDTH = 110
 CELL = "bench"
 EPOCH = 7
 LEASE_MS = 600_000
@@ -310,8 +311,7 @@ def show(report: Report) -> None:
     for name, found in report.proxies.items():
         cells = (f"{found.latency_p50_ms:.1f} ms", f"{found.latency_p99_ms:.1f} ms", str(found.errors))
         proxies.add_row(name, f"{found.requests_per_s:,.0f}", f"{found.cpu_per_request_us:,.0f} µs", *cells)
-    console = Console()
-    console.print(table, proxies, *report.notes)
+    Console(width=TABLE_WIDTH).print(table, proxies, *report.notes)
 
 
 def main() -> None:

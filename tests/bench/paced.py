@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from tests.bench.upstream import http_chunk
+from tests.bench.upstream import NOT_FOUND, http_chunk
 from tests.support.fake_upstream import output_tokens, stream_events, whole_answer
 from tests.support.gateway import MAX_MODEL_LEN
 
 #: Tokens of an answer, all lengths between them equally often: 45 on average.
 SHORTEST, LONGEST = 10, 80
-_NOT_FOUND = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 _STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 _WHOLE_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 
@@ -56,7 +55,7 @@ class PacedUpstream:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
                 if not head.startswith(b"post "):  # LiteLLM looks what else is there
-                    writer.write(_NOT_FOUND)
+                    writer.write(NOT_FOUND)
                     continue
                 length = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
                 await self._answer(writer, json.loads(await reader.readexactly(length)))

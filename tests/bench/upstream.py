@@ -14,6 +14,7 @@ import uvloop
 from tests.support.fake_upstream import stream_events, whole_answer
 
 MODEL = "tiny"
+NOT_FOUND = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 
 
 def http_chunk(data: bytes) -> bytes:
@@ -60,6 +61,10 @@ class Upstream(asyncio.Protocol):
         self._received += data
         head, found, rest = self._received.partition(b"\r\n\r\n")
         if not found:
+            return
+        if not head.startswith(b"POST "):  # LiteLLM looks what else is there
+            self._received = b""
+            self.transport.write(NOT_FOUND)
             return
         at = head.lower().index(b"content-length:") + 15
         if len(rest) < int(head[at:].split(b"\r\n", 1)[0]):
