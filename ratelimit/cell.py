@@ -8,11 +8,11 @@ Load tests replay schedules through it, and a gateway decides by one while Redis
    the request does not hold are left alone.
 2. ``settle`` corrects the hold to what was used; the first one wins. Gauges are given back whole.
 3. At the end of its lease a reservation is reaped: each bucket stays charged with the hold's ``at_reap``, gauges are
-   given back. A later ``extend`` opens it again, a later ``settle`` corrects it. ``TOMBSTONE_US`` later it is
+   given back. A later ``extend`` opens it again, a later ``settle`` corrects it. ``REAPED_KEPT_US`` later it is
    forgotten, with a usage record that says so.
 4. A reservation that is unknown is charged in full at ``settle``, but for its gauges, and not at all at ``extend``.
    Settled ones are remembered for ``TOMBSTONE_US``.
-5. What a fixed window held is given back to no later window.
+5. What a fixed window held is given back to a later one only as far as that took it over.
 """
 
 from __future__ import annotations
@@ -32,23 +32,25 @@ from ratelimit.meter import (
     Denied,
     Reading,
     Role,
-    admitted_one,
     adopt,
     ceil_div,
+    charged,
     check_charges,
     check_terms,
     decide,
     fresh,
     leaked,
     promise,
+    refunded,
     remaining,
     reset_us,
     shifted,
-    units_of,
 )
 
-#: How long a settled or reaped reservation is remembered, so that a repeated call finds it.
+#: How long a settled reservation is remembered, so that a repeated call finds it.
 TOMBSTONE_US = 120_000_000
+#: How long a reaped one is: its gateway may be cut off from Redis, and settle when it is back.
+REAPED_KEPT_US = 900_000_000
 #: Ended leases that each admission clears away on its way.
 REAPED_PER_ADMIT = 8
 
@@ -122,7 +124,8 @@ class Cell:
             return Admitted(*_readings(buckets, now_us), green=False)
         verdict = decide(buckets, charges, now_us)
         if verdict.named < 0:
-            self._charge(buckets, charges, verdict.green)
+            for bucket, charge in zip(buckets, charges, strict=True):
+                charged(bucket, charge, verdict.green)
         elif verdict.wait_us >= 0:
             promised = buckets[verdict.promised]
             promise(promised, charges[verdict.promised], now_us + verdict.wait_us)
@@ -180,17 +183,16 @@ class Cell:
         return True
 
     def reap(self, now_us: int, most: int = 100) -> int:
-        """End up to ``most`` reservations whose lease is over, or forget those reaped long ago; how many were ended."""
-        ended = 0
-        for request_id in self.leases.due(now_us, most):
+        """End reservations whose lease is over, and forget those reaped long ago: up to ``most``; how many it did."""
+        due = self.leases.due(now_us, most)
+        for request_id in due:
             reservation = self.reservations[request_id]
             if reservation.phase == REAPED:
                 self._forget(request_id, reservation)
             else:
                 self._end(reservation, now_us)
-                self.leases.set(request_id, now_us + TOMBSTONE_US)
-                ended += 1
-        return ended
+                self.leases.set(request_id, now_us + REAPED_KEPT_US)
+        return len(due)
 
     def _end(self, reservation: Reservation, now_us: int) -> None:
         self._shift_gauges(reservation, -1, now_us)
@@ -234,13 +236,6 @@ class Cell:
         stored = self.buckets.get(charge.bucket)
         return fresh(charge, now_us) if stored is None else leaked(stored, now_us)
 
-    @staticmethod
-    def _charge(buckets: Sequence[Bucket], charges: Sequence[Charge], green: bool) -> None:
-        for bucket, charge in zip(buckets, charges, strict=True):
-            if charge.role is not Role.ASSURED or green:
-                bucket.level = shifted(bucket.level, charge.cost * charge.units)
-                admitted_one(bucket)
-
     def _settle_holds(self, known: Reservation, usage: Sequence[Charge], now_us: int) -> None:
         if known.phase == OPEN:
             self._shift_gauges(known, -1, now_us)
@@ -263,13 +258,12 @@ class Cell:
             self.buckets[charge.bucket] = bucket
 
     def _refund(self, name: str, hold: Hold, amount: int, now_us: int) -> None:
-        """Give back to a bucket that is stored, unless it is a window that has opened since (rule 5)."""
+        """Give back to a bucket that is stored (rule 5)."""
         stored = self.buckets.get(name)
         if stored is None or amount == 0:
             return
         bucket = leaked(stored, now_us)
-        if bucket.kind >= 0 or bucket.tick == hold.opened:
-            bucket.level = shifted(bucket.level, -amount * units_of(bucket.kind))
+        refunded(bucket, amount, hold.opened)
         self.buckets[name] = bucket
 
     def _shift_gauges(self, reservation: Reservation, sign: int, now_us: int) -> None:

@@ -13,7 +13,8 @@ module agree to the bit. At 1 µs a bucket holds up to 150 million tokens, at 1 
 
 **Rules** (the Lua repeats them; ``tests/integration/test_store_model.py`` holds the two together)
 
-1. Leak at the *stored* rate, then adopt the caller's rate and capacity if its epoch is newer. Time never moves back.
+1. Leak at the *stored* rate, then adopt the caller's rate and capacity unless its epoch is older. Time never
+   moves back.
 2. A cost fits if ``level + min(cost, capacity) <= capacity``: one larger than the bucket waits for it to be empty and
    leaves debt. A capacity of 0 admits nothing but cost 0.
 3. Two colours. A request is *green* if all its ASSURED charges fit. Anything else *borrows*: its CEILING and POOL
@@ -27,7 +28,7 @@ module agree to the bit. At 1 µs a bucket holds up to 150 million tokens, at 1 
 6. No herd. Who is told a time is promised the room that comes then, and whoever is refused after it is told the time
    at which its own cost has leaked away after that (``due``). The line starts anew when all who stand in it were
    admitted (``waiting``), when its end has passed, and when it is longer than ``SPREAD_US``. A lone caller always gets
-   the exact time.
+   the exact time. Only buckets of one tenant have a line: whoever asks without end makes others wait in it.
 7. A pool's bucket that is not stored starts full: Redis has lost it, and nobody knows what is in flight.
 """
 
@@ -52,6 +53,8 @@ SPREAD_US = 30_000_000
 NO_EPOCH = -1
 #: The scope whose buckets start full and are never forgotten.
 POOL_SCOPE = "pool"
+#: What the scopes of one tenant's buckets begin with: a key's and an org's.
+TENANT_SCOPES = ("k:", "o:")
 #: ``borrow_up_to`` is counted in these parts of the capacity.
 THOUSANDTHS = 1000
 #: The kind of a gauge.
@@ -198,8 +201,9 @@ class Reading(NamedTuple):
 class Bucket(msgspec.Struct, array_like=True):
     """What is stored of a bucket: its level at a tick, and the limits of the newest epoch that it has seen.
 
-    A window's tick is the microsecond at which it opened. ``due`` is the tick at which the last one promised room is
-    in, and has left no debt; ``waiting`` is how many were promised and not admitted since.
+    ``due`` is the tick at which the last one promised room is in, and has left no debt; ``waiting`` is how many were
+    promised and not admitted since. A window's tick is the microsecond at which it opened, and its ``due`` what it took
+    over from the window before.
     """
 
     level: int
@@ -244,14 +248,20 @@ def leaked(bucket: Bucket, now_us: int) -> Bucket:
     elif kind < 0:
         windows = max(0, now_us - tick) // (-kind * 1_000_000)
         level = max(0, level - windows * capacity)
+        if windows:
+            due = level
         tick = tick + windows * -kind * 1_000_000 if level else max(tick, now_us)
     return Bucket(level, tick, rate, capacity, epoch, due, waiting, kind)
 
 
 def adopt(bucket: Bucket, charge: Charge, epoch: int) -> None:
-    """Take over the limits of a newer epoch; the level, debt included, stays (rule 1)."""
-    if epoch > bucket.epoch:
-        bucket.rate, bucket.capacity, bucket.epoch = charge.rate, charge.capacity, epoch
+    """Take over the limits of an epoch that is not older; debt stays (rule 1)."""
+    if epoch < bucket.epoch:
+        return
+    if bucket.kind < 0:  # what was used within the old limit is no debt under a lower one
+        within = min(bucket.level, bucket.capacity)
+        bucket.level = bucket.level - within + min(within, charge.capacity)
+    bucket.rate, bucket.capacity, bucket.epoch = charge.rate, charge.capacity, epoch
 
 
 def shortfall(bucket: Bucket, charge: Charge) -> int:
@@ -291,7 +301,7 @@ def told_at_us(bucket: Bucket, charge: Charge, short: int) -> int:
 
 def promise(bucket: Bucket, charge: Charge, at_us: int) -> None:
     """Whoever is refused after this one is told a time after the room promised to it here (rule 6)."""
-    if bucket.kind > 0:
+    if bucket.kind > 0 and charge.bucket.startswith(TENANT_SCOPES):
         debt = max(0, charge.cost - capacity_for(bucket, charge)) * charge.units
         bucket.due = at_us // bucket.kind + _ticks_to_leak(bucket, debt)
         bucket.waiting += 1
@@ -301,11 +311,26 @@ def _ticks_to_leak(bucket: Bucket, level: int) -> int:
     return min(ceil_div(level, bucket.rate), LONGEST_WAIT_US // bucket.kind)
 
 
-def admitted_one(bucket: Bucket) -> None:
-    """One of those in line was admitted; after the last the line is gone (rule 6)."""
-    bucket.waiting = max(0, bucket.waiting - 1)
-    if not bucket.waiting:
-        bucket.due = 0
+def charged(bucket: Bucket, charge: Charge, green: bool) -> None:
+    """Charge an admitted request; after the last who stood in line the line is gone (rules 4 and 6)."""
+    if charge.role is Role.ASSURED and not green:
+        return
+    bucket.level = shifted(bucket.level, charge.cost * charge.units)
+    had_to_fit = charge.cost > 0 and not (green and charge.role is Role.CEILING)
+    if bucket.kind > 0 and had_to_fit:
+        bucket.waiting = max(0, bucket.waiting - 1)
+        bucket.due = bucket.due if bucket.waiting else 0
+
+
+def refunded(bucket: Bucket, amount: int, opened: int) -> None:
+    """Give back what was taken when the bucket's tick was ``opened``.
+
+    A window that has opened since gives back what it took over, and nothing of its own.
+    """
+    if bucket.kind < 0 and bucket.tick != opened:
+        amount = min(amount, bucket.due)
+        bucket.due -= amount
+    bucket.level = shifted(bucket.level, -amount * units_of(bucket.kind))
 
 
 def decide(buckets: Sequence[Bucket], charges: Sequence[Charge], now_us: int) -> Verdict:

@@ -24,7 +24,7 @@ class Reaper:
     def __init__(self, redis: Redis, models: Callable[[], Iterable[str]]) -> None:
         self._redis = redis
         self._models = models
-        self._failing = False
+        self._failing: set[str] = set()
 
     async def run(self) -> None:
         """Reap every cell once a second."""
@@ -34,14 +34,17 @@ class Reaper:
 
     async def round(self) -> None:
         """Reap every cell until nothing in it is overdue. A Redis that is away is logged once, and tried again."""
-        try:
-            for model in self._models():
-                store = Store(self._redis, model, STORE_TIMEOUT_S)
-                while await store.reap(BATCH) == BATCH:
-                    pass
-        except StoreUnavailableError as error:
-            if not self._failing:
-                log.error("overdue reservations cannot be ended: %s", error)
-            self._failing = True
-        else:
-            self._failing = False
+        for model in self._models():
+            try:
+                await self._reap(model)
+            except StoreUnavailableError as error:
+                if model not in self._failing:
+                    log.error("overdue reservations of %s cannot be ended: %s", model, error)
+                self._failing.add(model)
+            else:
+                self._failing.discard(model)
+
+    async def _reap(self, model: str) -> None:
+        store = Store(self._redis, model, STORE_TIMEOUT_S)
+        while await store.reap(BATCH) == BATCH:
+            pass

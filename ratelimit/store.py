@@ -34,19 +34,21 @@ MOST_REAPED: Final = 1000
 
 #: Usage records that the stream keeps while nobody takes them: the oldest are dropped beyond (approximately) this.
 MOST_USAGE_RECORDS: Final = 1_000_000
-#: An open reservation that nobody reaps is dropped this long after its lease.
-KEPT_UNREAPED_MS: Final = 86_400_000
+#: An open reservation that nobody reaps is dropped this long after its lease: 40 days, longer than any scope is kept for
+#: a window, so that what is in flight is given back as long as it is counted.
+KEPT_UNREAPED_MS: Final = 40 * 86_400_000
 
 _OF_METER: Final = (
     *("MINUTE_US", "EXACT", "LONGEST_WAIT_US", "SPREAD_US", "THOUSANDTHS"),
     *("NO_EPOCH", "GAUGE", "NEVER", "UNTOLD"),
 )
-_OF_CELL: Final = ("TOMBSTONE_US", "REAPED_PER_ADMIT", "OPEN", "REAPED", "SETTLED")
+_OF_CELL: Final = ("TOMBSTONE_US", "REAPED_KEPT_US", "REAPED_PER_ADMIT", "OPEN", "REAPED", "SETTLED")
 _CONSTANTS: Final = {
     **{name: getattr(meter, name) for name in _OF_METER},
     **{name: getattr(life, name) for name in _OF_CELL},
     **{role.name: role.value for role in meter.Role},
     "POOL_SCOPE": f"'{meter.POOL_SCOPE}'",
+    **{name: f"'{begins}'" for name, begins in zip(("KEY_SCOPE", "ORG_SCOPE"), meter.TENANT_SCOPES, strict=True)},
     "TRIM_USAGE_TO": MOST_USAGE_RECORDS,
     "KEPT_UNREAPED_MS": KEPT_UNREAPED_MS,
 }
@@ -189,7 +191,7 @@ class Store:
         return bool(await self._run("settle", listed.keys, (request_id, record, *listed.arguments)))
 
     async def reap(self, most: int = 100) -> int:
-        """End up to ``most`` reservations whose lease is over, or forget those reaped long ago; how many were ended."""
+        """End reservations whose lease is over, and forget those reaped long ago: up to ``most``; how many it did."""
         if not 0 < most <= MOST_REAPED:
             raise ValueError(f"reap ends 1 to {MOST_REAPED} reservations at a time, not {most}")
         return int(await self._run("reap", (*self._cell_keys, self._reservation_prefix), (most,)))

@@ -100,9 +100,9 @@ local function decide(buckets, charges)
 end
 
 -- Whoever is refused after this one is told a time after the room promised to it here.
-local function promise(bucket, charge, at_us)
-  local kind = bucket[KIND]
-  if kind > 0 then
+local function promise(scope, bucket, charge, at_us)
+  local kind, begins = bucket[KIND], string.sub(scope, #SCOPE + 1, #SCOPE + 2)
+  if kind > 0 and (begins == KEY_SCOPE or begins == ORG_SCOPE) then
     local debt = max(0, charge[C_COST] - capacity_for(bucket, charge)) * units(kind)
     bucket[DUE] = floor(at_us / kind) + ticks_to_leak(bucket, debt)
     bucket[WAITING] = bucket[WAITING] + 1
@@ -115,16 +115,16 @@ local function charge_all(buckets, charges, green)
   for i = 1, count do
     local charge, bucket = charges[i], buckets[i]
     local held, at_reap = -1, 0
-    if charge[C_ROLE] ~= ASSURED or green then
-      shift(bucket, charge[C_COST] * units(charge[C_KIND]))
-      if bucket[WAITING] > 1 then
-        bucket[WAITING] = bucket[WAITING] - 1
-      else
-        bucket[WAITING], bucket[DUE] = 0, 0
+    local role, cost, kind = charge[C_ROLE], charge[C_COST], charge[C_KIND]
+    if role ~= ASSURED or green then
+      shift(bucket, cost * units(kind))
+      if kind > 0 and cost > 0 and not (green and role == CEILING) then
+        bucket[WAITING] = max(0, bucket[WAITING] - 1)
+        bucket[DUE] = bucket[WAITING] > 0 and bucket[DUE] or 0
       end
-      held, at_reap = charge[C_COST], charge[C_AT_REAP]
+      held, at_reap = cost, charge[C_AT_REAP]
     end
-    holds[n + 1], holds[n + 2], holds[n + 3], holds[n + 4] = held, at_reap, bucket[TICK], charge[C_KIND]
+    holds[n + 1], holds[n + 2], holds[n + 3], holds[n + 4] = held, at_reap, bucket[TICK], kind
     n = n + 4
   end
   return doubles(holds)
@@ -163,13 +163,25 @@ if known then -- settled before it was admitted: it has paid
   return answer_with({0}, buckets, {})
 end
 
+local function scope_of(place)
+  local i = 0
+  for scope = 1, scopes do
+    for _ = 1, struct_unpack('<d', counts, scope * 8 - 7) do
+      i = i + 1
+      if places[i] == place then
+        return KEYS[FIRST_SCOPE + scope - 1]
+      end
+    end
+  end
+end
+
 local green, named, promised, wait = decide(buckets, charges)
 local answer, resets = nil, {}
 if named then
   if wait == NEVER then
     wait = UNTOLD
   elseif wait ~= UNTOLD then
-    promise(buckets[promised], charges[promised], now_us + wait)
+    promise(scope_of(promised), buckets[promised], charges[promised], now_us + wait)
   end
   answer = answer_with({-named, wait}, buckets, resets)
 else

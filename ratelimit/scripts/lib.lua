@@ -47,6 +47,9 @@ local function leak(bucket)
     local window_us = -kind * 1000000
     local windows = floor(max(0, now_us - tick) / window_us)
     bucket[LEVEL] = max(0, bucket[LEVEL] - windows * bucket[CAPACITY])
+    if windows > 0 then
+      bucket[DUE] = bucket[LEVEL]
+    end
     bucket[TICK] = bucket[LEVEL] > 0 and tick + windows * window_us or max(tick, now_us)
   end
 end
@@ -69,7 +72,11 @@ local function current(found, charge)
 end
 
 local function adopt(bucket, charge, epoch)
-  if epoch > bucket[EPOCH] then
+  if epoch >= bucket[EPOCH] then
+    if bucket[KIND] < 0 then -- what was used within the old limit is no debt under a lower one
+      local within = min(bucket[LEVEL], bucket[CAPACITY])
+      bucket[LEVEL] = bucket[LEVEL] - within + min(within, charge[C_CAPACITY])
+    end
     bucket[RATE], bucket[CAPACITY], bucket[EPOCH] = charge[C_RATE], charge[C_CAPACITY], epoch
   end
 end

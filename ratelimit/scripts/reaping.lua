@@ -1,4 +1,4 @@
--- End reservations whose lease is over, forget those reaped long ago: up to most of both; how many were ended.
+-- End reservations whose lease is over, and forget those reaped long ago; how many it did.
 
 local function forget(request_id, key, record)
   local held = {}
@@ -21,11 +21,10 @@ local function finish(request_id, key, record)
     end
   end
   record.phase = REAPED
-  save_reservation(key, record, TOMBSTONE_US / 1000)
-  lease(request_id, now_us + TOMBSTONE_US)
+  save_reservation(key, record, REAPED_KEPT_US / 1000)
+  lease(request_id, now_us + REAPED_KEPT_US)
 end
 
-local ended = 0
 for _, request_id in ipairs(due) do
   local key = CELL .. 'r:' .. request_id
   local record = load_reservation(key)
@@ -35,7 +34,6 @@ for _, request_id in ipairs(due) do
     forget(request_id, key, record)
   else
     finish(request_id, key, record)
-    ended = ended + 1
   end
 end
-return ended
+return #due

@@ -72,14 +72,16 @@ local function charge_unasked(key, meter, charge, amount)
   end
 end
 
--- Give back to a bucket that is stored, unless it is a window that has opened since.
+-- Give back to a bucket that is stored. A window that has opened since gives back what it took over, and no more.
 local function refund(hold, amount)
   local found = amount > 0 and redis_call('HMGET', hold[H_SCOPE], hold[H_METER], UNTIL)
   if found and found[1] then
     local bucket = current(found[1])
-    if bucket[KIND] >= 0 or bucket[TICK] == hold[OPENED] then
-      shift(bucket, -amount * units(bucket[KIND]))
+    if bucket[KIND] < 0 and bucket[TICK] ~= hold[OPENED] then
+      amount = min(amount, bucket[DUE])
+      bucket[DUE] = bucket[DUE] - amount
     end
+    shift(bucket, -amount * units(bucket[KIND]))
     save_bucket(hold[H_SCOPE], hold[H_METER], bucket, found[2])
   end
 end

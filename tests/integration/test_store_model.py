@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from redis.asyncio import Redis
 
 from ratelimit.cell import TOMBSTONE_US, Cell
-from ratelimit.meter import EXACT, MINUTE_US, POOL_SCOPE, SPREAD_US, Bucket, Charge, Role, reset_us
+from ratelimit.meter import EXACT, MINUTE_US, POOL_SCOPE, SPREAD_US, Admitted, Bucket, Charge, Role, reset_us
 from tests.support.clocked_store import ClockedStore
 
 T = TypeVar("T")
@@ -170,3 +171,14 @@ def test_obligation_05_the_scripts_equal_the_model(redis_url: str) -> None:
             max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+@pytest.mark.parametrize("capacity", [9_007_199_254_740_629, 9_007_199_254_740_973, EXACT - 1])
+async def test_the_largest_capacities_are_counted_exactly(redis_client: Redis, capacity: int) -> None:
+    """The last token of a window of 2⁵³ − 1 is there, and the one after it is not, in Redis as in the model."""
+    store, cell = ClockedStore(redis_client), Cell()
+    window = Charge("k:a:t.week", 0, capacity, 0, window_s=604_800)
+    for name, cost in (("most", capacity - 1), ("last", 1), ("more", 1)):
+        answer = await store.admit(name, [window.costing(cost)], 1, 60_000)
+        assert answer == cell.admit(name, [window.costing(cost)], 1, 60_000, store.now_us)
+        assert isinstance(answer, Admitted) is (name != "more")
