@@ -8,9 +8,11 @@ What a request owes in the end:
 
 - what the engine reported, also where the client left or the engine broke off mid-stream;
 - the estimated prompt, where a stream ended before anything was reported;
-- all that was held, where a client left a request that is not streamed: what was generated for it is unknown;
+- the estimated prompt too, where replicas broke off at it before they answered;
+- all that was held, where what was generated is unknown: a client left a request that is not streamed, or what the
+  engine reported cannot be; and more than that, where the request ran for so long that more may have been generated;
 - one request and nothing else, where the engine refused it (4xx): nothing was generated;
-- nothing, where no replica served it.
+- nothing, where no replica took it.
 
 If this process dies, a lease ends: what was last reported stays charged, and of the rest what a stream may have
 generated within a lease.
@@ -23,7 +25,7 @@ from collections.abc import Coroutine, Sequence
 from time import time
 from typing import Any
 
-from ratelimit.cell import TOMBSTONE_US
+from ratelimit.cell import REAPED_KEPT_US, TOMBSTONE_US
 from ratelimit.gateway.breaker import StoreAwayError
 from ratelimit.gateway.charges import (
     Amounts,
@@ -33,7 +35,14 @@ from ratelimit.gateway.charges import (
     used_charges,
     without_assured,
 )
-from ratelimit.gateway.hold import Usage, pool_cost_us
+from ratelimit.gateway.hold import (
+    FASTEST_TOKENS_PER_S,
+    Usage,
+    generated_at_most,
+    is_possible,
+    most_output,
+    pool_cost_us,
+)
 from ratelimit.gateway.ledger import FIRST_SETTLE_PAUSE_S, RENEWED_AFTER, Ledger, Limiter
 from ratelimit.gateway.records import entry_of
 from ratelimit.gateway.terms import Terms
@@ -45,13 +54,14 @@ from ratelimit.usage import Outcome
 
 __all__ = ["Account", "Ledger", "Limiter"]
 
-#: From the first attempt to settle to the last. An attempt whose answer was lost may have settled; the store knows that
-#: for as long as its tombstone lasts, and a later attempt would charge once more.
+#: From the first attempt to settle that may have reached the store to the last. An attempt whose answer was lost may
+#: have settled; the store knows that for as long as its tombstone lasts, and a later attempt would charge once more.
 LONGEST_SETTLING_S = TOMBSTONE_US / 1e6 - 20
+#: From the end of a lease to the last attempt, where none has reached the store. It may have ended the reservation, and
+#: would charge once more when it has forgotten it.
+LONGEST_CUT_OFF_S = REAPED_KEPT_US / 1e6 - 20
 #: Output that nobody waited to report is told to the store in steps of this many tokens while a stream runs.
 OVERRUN_TOKENS = 256
-#: The most tokens a second that one answer is taken to come at: bounds what an ended lease leaves charged.
-FASTEST_TOKENS_PER_S = 200
 
 _NOTHING = Usage(0, 0)
 
@@ -82,6 +92,7 @@ class Account:
         self._choices = request.choices
         self._generated_choices = request.generated_choices
         self._prompts = request.prompts
+        self._request = request  # its body's members are let go when it is sent
         self._prompt_bytes = 0 if request.prompt_tokens is not None else request.prompt_bytes
         self._template_tokens = TOKENS_PER_MESSAGE * request.messages
         self._client = client
@@ -94,6 +105,8 @@ class Account:
         self._seen: Usage | None = None
         self._next_report = held.output_tokens
         self._renewed_s = 0.0
+        self._begun_s = 0.0
+        self._known_s: float | None = None  # when the store was last told, and agreed, to keep the reservation
         self._marks: tuple[str, ...] = ()
         self._in_store = True  # the store knows of this request, or may
         self._local = False
@@ -106,11 +119,13 @@ class Account:
 
     def _left(self, prompt_tokens: int, output_tokens: int, cached_tokens: int = 0) -> Amounts | None:
         """What stays charged if the lease ends now, with so much used; None for all that is held."""
+        usage = self._left_usage(Usage(prompt_tokens, output_tokens, cached_tokens))
+        return None if usage is None else amounts(usage, self._cost_us(usage, self._generated_choices))
+
+    def _left_usage(self, used: Usage) -> Usage | None:
         bound = round(self._ledger.lease_s * FASTEST_TOKENS_PER_S) * self._generated_choices
-        if output_tokens + bound >= self.held.output_tokens:
-            return None
-        usage = Usage(prompt_tokens, output_tokens + bound, cached_tokens)
-        return amounts(usage, self._cost_us(usage, self._generated_choices))
+        output = used.output_tokens + bound
+        return None if output >= self.held.output_tokens else Usage(used.prompt_tokens, output, used.cached_tokens)
 
     # Admission
 
@@ -119,10 +134,13 @@ class Account:
 
         While the store is away this gateway decides alone; raises ``StoreUnavailableError`` where it must not.
         """
+        clock = asyncio.get_running_loop().time
         if not self._terms.enforce:
             self._charges = ()
+            self._begun_s = clock()
             return None
         answer = self._refused_before() or await self._ask()
+        self._begun_s = clock()
         if isinstance(answer, Denied):
             self._settled = True
             return answer
@@ -158,7 +176,9 @@ class Account:
         return answer
 
     async def _ask_store(self) -> Admitted | Denied:
-        memo = self._entry.written(time(), self.held, self.cost_us, green=False, outcome="expired")
+        left = self._left_usage(Usage(self.held.prompt_tokens, 0)) or self.held
+        memo = self._entry.written(time(), left, self.cost_us, green=False, outcome="expired")
+        self._known_s = asyncio.get_running_loop().time()
         try:
             return await self._limiter.admit(
                 self._request_id, self._charges, self._terms.epoch, self._ledger.lease_ms, memo
@@ -210,6 +230,8 @@ class Account:
 
         Cheap where little has changed; the sweep tells the rest.
         """
+        if not self._is_possible(usage):
+            return
         self._seen = usage
         if self._told is None or usage.output_tokens >= self._next_report:
             self._report()
@@ -250,6 +272,9 @@ class Account:
         ``ended``: the answer ended by itself, and so teaches how long this caller's answers are. ``whole``: it came to
         an end, by itself or at the maximum that was asked for; else it was cut off.
         """
+        if usage is not None and not self._is_possible(usage):
+            self.settle_as_held()
+            return
         if usage is not None and usage.prompt_tokens and not self._settled:
             answer = -(-usage.output_tokens // self._choices)
             prompt = self._prompt_bytes, usage.prompt_tokens - self._template_tokens
@@ -258,8 +283,20 @@ class Account:
         self._settle(used, self._choices, 1, "ended" if usage is not None and (ended or whole) else "cut")
 
     def settle_as_held(self) -> None:
-        """What the request used is unknown: nothing is given back but its place in flight."""
-        self._settle(self.held, self._generated_choices, 1, "unknown")
+        """What the request used is unknown: all it holds, or what it may have generated by now if that is more."""
+        output = self.held.output_tokens
+        if output:
+            elapsed_s = asyncio.get_running_loop().time() - self._begun_s
+            most = most_output(self._request, self._terms.pool, self.held.prompt_tokens)
+            output = max(output, generated_at_most(elapsed_s, self._generated_choices, most))
+        used = Usage(self.held.prompt_tokens, output, self.held.cached_tokens)
+        self._settle(used, self._generated_choices, 1, "unknown")
+
+    def _is_possible(self, usage: Usage) -> bool:
+        if is_possible(usage, self._request, self._terms.pool):
+            return True
+        self._ledger.metrics.impossible_usage.labels(self._terms.pool.model).inc()
+        return False
 
     def settle_refused(self) -> None:
         """The engine refused the request: it counts as one request without tokens."""
@@ -272,14 +309,15 @@ class Account:
     def _settle(self, used: Usage, choices: int, requests: int, outcome: Outcome) -> None:
         if self._settled:
             return
+        # What may raise comes first: until it is settled, another settlement can still end the reservation.
+        cost_us = self._cost_us(used, choices) if choices else 0
+        charges = used_charges(self._charges, amounts(used, cost_us, requests))
+        record = self._entry.written(time(), used, cost_us, self.green, outcome, self._marks)
         self._settled = True
         self._ledger.closed(self)
         model, local = self._terms.pool.model, self._ledger.local
-        cost_us = self._cost_us(used, choices) if choices else 0
         if choices:
             self._ledger.metrics.used(model, self._record.tier, used, self.held)
-        charges = used_charges(self._charges, amounts(used, cost_us, requests))
-        record = self._entry.written(time(), used, cost_us, self.green, outcome, self._marks)
         if self._local:
             local.settle(self._request_id, model, charges)
         if self._in_store:
@@ -297,8 +335,10 @@ class Account:
         self._previous = self._ledger.spawn(work)
 
     async def _extend(self, charges: Sequence[Charge]) -> None:
+        begun_s = asyncio.get_running_loop().time()
         try:
-            await self._limiter.extend(self._request_id, charges, self._ledger.lease_ms)
+            if await self._limiter.extend(self._request_id, charges, self._ledger.lease_ms):
+                self._known_s = begun_s
         except StoreUnavailableError:
             self._ledger.metrics.store_errors.labels("extend").inc()
             self._renewed_s = 0.0  # the next sweep tries again
@@ -318,13 +358,17 @@ class Account:
 
     async def _settles(self, charges: Sequence[Charge], record: bytes) -> bool:
         clock = asyncio.get_running_loop().time
-        give_up_s = clock() + LONGEST_SETTLING_S
+        known_s = clock() if self._known_s is None else self._known_s
+        give_up_s, sent = known_s + self._ledger.lease_s + LONGEST_CUT_OFF_S, False
         pause_s: float | None = FIRST_SETTLE_PAUSE_S
         while True:
+            begun_s = clock()
             try:
                 await self._limiter.settle(self._request_id, charges, record)
-            except StoreUnavailableError:
+            except StoreUnavailableError as error:
                 self._ledger.metrics.store_errors.labels("settle").inc()
+                if not sent and not isinstance(error, StoreAwayError):
+                    give_up_s, sent = min(give_up_s, begun_s + LONGEST_SETTLING_S), True
             else:
                 return True
             if pause_s is None or clock() + pause_s > give_up_s:

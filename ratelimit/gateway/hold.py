@@ -23,6 +23,8 @@ from serving.capacity import ReplicaGroup, RequestShape, fleet_cost_s
 MOST_TOKENS = 10**8
 #: Bounds a reservation's cost to what a meter counts exactly: some 28 hours of one replica.
 MOST_COST_US = 10**11
+#: The most tokens a second that one answer is taken to come at, where nothing tells how much was generated.
+FASTEST_TOKENS_PER_S = 200
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -65,6 +67,24 @@ def check_context(request: ParsedRequest, max_model_len: int) -> None:
         total = request.prompt_tokens + output
         asked = f"{total} tokens ({request.prompt_tokens} in the prompt, {output} in the completion)"
         raise context_length_exceeded(max_model_len, asked)
+
+
+def most_output(request: ParsedRequest, pool: PublishedPool, prompt_tokens: int) -> int:
+    """The output of all choices together that a request may have: its maximum, or the room that its prompt leaves."""
+    room = max(1, pool.max_model_len - prompt_tokens // request.prompts)
+    output = room if request.max_output is None else min(request.max_output, room)
+    return min(output * request.generated_choices, MOST_TOKENS)
+
+
+def generated_at_most(elapsed_s: float, choices: int, most_tokens: int) -> int:
+    """The output that ``choices`` answers together may have after so long, of ``most_tokens`` that they may ever."""
+    return min(ceil(max(0.0, elapsed_s) * FASTEST_TOKENS_PER_S) * choices, most_tokens)
+
+
+def is_possible(usage: Usage, request: ParsedRequest, pool: PublishedPool) -> bool:
+    """Whether a request can have used so much: no prompt and no answer is longer than the context."""
+    prompt_fits = 0 <= usage.cached_tokens <= usage.prompt_tokens <= pool.max_model_len * request.prompts
+    return prompt_fits and 0 <= usage.output_tokens <= pool.max_model_len * request.generated_choices
 
 
 def pool_cost_us(groups: Sequence[ReplicaGroup], usage: Usage, choices: int, prompts: int) -> int:

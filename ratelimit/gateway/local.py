@@ -30,7 +30,7 @@ LOCAL_BUCKET = "outage:share"
 #: Buckets told in one call.
 CHUNK = 100
 MOST_OWED_BUCKETS = 100_000
-MOST_RECORDS = 10_000
+MOST_RECORDS = 100_000
 #: A chunk whose telling failed is repeated for so long; the store would take a later repetition for a new one.
 LONGEST_TELLING_S = 100.0
 _FLUSH_INTERVAL_S = 0.1
@@ -52,6 +52,7 @@ class _Journal:
         self.debts: dict[str, Charge] = {}
         self.records: deque[tuple[str, bytes]] = deque()
         self.telling: _Call | None = None
+        self.full = False  # no record was taken since the last that found no room
 
 
 class LocalMode:
@@ -101,7 +102,11 @@ class LocalMode:
         journal = self._journals.setdefault(model, _Journal())
         if len(journal.records) >= MOST_RECORDS:
             self._metrics.lost.labels("record").inc()
+            if not journal.full:
+                log.error("%s: usage records are lost from now on: %d wait for Redis already", model, MOST_RECORDS)
+            journal.full = True
             return
+        journal.full = False
         journal.records.append((request_id, record))
 
     def publish_bound(self, every: Sequence[Terms]) -> None:

@@ -75,6 +75,10 @@ class GatewayMetrics:
         self.upstream_failures = Counter(
             "penstock_upstream_failures", "Attempts on a replica that failed.", ["model", "reason"], registry=registry
         )
+        self.impossible_usage = Counter(
+            "penstock_impossible_usage", "Reports of more tokens than a request can have, or of fewer than none.",
+            ["model"], registry=registry,
+        )  # fmt: skip
         self.broken_streams = Counter(
             "penstock_broken_streams", "Streams ended by an error event.", ["model", "reason"], registry=registry
         )

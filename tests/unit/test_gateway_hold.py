@@ -7,7 +7,15 @@ import pytest
 
 from ratelimit.gateway.accounting import Account, Ledger
 from ratelimit.gateway.estimates import Expected
-from ratelimit.gateway.hold import Usage, estimate, pool_cost_us
+from ratelimit.gateway.hold import (
+    FASTEST_TOKENS_PER_S,
+    Usage,
+    estimate,
+    generated_at_most,
+    is_possible,
+    most_output,
+    pool_cost_us,
+)
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.terms import terms_by_tier
 from ratelimit.gateway.wire import parse_request
@@ -95,3 +103,38 @@ def test_the_ledger_holds_as_the_policy_says() -> None:
     learned, maximum = (msgspec.structs.replace(TERMS, holds=holds) for holds in ("learned", "maximum"))
     assert ledger.held(record, learned, request).output_tokens == TERMS.pool.default_max_output
     assert ledger.held(record, maximum, request).output_tokens == 1_000
+
+
+@pytest.mark.parametrize(("elapsed_s", "choices", "most"), [(0, 1, 0), (-1, 1, 0), (1.5, 2, 600), (1e9, 2, 5_000)])
+def test_output_is_bounded_by_time_and_by_what_was_asked_for(elapsed_s: float, choices: int, most: int) -> None:
+    """Where nothing tells how much was generated: what the fastest answers may have, and never above the bound."""
+    assert FASTEST_TOKENS_PER_S == 200
+    assert generated_at_most(elapsed_s, choices, 5_000) == most
+
+
+@pytest.mark.parametrize(
+    ("members", "most"), [({}, MAX_MODEL_LEN - 14), ({"max_tokens": 9, "n": 3}, 27), ({"max_tokens": MAX_MODEL_LEN}, 0)]
+)
+def test_the_most_output_is_the_maximum_or_what_the_context_leaves(members: dict[str, int], most: int) -> None:
+    """A maximum beyond the context gives no more than the context's room."""
+    request = parse_request("chat", body(**members))
+    assert most_output(request, TERMS.pool, 14) == (most or MAX_MODEL_LEN - 14)
+
+
+@pytest.mark.parametrize(
+    ("usage", "possible"),
+    [
+        (Usage(0, 0), True),
+        (Usage(MAX_MODEL_LEN, 2 * MAX_MODEL_LEN, MAX_MODEL_LEN), True),
+        (Usage(MAX_MODEL_LEN + 1, 0), False),
+        (Usage(10**12, 0), False),
+        (Usage(-1, 0), False),
+        (Usage(5, -7), False),
+        (Usage(5, 2 * MAX_MODEL_LEN + 1), False),
+        (Usage(5, 1, 6), False),
+        (Usage(5, 1, -1), False),
+    ],
+)
+def test_usage_that_no_request_can_have_is_told_apart(usage: Usage, possible: bool) -> None:
+    """A request of one prompt and two choices."""
+    assert is_possible(usage, parse_request("chat", body(n=2)), TERMS.pool) is possible
