@@ -40,6 +40,7 @@ from ratelimit.keylimits import (
     nearest_rank,
     tier_limits,
 )
+from ratelimit.meter import THOUSANDTHS
 from ratelimit.overrides import Override
 from ratelimit.policy import Policy, PoolPolicy, TierPolicy, borrow_thresholds, promise_carriers
 from ratelimit.publication import (
@@ -88,10 +89,11 @@ def derive(
     pools: list[PublishedPool] = []
     tiers: list[TierLimits] = []
     thresholds = borrow_thresholds(policy.tiers)
+    lowest = min(filter(None, thresholds.values()), default=THOUSANDTHS)
     for pool in policy.pools:
         replicas = supplies.get(pool.model, ())
         supply = _supply(pool, replicas)
-        pools.append(_published_pool(pool, replicas, supply))
+        pools.append(_published_pool(pool, replicas, supply, lowest))
         for tier in policy.tiers:
             keys = max(1, active_keys.get(tier.name, 0))
             limits = _tier_limits(tier, pool, keys, supply, overrides)
@@ -199,13 +201,15 @@ def _replaced(limit: Limit, amount: tuple[int, int], ceiling: tuple[int, int], v
     return msgspec.structs.replace(replaced, explanation=f"{said}\nwithout it: {limit.explanation}")
 
 
-def _published_pool(pool: PoolPolicy, supplies: Sequence[ReplicaSupply], supply: Supply) -> PublishedPool:
+def _published_pool(
+    pool: PoolPolicy, supplies: Sequence[ReplicaSupply], supply: Supply, lowest_threshold: int
+) -> PublishedPool:
     groups = merged_groups([s.group for s in supplies])
     costs_s = [fleet_cost_s(groups, shape) for shape in pool.mix.shapes] if groups else [0.0]
     cost_s = fsum(costs_s) / len(costs_s)
     usable = float(supply.usable)
     rate = min(int(usable * cost_s * 60 * _MICROSECONDS), MOST_PER_MINUTE)
-    burst, burst_text = _pool_burst(usable * cost_s, costs_s, groups)
+    burst, burst_text = _pool_burst(usable * cost_s, costs_s, groups, lowest_threshold)
     default_output = pool.default_max_output
     if default_output is None:
         default_output = nearest_rank((shape.output_tokens for shape in pool.mix.shapes), DEFAULT_OUTPUT_PERCENTILE)
@@ -227,15 +231,22 @@ def _published_pool(pool: PoolPolicy, supplies: Sequence[ReplicaSupply], supply:
     )
 
 
-def _pool_burst(busy: float, costs_s: Sequence[float], groups: Sequence[ReplicaGroup]) -> tuple[int, str]:
-    """The capacity of a pool's bucket, in replica-microseconds, and why; ``busy`` replicas drain it."""
+def _pool_burst(
+    busy: float, costs_s: Sequence[float], groups: Sequence[ReplicaGroup], lowest_threshold: int
+) -> tuple[int, str]:
+    """The capacity of a pool's bucket, in replica-microseconds, and why; ``busy`` replicas drain it.
+
+    Whoever may borrow the least of it, ``lowest_threshold`` thousandths, can still bring a big request.
+    """
     slack_s = TTFT_SLACK_SHARE * min((group.slo.ttft_s for group in groups), default=0.0)
     big_us = ceil(nearest_rank(costs_s, BURST_PERCENTILE) * _MICROSECONDS)
-    full = max(int(busy * slack_s * _MICROSECONDS), big_us)
+    least_us = -(-big_us * THOUSANDTHS // lowest_threshold)
+    full = max(int(busy * slack_s * _MICROSECONDS), least_us)
     burst = min(full, MOST_BUDGET_BURST)
     cut = ", cut to what can be counted exactly" if burst < full else ""
     return burst, (
         f"burst {approximate(Fraction(burst, _MICROSECONDS))} replica-seconds: {slack_s:g} s of it, the part of the "
         f"TTFT bound that a request may wait (× {TTFT_SLACK_SHARE:g}: the rest is for its own prompt), at least "
-        f"{approximate(Fraction(big_us, _MICROSECONDS))} (the p{BURST_PERCENTILE} request){cut}"
+        f"{approximate(Fraction(least_us, _MICROSECONDS))} (the p{BURST_PERCENTILE} request within "
+        f"{lowest_threshold / THOUSANDTHS:g} of it){cut}"
     )
