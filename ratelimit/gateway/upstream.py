@@ -134,6 +134,7 @@ class AiohttpUpstream:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=("User-Agent",),
+            headers={"Accept-Encoding": "identity"},  # what a proxy before a replica compresses would pass as it is
             auto_decompress=False,
         )
         self._sweeper = asyncio.create_task(self._sweep())
