@@ -15,6 +15,7 @@ Headers = tuple[tuple[bytes, bytes], ...]
 PROBLEM_TYPE_URL = "https://iana.org/assignments/http-problem-types#"
 #: A client that would sleep longer than this is told not to retry by itself.
 LONGEST_RETRY_US = 60_000_000
+_CROWDED_RETRY_US = 1_000_000
 #: For an answer that the official clients would ask for again, and would only get again.
 FINAL: Headers = ((b"x-should-retry", b"false"),)
 
@@ -36,7 +37,7 @@ class Rejection(Exception):  # noqa: N818 - a refusal is an answer, not an error
         headers: Headers = (),
         beside: Mapping[str, Any] | None = None,
         denied_by: str = "",
-        context: str = "",
+        anthropic_message: str = "",
     ) -> None:
         super().__init__(status)
         self.status = status
@@ -47,8 +48,8 @@ class Rejection(Exception):  # noqa: N818 - a refusal is an answer, not an error
         self.headers = headers
         self.beside: Mapping[str, Any] = beside or {}
         self.denied_by = denied_by
-        self.context = context
-        """Where the context is exceeded: by how much, as ``X tokens > Y maximum``."""
+        self.anthropic_message = anthropic_message
+        """Anthropic's own words, where its clients match them; empty where they are ``message``."""
 
 
 def invalid_request(message: str, param: str | None = None, code: str | None = None) -> Rejection:
@@ -65,10 +66,22 @@ def context_length_exceeded(max_model_len: int, asked: str) -> Rejection:
     return context_refusal(message, f"{asked} > {max_model_len} maximum")
 
 
+def output_too_large(member: str, asked: int, max_model_len: int, model: str) -> Rejection:
+    """400: the maximum asked for is above the context by itself, whatever the prompt."""
+    refused = context_length_exceeded(max_model_len, f"{asked} tokens in the completion")
+    refused.param = member
+    most = f"which is the maximum allowed number of output tokens for {model[:200]}"
+    refused.anthropic_message = f"{member}: {asked} > {max_model_len}, {most}"
+    return refused
+
+
 def context_refusal(message: str, context: str) -> Rejection:
-    """The same in the engine's own words. The code stands in the text too: LangChain looks for it only there."""
-    code = "context_length_exceeded"
-    return Rejection(400, "invalid_request_error", f"{message} ({code})", code, "messages", context=context)
+    """The same in the engine's own words; ``context`` says by how much, as ``X tokens > Y maximum``.
+
+    The code stands in the text too: LangChain looks for it only there.
+    """
+    code, told = "context_length_exceeded", f"prompt is too long: {context}"
+    return Rejection(400, "invalid_request_error", f"{message} ({code})", code, "messages", anthropic_message=told)
 
 
 def unauthorized() -> Rejection:
@@ -158,6 +171,18 @@ def reduced_capacity(detail: str, wait_us: int, denied_by: str, headers: Headers
     headers = (*retry_headers(wait_us), *headers)
     code = "temporary_reduced_capacity"
     return Rejection(503, "server_error", detail, code, headers=headers, beside=beside, denied_by=denied_by)
+
+
+def too_many_connections() -> Rejection:
+    """503: this process holds as many connections as it will, and closes this one."""
+    told = "Too many connections are open. Close those you do not use, or try again."
+    return reduced_capacity(told, _CROWDED_RETRY_US, "connections", ((b"connection", b"close"),))
+
+
+def too_many_bodies() -> Rejection:
+    """503: the request bodies that this process holds leave no room for this one."""
+    told = "The gateway holds as many request bodies as it can at the moment. Please try again."
+    return reduced_capacity(told, _CROWDED_RETRY_US, "bodies")
 
 
 def answer_too_large(max_bytes: int) -> Rejection:

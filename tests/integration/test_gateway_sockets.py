@@ -222,3 +222,17 @@ async def test_other_spellings_of_a_path(bench: Bench, path: str) -> None:
     assert statuses in ([200], [404])
     await bench.idle()
     assert set(bench.upstream.paths) <= {PATH}
+
+
+@pytest.mark.parametrize("upgrade", [b"h2c", b"websocket"])
+async def test_an_offered_upgrade_hides_no_request(bench: Bench, upgrade: bytes) -> None:
+    """The head that Java's own client sends is served, and a body is never taken for a second request."""
+    fields = (b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA", b"Upgrade: " + upgrade)
+    offered = b"Upgrade, HTTP2-Settings"
+    last = head(bench, length()) + BODY
+    smuggled = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n\r\n" % bench.secret.encode()
+    good = head(bench, *fields, length(), connection=offered) + BODY
+    bad = head(bench, *fields, length(len(smuggled)), connection=offered) + smuggled
+    assert await exchange(bench, good + bad + last) == [200, 400, 200]
+    assert len(await reached(bench)) == 2
+    assert "nsupported upgrade" not in bench.gateway.log()

@@ -116,3 +116,71 @@ async def test_a_slow_body_is_not_the_heads_business(monkeypatch: pytest.MonkeyP
             await asyncio.wait_for(reader.read(1), 0.3)  # nothing is answered, and the connection stays
         writer.write(b"xx")
         assert await answers(reader, 1) == [b"3;"]
+
+
+HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: x\r\n\r\n"
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
+WEBSOCKET = b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: dGVzdA==\r\n"
+
+
+@pytest.mark.parametrize("upgrade", [H2C, WEBSOCKET], ids=["h2c", "websocket"])
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("packets", ["one", "two", "bytes"])
+async def test_an_offered_upgrade_is_ignored(
+    upgrade: bytes, chunked: bool, packets: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A request that offers another protocol is served with its body, which is never read as a request, unlogged."""
+    framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(HIDDEN)
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(HIDDEN), HIDDEN) if chunked else HIDDEN
+    head = b"POST / HTTP/1.1\r\nHost: x\r\n" + upgrade + framing + b"\r\n\r\n"
+    whole = head + body
+    parts = {"one": [whole], "two": [head, body], "bytes": [whole[at : at + 1] for at in range(len(whole))]}[packets]
+    async with connected() as (reader, writer):
+        for part in 2 * parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0)  # the server shares this loop, and reads what has come
+        writer.write(REQUEST % 3 + b"xxx")
+        writer.write_eof()
+        async with asyncio.timeout(10):
+            assert await answers(reader, 3) == [b"%d;" % len(HIDDEN), b"%d;" % len(HIDDEN), b"3;"]
+    assert not caplog.records
+
+
+async def test_upgrades_sent_ahead_are_each_served_once() -> None:
+    """Requests without a body that offer an upgrade, in one packet, are answered one by one."""
+    async with connected() as (reader, writer):
+        writer.write(50 * (b"GET / HTTP/1.1\r\nHost: x\r\n" + WEBSOCKET + b"\r\n"))
+        assert await answers(reader, 50) == 50 * [b"0;"]
+
+
+async def test_a_tunnel_is_refused() -> None:
+    """What follows a CONNECT is not read as a request."""
+    async with connected() as (reader, writer):
+        writer.write(b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n" + HIDDEN)
+        async with asyncio.timeout(10):
+            answered = await reader.read(-1)
+    assert answered.startswith(b"HTTP/1.1 400")
+    assert answered.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize(("path", "status"), [(b"/", b"503"), (b"/v1/messages", b"529")])
+async def test_a_connection_too_many_is_told_so(monkeypatch: pytest.MonkeyPatch, path: bytes, status: bytes) -> None:
+    """Beyond the bound a connection gets one 503 in its caller's form, and is closed."""
+    monkeypatch.setattr(http1, "MAX_CONNECTIONS", 0)
+    async with connected() as (reader, writer):
+        writer.write(2 * (b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path))
+        async with asyncio.timeout(10):
+            answered = await reader.read(-1)
+    assert answered.startswith(b"HTTP/1.1 " + status)
+    assert answered.count(b"HTTP/1.1") == 1
+    assert b"retry-after: 1\r\n" in answered
+    assert b"Too many connections" in answered
+
+
+async def test_connections_far_beyond_the_bound_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many connections that even refusing them would cost too much are closed unread."""
+    monkeypatch.setattr(http1, "MAX_CONNECTIONS", -http1._MAX_REFUSED_CONNECTIONS)
+    async with connected() as (reader, _):
+        async with asyncio.timeout(10):
+            assert await reader.read(-1) == b""
