@@ -25,6 +25,14 @@ MAX_BROKEN = 2
 _RETRY_US = 1_000_000
 
 
+class BrokeOffError(Exception):
+    """No replica answered, of ``tried``, and at least one broke off that may have been at work on the request."""
+
+    def __init__(self, tried: int) -> None:
+        super().__init__(f"none of {tried} replicas answered")
+        self.tried = tried
+
+
 class Call:
     """A request on one replica that has begun to answer: all of the body, or a stream's first part, is in ``first``.
 
@@ -72,8 +80,9 @@ class Forwarder:
         timeout_s: float,
         stream: bool,
     ) -> Call:
-        """The first replica's answer that came; raises ``Rejection`` (503) where none did.
+        """The first replica's answer that came; raises ``Rejection`` (503) where none took the request.
 
+        Raises ``BrokeOffError`` where one took it, and broke off.
         Raises ``TimeoutError`` after ``timeout_s``, with a replica at work, and ``AnswerTooLargeError``.
         """
         async with asyncio.timeout(timeout_s):
@@ -101,6 +110,8 @@ class Forwarder:
             else:
                 self._metrics.upstream_latency_of(model).observe(perf_counter() - started)
                 return call
+        if broken:
+            raise BrokeOffError(len(tried))
         raise no_replica(len(tried))
 
     async def _begin(self, call: Call, url: str, body: bytes, headers: Mapping[str, str], stream: bool) -> None:

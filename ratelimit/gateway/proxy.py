@@ -44,7 +44,7 @@ from ratelimit.gateway.errors import (
 )
 from ratelimit.gateway.formats.answers import answer_outcome
 from ratelimit.gateway.formats.streams import AnswerStream, answer_stream, stream_error
-from ratelimit.gateway.forward import Call, Forwarder
+from ratelimit.gateway.forward import BrokeOffError, Call, Forwarder, no_replica
 from ratelimit.gateway.headers import anthropic_limit_headers, rfc3339
 from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.metrics import GatewayMetrics
@@ -225,6 +225,9 @@ class Proxy:
             if isinstance(error, TimeoutError):
                 raise timed_out(timeout_s) from error
             raise
+        except BrokeOffError as error:  # perhaps for this request's sake: it is not free
+            account.settle_used(None, ended=False)
+            raise no_replica(error.tried) from error
         except AnswerTooLargeError as error:
             account.settle_as_held()
             raise answer_too_large(error.max_bytes) from error

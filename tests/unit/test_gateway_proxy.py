@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import tracemalloc
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.proxy import Proxy
 from ratelimit.gateway.settings import GatewaySettings
 from ratelimit.gateway.sse import StreamFilter
+from ratelimit.gateway.upstream import UpstreamError
 from tests.support.fake_upstream import stream_events, whole_answer
 from tests.support.gateway import MODEL, make_key, publication
 from tests.support.limiter import AwayLimiter
@@ -231,3 +233,44 @@ async def test_only_served_requests_tell_how_long_one_takes() -> None:
     served = Wired(Replica([whole_answer(chat(), chat=True)]))
     assert (await served.serve(chat())).got[0]["status"] == 200
     assert served.proxy._durations.mean_us(MODEL) < 1_000_000
+
+
+class Breaking(Replica):
+    """A replica that breaks off before it answers, ``reached`` where it was at work on the request."""
+
+    def __init__(self, reached: bool) -> None:
+        super().__init__([])
+        self._reached = reached
+
+    async def open(self, url: str, body: bytes, headers: Mapping[str, str]) -> Replica:
+        raise UpstreamError("broken", reached=self._reached)
+
+
+@pytest.mark.parametrize(("reached", "owed"), [(True, (1, ESTIMATED_PROMPT, 0)), (False, (0, 0, 0))])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_that_brings_replicas_down_is_not_free(
+    reached: bool, owed: tuple[int, int, int], stream: bool
+) -> None:
+    """Where a replica may have been at work, the request and its prompt are paid; where none was, nothing is."""
+    wired = Wired(Breaking(reached))
+    client = await wired.serve(chat(stream=stream))
+    assert client.got[0]["status"] == 503
+    [charged] = wired.limiter.settled
+    assert (charged["requests"], charged["input_tokens"], charged["output_tokens"]) == owed
+    assert [record.outcome for record in wired.limiter.records] == ["cut" if reached else "unserved"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_nonsense_usage_is_charged_as_unknown(stream: bool) -> None:
+    """A replica that reports what cannot be fails no request, and bars no caller: all that was held is charged."""
+    sent = chat(stream=stream, stream_options=OPTIONS) if stream else chat()
+    parts = [*stream_events(sent, chat=True)] if stream else [whole_answer(sent, chat=True)]
+    for count in (b"1000000000000", b"-7"):
+        nonsense = [re.sub(rb'"completion_tokens": ?\d+', b'"completion_tokens":' + count, part) for part in parts]
+        assert nonsense != parts
+        wired = Wired(Replica(nonsense))
+        client = await wired.serve(sent)
+        assert client.got[0]["status"] == 200
+        assert wired.tokens() == [(ESTIMATED_PROMPT, OUTPUT)]
+        assert [record.outcome for record in wired.limiter.records] == ["unknown"]
+        assert (wired.metrics.registry.get_sample_value("penstock_impossible_usage_total", {"model": MODEL}) or 0) >= 1
