@@ -24,6 +24,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
+from ratelimit.link.endpoint import parse_endpoint
 from serving.engine.guard import GuardedProcess, GuardError
 
 #: Reading back a large append-only file takes a while.
@@ -103,14 +104,11 @@ async def connect(url: str) -> Redis:
 
     A connection that broke while idle is replaced once; there is no other retry, since every caller has its own limit.
     """
-    shown = re.sub(r"//[^/]*@", "//…@", url)
     try:
-        pool = BlockingConnectionPool.from_url(url, max_connections=MAX_CONNECTIONS, retry=Retry(NoBackoff(), 1))
+        shown = _shown(url)
     except ValueError as error:
-        raise EmbeddedRedisError(
-            f"redis: {shown} is no address of a Redis ({error}); "
-            "write embedded, redis://host:6379/0, rediss://… or unix:///path/redis.sock"
-        ) from error
+        raise EmbeddedRedisError(f"redis: {error}; or write embedded") from None
+    pool = BlockingConnectionPool.from_url(url, max_connections=MAX_CONNECTIONS, retry=Retry(NoBackoff(), 1))
     client = Redis.from_pool(pool)
     try:
         async with asyncio.timeout(PING_TIMEOUT_S):
@@ -122,6 +120,16 @@ async def connect(url: str) -> Redis:
             f"no Redis at {shown}: {reason}; start it, or write `redis: embedded` to have Penstock run one"
         ) from error
     return client
+
+
+def _shown(url: str) -> str:
+    """The URL made anew from the parts that are no secret; raises ValueError, without any part of it."""
+    endpoint = parse_endpoint(url)
+    scheme, _, rest = url.partition("://")
+    authority, *beyond = re.split("[/?#]", rest, maxsplit=1)
+    if authority and "@" in "".join(beyond):  # a part of the password would be taken for the host, the port or the path
+        raise ValueError("the Redis URL has an @ behind its host: write %-escapes for a password's special characters")
+    return f"unix://{endpoint}" if endpoint.path else f"{scheme}://{endpoint}/{endpoint.db}"
 
 
 def _argv(executable: str, socket: Path, data_dir: Path) -> list[str]:

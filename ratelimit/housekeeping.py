@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from redis.asyncio import Redis
 
 from ratelimit.keyuse import KeyUseCopier
+from ratelimit.knowncells import KnownCells
 from ratelimit.reaper import Reaper
 from ratelimit.usagedrain import UsageDrain
 from ratelimit.watch import ConfigWatch
@@ -16,11 +17,10 @@ def housekeeping(redis: Redis, watch: ConfigWatch) -> tuple[Coroutine[None, None
     """Each to be run until cancelled; all outlive a Redis that is away."""
     state_dir = watch.config.state_dir
 
-    def models() -> list[str]:
-        return [pool.model for pool in watch.config.pools]
-
+    cells = KnownCells(redis, lambda: [pool.model for pool in watch.config.pools], state_dir)
     return (
-        Reaper(redis, models).run(),
-        UsageDrain(redis, models, state_dir).run(),
+        cells.run(),
+        Reaper(redis, cells.names).run(),
+        UsageDrain(redis, cells.names, state_dir).run(),
         KeyUseCopier(redis, state_dir).run(),
     )

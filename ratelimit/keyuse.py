@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 COPY_INTERVAL_S = 5.0
 REDIS_TIMEOUT_S = 5.0
+_TIME = re.compile(r"[0-9]{1,12}")
 
 
 class KeyUse(msgspec.Struct, frozen=True):
@@ -45,7 +47,13 @@ async def read_uses(redis: Redis) -> dict[str, int]:
     """What the gateways have said. Raises ``RedisError``, or ``OSError``, of which ``TimeoutError`` is one."""
     async with asyncio.timeout(REDIS_TIMEOUT_S):
         said = await redis.hgetall(KEYS_USED_KEY)
-    return {_text(key_id): int(used_at) for key_id, used_at in said.items() if used_at.isdigit()}
+    return {_text(key_id): used_at for key_id, told in said.items() if (used_at := told_time(told)) is not None}
+
+
+def told_time(told: bytes | str | None) -> int | None:
+    """Seconds since 1970 as Redis holds them; None where there are none, or what is there is no time."""
+    text = _text(told or b"")
+    return int(text) if _TIME.fullmatch(text) else None
 
 
 def merged(known: Mapping[str, int], said: Mapping[str, int], ids: Collection[str]) -> dict[str, int]:

@@ -1,8 +1,10 @@
 """A cell's store behind a breaker: while Redis is away no request waits for it.
 
-Any call that fails opens the breaker; then every call fails at once, and a probe that writes, four times a second,
-closes it again. An admission is given up after ``timeout_s``, but not before what the socket already holds was read: a
-gateway that was busy must not blame Redis. What nobody waits for (settlements, renewals) has the store's own timeout.
+Any call that fails opens the breaker; then every call fails at once, and a probe that writes, one right then and four
+a second after it, closes it again. An admission is given up after ``timeout_s``, and what no request waits for
+(settlements, renewals) after ``BACKGROUND_TIMEOUT_S``, but neither before what the socket already holds was read: a
+gateway that was busy must not blame Redis. For the same reason what no request waits for takes turns, so many at once,
+and does not open the breaker where the link is full.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from secrets import token_hex
 from typing import Protocol, TypeVar
 
 from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.link import LinkOverloadedError
 from ratelimit.meter import Admitted, Charge, Denied, Reading
 from ratelimit.store import StoreUnavailableError
 
@@ -23,6 +26,8 @@ log = logging.getLogger(__name__)
 PROBE_INTERVAL_S = 0.25
 #: What a call that no request waits for may take, unless an admission may take longer.
 BACKGROUND_TIMEOUT_S = 1.0
+#: Such calls that are under way at once, of all cells: they leave most of the link's ``MOST_WAITING`` to admissions.
+BACKGROUND_AT_ONCE = 1024
 #: Passes of the event loop between the end of a timeout and its judgement: one reads the socket, one hands the answer
 #: to its reader, one lets the reader parse it.
 _PASSES = 3
@@ -31,7 +36,7 @@ T = TypeVar("T")
 
 
 class StoreAwayError(StoreUnavailableError):
-    """The store is known to be away: it was not asked, so nothing has come of this call."""
+    """The store is away, or the link to it full: it was not asked, so nothing has come of this call."""
 
 
 class CellStore(Protocol):
@@ -46,13 +51,20 @@ class CellStore(Protocol):
 
 
 class GuardedStore:
-    """The store of the cell named; raises ``StoreUnavailableError``, or ``StoreAwayError`` where it was not asked."""
+    """The store of the cell named; raises ``StoreUnavailableError``, or ``StoreAwayError`` where it was not asked.
 
-    def __init__(self, store: CellStore, cell: str, timeout_s: float, metrics: GatewayMetrics) -> None:
+    What nobody waits for takes its turn by ``turns``. The store's own timeout must be longer than those given here.
+    """
+
+    def __init__(
+        self, store: CellStore, cell: str, timeout_s: float, metrics: GatewayMetrics, turns: asyncio.Semaphore
+    ) -> None:
         self._store = store
         self._cell = cell
         self._timeout_s = timeout_s
+        self._background_timeout_s = max(BACKGROUND_TIMEOUT_S, timeout_s)
         self._metrics = metrics
+        self._turns = turns
         self._back = asyncio.Event()
         self._back.set()
         self._probing: asyncio.Task[None] | None = None
@@ -68,22 +80,23 @@ class GuardedStore:
     ) -> Admitted | Denied:
         """As ``Store.admit``."""
         self._check()
-        return await self._guarded(self._patient(self._store.admit(request_id, charges, epoch, lease_ms, memo)))
+        try:
+            return await self._patient(self._store.admit(request_id, charges, epoch, lease_ms, memo), self._timeout_s)
+        except StoreUnavailableError as error:
+            self._open(error)
+            raise
 
     async def extend(self, request_id: str, usage: Sequence[Charge], lease_ms: int) -> bool:
         """As ``Store.extend``."""
-        self._check()
-        return await self._guarded(self._store.extend(request_id, usage, lease_ms))
+        return await self._in_turn(lambda: self._store.extend(request_id, usage, lease_ms))
 
     async def settle(self, request_id: str, usage: Sequence[Charge], record: bytes = b"") -> bool:
         """As ``Store.settle``."""
-        self._check()
-        return await self._guarded(self._store.settle(request_id, usage, record))
+        return await self._in_turn(lambda: self._store.settle(request_id, usage, record))
 
     async def peek(self, charges: Sequence[Charge]) -> tuple[Reading, ...]:
         """As ``Store.peek``."""
-        self._check()
-        return await self._guarded(self._store.peek(charges))
+        return await self._in_turn(lambda: self._store.peek(charges))
 
     async def wait_back(self, timeout_s: float) -> bool:
         """Wait, at most so long, until the store may be asked; False at once where it may be already."""
@@ -105,23 +118,29 @@ class GuardedStore:
         if self.away:
             raise StoreAwayError(f"Redis is away for {self._cell}")
 
-    async def _guarded(self, call: Awaitable[T]) -> T:
-        try:
-            return await call
-        except StoreUnavailableError as error:
-            self._open(error)
-            raise
+    async def _in_turn(self, call: Callable[[], Awaitable[T]]) -> T:
+        """What nobody waits for: sent when it is its turn, unless the store has gone by then."""
+        self._check()
+        async with self._turns:
+            self._check()
+            try:
+                return await self._patient(call(), self._background_timeout_s)
+            except StoreUnavailableError as error:
+                if isinstance(error.__cause__, LinkOverloadedError):
+                    raise StoreAwayError(f"{error.__cause__}") from error
+                self._open(error)
+                raise
 
-    async def _patient(self, call: Awaitable[T]) -> T:
+    async def _patient(self, call: Awaitable[T], timeout_s: float) -> T:
         try:
             async with asyncio.timeout(None) as scope:
-                patience = _Patience(scope, self._timeout_s)
+                patience = _Patience(scope, timeout_s)
                 try:
                     return await call
                 finally:
                     patience.cancel()
         except TimeoutError as error:
-            raise StoreUnavailableError(f"Redis did not answer in {self._timeout_s} s") from error
+            raise StoreUnavailableError(f"Redis did not answer in {timeout_s} s") from error
 
     def _open(self, error: StoreUnavailableError) -> None:
         if self.away:
@@ -140,12 +159,12 @@ class GuardedStore:
         loop = asyncio.get_running_loop()
         since = loop.time()
         while self.away:
-            await asyncio.sleep(PROBE_INTERVAL_S)
             try:
                 # An id of its own each time, so that it has to write: a replica that only reads is no store.
-                await self._patient(self._store.settle(f"probe:{token_hex(8)}", ()))
+                await self._patient(self._store.settle(f"probe:{token_hex(8)}", ()), self._timeout_s)
             except StoreUnavailableError:
                 self._metrics.store_errors.labels("probe").inc()
+                await asyncio.sleep(PROBE_INTERVAL_S)
             else:
                 self._back.set()
         self._metrics.store_away.labels(self._cell).set(0)
@@ -159,13 +178,14 @@ class GuardedStores:
         self._open_store = open_store
         self._timeout_s = timeout_s
         self._metrics = metrics
+        self._turns = asyncio.Semaphore(BACKGROUND_AT_ONCE)
         self._stores: dict[str, GuardedStore] = {}
 
     def __call__(self, model: str) -> GuardedStore:
         """The store of a published model's cell."""
         store = self._stores.get(model)
         if store is None:
-            store = GuardedStore(self._open_store(model), model, self._timeout_s, self._metrics)
+            store = GuardedStore(self._open_store(model), model, self._timeout_s, self._metrics, self._turns)
             self._stores[model] = store
         return store
 

@@ -12,8 +12,8 @@ answers at once as an untrained key's, whatever they turn out to need; the overr
 quarter: answers that are half of the usual are common and should be held as they are; below a quarter there is little
 to win, since the prompt's share of a request's cost stays.)
 
-**Prompts.** Tokens per byte, per model over all callers, within ``RATIO_BOUNDS`` of the profile's: the engine's report
-replaces it with a request's first chunk, so what one caller's odd text may do to others is small, and short.
+**Prompts.** Tokens per byte, per key and model too, from the profile's and within ``RATIO_BOUNDS`` of it: the engine's
+report replaces the estimate with a request's first chunk.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ FLOOR_SHARE = 0.25
 #: The largest of the pool's tokens per byte, and the smallest, that may be learned.
 RATIO_BOUNDS = (0.5, 2.0)
 #: What one request moves the tokens per byte by, as a share of its difference.
-RATIO_STEP = 1 / 256
+RATIO_STEP = 1 / 64
 #: A shorter prompt is mostly the chat template's own tokens.
 SHORTEST_PROMPT_BYTES = 64
-#: Keys × models that are remembered, some 600 bytes each; the one that was idle longest is forgotten first.
+#: Keys × models that are remembered, some 800 bytes each; the one that was idle longest is forgotten first.
 MOST_REMEMBERED = 20_000
 
 #: Answers are counted by length, in buckets each a fifth longer than the one before.
@@ -110,13 +110,14 @@ class Estimates:
     def __init__(self, most_remembered: int = MOST_REMEMBERED) -> None:
         self._most_remembered = most_remembered
         self._outputs: OrderedDict[tuple[str, str], Outputs] = OrderedDict()
-        self._ratios: dict[str, float] = {}
+        self._ratios: OrderedDict[tuple[str, str], float] = OrderedDict()
 
     def expected(self, key_id: str, model: str, prior_output: int, tokens_per_byte: float) -> Expected:
         """What this caller's next request is expected to need; the last two are the pool's own."""
         outputs = self._outputs.get((key_id, model))
         output = max(1, prior_output) if outputs is None else outputs.p90(prior_output)
-        return Expected(_within(self._ratios.get(model, tokens_per_byte), tokens_per_byte), output)
+        ratio = self._ratios.get((key_id, model), tokens_per_byte)
+        return Expected(_within(ratio, tokens_per_byte), output)
 
     def note_output(self, key_id: str, model: str, tokens: int, prior_output: int, ended: bool) -> None:
         """One answer was this long; ``ended`` if it ended by itself, and so says how little is enough."""
@@ -130,13 +131,17 @@ class Estimates:
             self._outputs.popitem(last=False)
         outputs.note(tokens)
 
-    def note_prompt(self, model: str, prompt_bytes: int, tokens: int, tokens_per_byte: float) -> None:
-        """A prompt of so many bytes was this long; the last is the pool's own ratio."""
+    def note_prompt(self, key_id: str, model: str, prompt_bytes: int, tokens: int, tokens_per_byte: float) -> None:
+        """A caller's prompt of so many bytes was this long; the last is the pool's own ratio."""
         if prompt_bytes < SHORTEST_PROMPT_BYTES:
             return
-        known = self._ratios.get(model, tokens_per_byte)
+        caller = (key_id, model)
+        known = self._ratios.get(caller, tokens_per_byte)
         seen = _within(max(0, tokens) / prompt_bytes, tokens_per_byte)
-        self._ratios[model] = known + RATIO_STEP * (seen - known)
+        self._ratios[caller] = known + RATIO_STEP * (seen - known)
+        self._ratios.move_to_end(caller)
+        if len(self._ratios) > self._most_remembered:
+            self._ratios.popitem(last=False)
 
 
 def _within(ratio: float, tokens_per_byte: float) -> float:

@@ -7,6 +7,7 @@ process ends. While the store is away a settlement waits, for a bounded time and
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from random import uniform
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.terms import Terms
 from ratelimit.gateway.wire import ParsedRequest
 from ratelimit.keys import KeyRecord
+
+log = logging.getLogger(__name__)
 
 #: Between two looks at every open account.
 SWEEP_S = 2.0
@@ -74,7 +77,7 @@ class Ledger:
     def learn(self, record: KeyRecord, terms: Terms, prompt: tuple[int, int], answer: int, ended: bool) -> None:
         """A request's prompt had so many (bytes, tokens), and each of its answers so many tokens."""
         pool = terms.pool
-        self.estimates.note_prompt(pool.model, *prompt, pool.tokens_per_byte)
+        self.estimates.note_prompt(record.id, pool.model, *prompt, pool.tokens_per_byte)
         self.estimates.note_output(record.id, pool.model, answer, pool.default_max_output, ended)
 
     def opened(self, account: Renewable) -> None:
@@ -93,10 +96,17 @@ class Ledger:
 
     async def sweep(self) -> None:
         """Look once at every open account."""
+        failure: Exception | None = None
         for number, account in enumerate(list(self._open), start=1):
-            account.renew()
+            try:
+                account.renew()
+            except Exception as error:  # counted: the others are renewed all the same
+                self.metrics.renewal_faults.inc()
+                failure = error
             if number % _SWEPT_AT_ONCE == 0:
                 await asyncio.sleep(0)
+        if failure is not None:
+            log.error("leases of open requests could not be renewed, the last one for this", exc_info=failure)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run on, whatever becomes of the request."""

@@ -88,6 +88,9 @@ class GatewayMetrics:
         self.unsettled = Counter(
             "penstock_unsettled", "Reservations left to end with their leases.", ["reason"], registry=registry
         )
+        self.renewal_faults = Counter(
+            "penstock_renewal_faults", "Looks at an open request that failed.", registry=registry
+        )
         self.store_away = Gauge(
             "penstock_store_away", "1 while a cell's store is away and this gateway decides alone.", ["cell"],
             registry=registry,

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Generator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from typing import TypeAlias
 
 import uvicorn
 import uvloop
@@ -17,7 +18,7 @@ from redis.asyncio import Redis
 from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.gateway.admin import admin_app
 from ratelimit.gateway.app import DataApp
-from ratelimit.gateway.breaker import BACKGROUND_TIMEOUT_S, GuardedStores
+from ratelimit.gateway.breaker import GuardedStores
 from ratelimit.gateway.directory import Directory
 from ratelimit.gateway.forward import Forwarder
 from ratelimit.gateway.http1 import BoundedHttp
@@ -34,13 +35,22 @@ from ratelimit.store import Commands, Store
 
 log = logging.getLogger(__name__)
 
+#: The data port's app, the admin port's, and what runs beside them until it is cancelled.
+_Wired: TypeAlias = tuple[DataApp, object, asyncio.Task[None]]
+
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
 _ADMIN_DRAIN_S = 1
+#: Longer than any call may take: the breaker judges first, and it looks at what the socket holds before it does.
+_STORE_TIMEOUT_S = 60.0
 
 
 class GatewayStartError(RuntimeError):
     """The gateway cannot start; the message says what is in the way."""
+
+
+class GatewayBrokenError(RuntimeError):
+    """The gateway's background work ended by a fault, so the gateway has ended too: start it again."""
 
 
 class _Server(uvicorn.Server):
@@ -90,7 +100,8 @@ def _server(app: object, drain_s: float) -> _Server:
 def run_gateway(settings: GatewaySettings) -> None:
     """Serve until SIGTERM or SIGINT, then let open requests finish and settle.
 
-    Raises ``GatewayStartError`` for a busy port and for a Redis that does not answer.
+    Raises ``GatewayStartError`` for a busy port and for a Redis that does not answer, and ``GatewayBrokenError`` after
+    it has ended in the same order by itself, since its background work had.
     """
     uvloop.run(serve_gateway(settings))
 
@@ -106,8 +117,10 @@ async def serve_gateway(settings: GatewaySettings) -> None:
         except EmbeddedRedisError as error:
             raise GatewayStartError(str(error)) from error
         try:
-            async with _limiter_link(settings) as link, _wired(settings, redis, link) as (data, admin):
-                await _serve(_server(data, settings.drain_s), data_socket, _server(admin, _ADMIN_DRAIN_S), admin_socket)
+            async with _limiter_link(settings) as link, _wired(settings, redis, link) as (data, admin, background):
+                data_server, admin_server = _server(data, settings.drain_s), _server(admin, _ADMIN_DRAIN_S)
+                with _watched(background, data_server):
+                    await _serve(data_server, data_socket, admin_server, admin_socket)
         finally:
             await redis.aclose()
 
@@ -122,14 +135,13 @@ async def _limiter_link(settings: GatewaySettings) -> AsyncIterator[Commands]:
 
 
 @asynccontextmanager
-async def _wired(settings: GatewaySettings, redis: Redis, link: Commands) -> AsyncIterator[tuple[DataApp, object]]:
+async def _wired(settings: GatewaySettings, redis: Redis, link: Commands) -> AsyncIterator[_Wired]:
     metrics = GatewayMetrics()
     presence = Presence(redis, settings.gateway_id, metrics)
     directory = Directory(redis, metrics, settings.poll_interval_s, presence)
     local = LocalMode(metrics, settings.gateway_id, presence.gateways, settings.request_timeout_s)
     ledger = Ledger(metrics, settings.lease_s, local)
-    background_timeout_s = max(BACKGROUND_TIMEOUT_S, settings.store_timeout_s)
-    stores = GuardedStores(lambda model: Store(link, model, background_timeout_s), settings.store_timeout_s, metrics)
+    stores = GuardedStores(lambda model: Store(link, model, _STORE_TIMEOUT_S), settings.store_timeout_s, metrics)
     async with _upstream(settings) as upstream:
         forwarder = Forwarder(upstream, metrics, settings.first_byte_timeout_s)
         proxy = Proxy(settings, directory, stores, forwarder, ledger, metrics)
@@ -137,16 +149,33 @@ async def _wired(settings: GatewaySettings, redis: Redis, link: Commands) -> Asy
         background = asyncio.create_task(_background(directory, ledger, local, stores))
         try:
             admin = admin_app(directory, metrics, settings.admin_token, partial(read_uses, redis))
-            yield DataApp(proxy, directory, stores), admin
+            yield DataApp(proxy, directory, stores), admin, background
             await ledger.drain(SETTLE_DRAIN_S)
             await local.flush(stores)
         finally:
             if local.owes:
                 log.error("Redis is away at the end: %d buckets and usage records were not told to it", local.owes)
-            background.cancel()
-            with suppress(asyncio.CancelledError):
-                await background
+            is_broken = not background.cancel()
+            await asyncio.wait({background})
             await stores.aclose()
+        if is_broken:
+            raise GatewayBrokenError("the background work ended by itself")
+
+
+@contextmanager
+def _watched(background: asyncio.Task[None], data: _Server) -> Iterator[None]:
+    """End the server, as a signal does, when the background work ends: it would serve on with limits that grow old."""
+
+    def stop(_: asyncio.Task[None]) -> None:
+        fault = None if background.cancelled() else background.exception()
+        log.critical("the background work has ended, and so does this gateway", exc_info=fault)
+        data.should_exit = True
+
+    background.add_done_callback(stop)
+    try:
+        yield
+    finally:
+        background.remove_done_callback(stop)
 
 
 async def _background(directory: Directory, ledger: Ledger, local: LocalMode, stores: GuardedStores) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import traceback
 from pathlib import Path
 
 import psutil
@@ -65,6 +66,26 @@ async def test_a_dead_redis_is_named_without_its_password(tmp_path: Path) -> Non
     with pytest.raises(EmbeddedRedisError, match="redis: embedded") as caught:
         await connect(f"unix://:hunter2@{tmp_path}/none.sock")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:hunter/2x@127.0.0.1:6379/0",
+        "redis://:hunter?2x@127.0.0.1:6379/0",
+        "redis://:hunter#2x@127.0.0.1:6379/0",
+        "redis://hunter/2x@127.0.0.1:6379/0",
+        "redis://:6379/hunter@127.0.0.1:6379/0",
+        "redis://:[hunter@127.0.0.1:6379/0",
+        "unix://:hunter/2x@/tmp/none.sock",
+        "hunter/2x@127.0.0.1",
+    ],
+)
+async def test_a_password_that_is_not_escaped_is_not_shown(url: str) -> None:
+    """Where a part of it would be read as the host, the port or the path, no part of the URL is in the message."""
+    with pytest.raises(EmbeddedRedisError, match="%-escapes") as caught:
+        await connect(url)
+    assert "hunter" not in "".join(traceback.format_exception(caught.value, limit=0))
 
 
 async def test_a_wrong_address_is_explained() -> None:

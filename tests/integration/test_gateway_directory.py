@@ -6,11 +6,13 @@ from time import time
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from ratelimit.gateway.directory import Directory
 from ratelimit.gateway.errors import Rejection
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.presence import GATEWAYS_KEY, LIVE_S, Presence
+from ratelimit.keyuse import read_uses
 from ratelimit.publisher import KEYS_KEY, KEYS_USED_KEY, PUBLICATION_KEY
 from tests.support.gateway import make_key, publication, publish
 
@@ -107,6 +109,37 @@ async def test_a_redis_that_lost_everything_does_not_make_a_gateway_alone(redis_
     await redis_client.flushall()
     await first.beat()
     assert first.gateways() == 2
+
+
+async def test_after_an_outage_the_number_before_it_counts(
+    redis_client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A beat that failed is a break, whatever the first count after it finds."""
+    first, second = presence(redis_client, "g1"), presence(redis_client, "g2")
+    await second.beat()
+    await first.beat()
+    with monkeypatch.context() as broken:
+        broken.setattr(redis_client, "time", _gone)
+        with pytest.raises(RedisError):
+            await first.beat()
+    await redis_client.flushall()
+    await first.beat()
+    assert first.gateways() == 2
+
+
+async def _gone() -> None:
+    raise RedisError("gone")
+
+
+@pytest.mark.parametrize("odd", ["soon", "", "-5", "9" * 5_000])
+async def test_an_odd_time_of_a_keys_use_is_replaced(redis_client: Redis, odd: str) -> None:
+    """What is no time is as if nothing had been told, to gateways and to who reads it."""
+    await redis_client.hset(KEYS_USED_KEY, "k_odd", odd)
+    assert "k_odd" not in await read_uses(redis_client)
+    told = presence(redis_client, "g1")
+    told.note_use("k_odd")
+    await told.tell_uses()
+    assert (await read_uses(redis_client))["k_odd"] <= int(time())
 
 
 async def test_the_last_uses_of_keys_are_told(redis_client: Redis, directory: Directory) -> None:

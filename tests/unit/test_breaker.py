@@ -13,6 +13,7 @@ import pytest
 from ratelimit.gateway import breaker
 from ratelimit.gateway.breaker import GuardedStore, StoreAwayError
 from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.link import LinkOverloadedError
 from ratelimit.meter import Admitted, Charge
 from ratelimit.store import StoreUnavailableError
 from tests.support.limiter import CellLimiter
@@ -46,7 +47,7 @@ async def store() -> SlowStore:
 async def guarded(store: SlowStore, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[GuardedStore]:
     """The same behind a breaker that probes often."""
     monkeypatch.setattr(breaker, "PROBE_INTERVAL_S", 0.01)
-    guarded = GuardedStore(store, "m", 0.05, GatewayMetrics())
+    guarded = GuardedStore(store, "m", 0.05, GatewayMetrics(), asyncio.Semaphore(2))
     yield guarded
     await guarded.aclose()
 
@@ -54,6 +55,16 @@ async def guarded(store: SlowStore, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
 def metric(guarded: GuardedStore, name: str) -> float:
     """A metric of the cell."""
     return guarded._metrics.registry.get_sample_value(name, {"cell": "m"}) or 0.0
+
+
+def every_call(guarded: GuardedStore) -> dict[str, Callable[[], Awaitable[object]]]:
+    """Each call by its name."""
+    return {
+        "admit": lambda: guarded.admit("1", CHARGES, 1, 1_000),
+        "extend": lambda: guarded.extend("1", CHARGES, 1_000),
+        "settle": lambda: guarded.settle("1", CHARGES),
+        "peek": lambda: guarded.peek(CHARGES),
+    }
 
 
 async def closed(guarded: GuardedStore) -> None:
@@ -69,12 +80,7 @@ async def closed(guarded: GuardedStore) -> None:
 async def test_any_failure_opens_it_and_then_nobody_waits(store: SlowStore, guarded: GuardedStore, call: str) -> None:
     """The call that failed may have reached the store; those after it are known not to have."""
     store.away = StoreUnavailableError("gone")
-    calls: dict[str, Callable[[], Awaitable[object]]] = {
-        "admit": lambda: guarded.admit("1", CHARGES, 1, 1_000),
-        "extend": lambda: guarded.extend("1", CHARGES, 1_000),
-        "settle": lambda: guarded.settle("1", CHARGES),
-        "peek": lambda: guarded.peek(CHARGES),
-    }
+    calls = every_call(guarded)
     with pytest.raises(StoreUnavailableError) as first:
         await calls[call]()
     assert not isinstance(first.value, StoreAwayError)
@@ -130,6 +136,8 @@ async def test_a_probe_that_writes_closes_it(
     waiting = asyncio.create_task(guarded.wait_back(10))
     with pytest.raises(StoreAwayError):
         await guarded.admit("2", CHARGES, 1, 1_000)
+    await asyncio.sleep(0)
+    assert ("settle", store.calls[-1][1]) == store.calls[-1]
     store.away = None
     assert await waiting
     await closed(guarded)
@@ -152,3 +160,100 @@ async def test_waiting_for_it_ends_in_time(guarded: GuardedStore, store: SlowSto
     with pytest.raises(StoreUnavailableError):
         await guarded.settle("1", CHARGES)
     assert await guarded.wait_back(0.001)
+
+
+class BusyStore(CellLimiter):
+    """Settles when the test says so; counts those under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answered = asyncio.Event()
+        self.under_way = 0
+        self.most_under_way = 0
+
+    async def settle(self, request_id: str, *rest: object, **named: object) -> bool:
+        """Settle, once it may answer."""
+        self._call("settle", request_id)
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        await self.answered.wait()
+        self.under_way -= 1
+        return True
+
+
+async def test_settlements_beyond_what_the_link_takes_wait_their_turn() -> None:
+    """A crowd that settles in one tick is no reason to think that Redis is away."""
+    store = BusyStore()
+    guarded = GuardedStore(store, "m", 0.05, GatewayMetrics(), asyncio.Semaphore(2))
+    settling = [asyncio.create_task(guarded.settle(str(number), CHARGES)) for number in range(20)]
+
+    async def under_way() -> bool:
+        return store.under_way == 2
+
+    await eventually_async(under_way, 10, "the first settlements")
+    store.answered.set()
+    assert all(await asyncio.gather(*settling))
+    assert (store.most_under_way, guarded.away) == (2, False)
+
+
+@pytest.mark.parametrize(("call", "opens"), [("admit", True), ("extend", False), ("settle", False), ("peek", False)])
+async def test_a_full_link_opens_it_to_admissions_only(
+    store: SlowStore, guarded: GuardedStore, call: str, opens: bool
+) -> None:
+    """What no request waits for is tried again; it was not sent, so it is as if the store had not been asked."""
+    store.away = StoreUnavailableError("full")
+    store.away.__cause__ = LinkOverloadedError("4096 commands wait")
+    with pytest.raises(StoreUnavailableError) as raised:
+        await every_call(guarded)[call]()
+    assert guarded.away == opens
+    assert isinstance(raised.value, StoreAwayError) != opens
+
+
+async def test_a_settlement_answered_while_the_gateway_was_busy_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no request waits for has the same patience: an answer in the socket is read before the store is blamed."""
+    monkeypatch.setattr(breaker, "BACKGROUND_TIMEOUT_S", 0.05)
+    store = BusyStore()
+    guarded = GuardedStore(store, "m", 0.05, GatewayMetrics(), asyncio.Semaphore(2))
+    redis, gateway = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=gateway)
+
+    async def answer() -> None:
+        await reader.readexactly(1)
+        store.answered.set()
+
+    answering = asyncio.create_task(answer())
+    settling = asyncio.create_task(guarded.settle("1", CHARGES))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    redis.sendall(b"x")
+    time.sleep(0.1)  # noqa: ASYNC251 - a busy event loop is what this is about
+    assert await settling
+    await answering
+    assert not guarded.away
+    redis.close()
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_a_settlement_without_an_answer_opens_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patience ends: a store that does not answer is away, and those who wait for a turn are told at once."""
+    monkeypatch.setattr(breaker, "BACKGROUND_TIMEOUT_S", 0.05)
+    guarded = GuardedStore(BusyStore(), "m", 0.05, GatewayMetrics(), asyncio.Semaphore(1))
+    raised = await asyncio.gather(
+        *(guarded.settle(str(number), CHARGES) for number in range(5)), return_exceptions=True
+    )
+    assert [type(error) for error in raised] == [StoreUnavailableError, *4 * [StoreAwayError]]
+    assert guarded.away
+    await guarded.aclose()
+
+
+async def test_the_first_probe_is_sent_at_once(store: SlowStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hiccup does not cost the pause between two probes."""
+    monkeypatch.setattr(breaker, "PROBE_INTERVAL_S", 3_600)
+    guarded = GuardedStore(store, "m", 0.05, GatewayMetrics(), asyncio.Semaphore(1))
+    store.away = StoreUnavailableError("gone")
+    with pytest.raises(StoreUnavailableError):
+        await guarded.admit("1", CHARGES, 1, 1_000)
+    store.away = None
+    await closed(guarded)
+    await guarded.aclose()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit.gateway.estimates import FLOOR_SHARE, MOST_REMEMBERED, PRIOR_WEIGHT, RATIO_BOUNDS, Estimates
+from ratelimit.gateway.estimates import FLOOR_SHARE, MOST_REMEMBERED, PRIOR_WEIGHT, RATIO_BOUNDS, RATIO_STEP, Estimates
 
 PRIOR = 400
 RATIO = 0.25
@@ -125,21 +125,42 @@ def test_only_so_many_keys_are_remembered() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 10**7), st.integers(0, 10**7)), max_size=60))
 def test_tokens_per_byte_stay_near_the_profiles(prompts: list[tuple[int, int]]) -> None:
-    """However odd the prompts, what is held of others' differs by at most a factor of two, and moves slowly."""
+    """However odd the prompts, what is held of the next differs by at most a factor of two, and moves slowly."""
     estimates, before = Estimates(), RATIO
     for prompt_bytes, tokens in prompts:
-        estimates.note_prompt("m", prompt_bytes, tokens, RATIO)
+        estimates.note_prompt("k1", "m", prompt_bytes, tokens, RATIO)
         now = estimates.expected("k1", "m", PRIOR, RATIO).tokens_per_byte
         assert RATIO * RATIO_BOUNDS[0] <= now <= RATIO * RATIO_BOUNDS[1]
-        assert abs(now - before) <= (RATIO_BOUNDS[1] - RATIO_BOUNDS[0]) * RATIO / 256 + 1e-12
+        assert abs(now - before) <= (RATIO_BOUNDS[1] - RATIO_BOUNDS[0]) * RATIO * RATIO_STEP + 1e-12
         before = now
 
 
+@given(st.lists(st.tuples(st.integers(0, 10**7), st.integers(0, 10**7)), max_size=60))
+def test_no_callers_prompts_move_what_is_held_of_anothers(prompts: list[tuple[int, int]]) -> None:
+    """Whatever one key sends, what is expected of another's prompts stays, and of its own on another model."""
+    estimates = Estimates()
+    estimates.note_prompt("k2", "m", 1_000, 180, RATIO)
+    before = [estimates.expected(key, "m", PRIOR, RATIO) for key in ("k2", "new")]
+    for prompt_bytes, tokens in prompts:
+        estimates.note_prompt("k1", "m", prompt_bytes, tokens, RATIO)
+    assert [estimates.expected(key, "m", PRIOR, RATIO) for key in ("k2", "new")] == before
+    assert estimates.expected("k1", "other", PRIOR, RATIO).tokens_per_byte == RATIO
+
+
+def test_only_so_many_keys_prompts_are_remembered() -> None:
+    """The key that was idle longest starts from the profile's ratio again."""
+    estimates = Estimates(most_remembered=2)
+    for key in ("k1", "k2", "k1", "k3"):
+        estimates.note_prompt(key, "m", 1_000, 500, RATIO)
+    ratios = [estimates.expected(key, "m", PRIOR, RATIO).tokens_per_byte for key in ("k1", "k2", "k3")]
+    assert [ratio > RATIO for ratio in ratios] == [True, False, True]
+
+
 def test_tokens_per_byte_are_learned() -> None:
-    """A model whose tokens are longer than its profile says has less held for its prompts."""
+    """A caller whose tokens are longer than the profile says has less held for its prompts."""
     estimates = Estimates()
     for _ in range(2_000):
-        estimates.note_prompt("m", 1_000, 180, RATIO)
+        estimates.note_prompt("k1", "m", 1_000, 180, RATIO)
     assert estimates.expected("k1", "m", PRIOR, RATIO).tokens_per_byte == pytest.approx(0.18, rel=0.01)
-    estimates.note_prompt("m", 10, 1_000, RATIO)  # too short to say anything
+    estimates.note_prompt("k1", "m", 10, 1_000, RATIO)  # too short to say anything
     assert estimates.expected("k1", "m", PRIOR, RATIO).tokens_per_byte == pytest.approx(0.18, rel=0.01)
