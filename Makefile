@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 
-.PHONY: install demo check lint test bench lock clean
+.PHONY: install demo check lint test mutants bench lock clean
 
 install: $(INSTALLED)
 
@@ -35,6 +35,10 @@ test: check
 	$(BIN)/pytest -m "e2e or slow"
 
 # About ten minutes on an idle machine; redis-benchmark from PATH, LiteLLM in an environment of its own.
+# Breaks each rule of the limiter once, in a copy of the tree, and shows which test fails.
+mutants: $(INSTALLED)
+	$(BIN)/python -m tests.mutants
+
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.bench.gateway --json reports/bench/gateway.json
 	$(BIN)/python -m tests.bench.limiter --json reports/bench/limiter.json

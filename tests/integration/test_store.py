@@ -14,7 +14,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
 
-from ratelimit.cell import TOMBSTONE_US
+from ratelimit.cell import REAPED_KEPT_US
 from ratelimit.link import open_link
 from ratelimit.meter import MINUTE_US, Admitted, Charge, Denied, Reading, Role
 from ratelimit.store import MOST_REAPED, Store, StoreUnavailableError, script
@@ -141,7 +141,7 @@ class TestRealClock:
         for i in range(5):
             await store.admit(f"r{i}", charges, 1, LEASE_MS)
         await store.settle("r0", [])
-        for step_us in (LEASE_MS * 1000, TOMBSTONE_US):
+        for step_us in (LEASE_MS * 1000, REAPED_KEPT_US):
             store.now_us += step_us
             await store.reap()
         stays = {name for name in await client.keys() if await client.pttl(name) == -1}
@@ -283,7 +283,7 @@ class TestWiring:
         await store.admit("settled", [REQUESTS], 1, LEASE_MS)
         await store.settle("settled", [], every_byte)
         await store.admit("left", [REQUESTS], 1, LEASE_MS, every_byte[::-1])
-        for step_us in (LEASE_MS * 1000, TOMBSTONE_US):
+        for step_us in (LEASE_MS * 1000, REAPED_KEPT_US):
             store.now_us += step_us
             await store.reap()
         settled, left = (await store.state()).usage

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from ratelimit.cell import OPEN, REAPED, TOMBSTONE_US
+from ratelimit.cell import OPEN, REAPED, REAPED_KEPT_US, TOMBSTONE_US
 from ratelimit.meter import EXACT, GAUGE, Admitted, Bucket, Charge, Role, leaked, units_of
 from tests.support.meters import POOL
 from tests.support.players import Player
@@ -32,7 +32,7 @@ LEASES_MS = st.sampled_from([5_000, 60_000])
 STEPS_US = st.one_of(
     st.integers(0, 3_000_000),
     st.integers(-2_000_000, 200_000),
-    st.sampled_from([1, 999, 30_000_000, WINDOW_S * 1_000_000, TOMBSTONE_US]),
+    st.sampled_from([1, 999, 30_000_000, WINDOW_S * 1_000_000, TOMBSTONE_US, REAPED_KEPT_US]),
 )
 COSTS = st.integers(0, 30)
 #: The most tokens that a request may come to use.
@@ -376,7 +376,7 @@ class Histories(RuleBasedStateMachine):
         self.cell.reap(1_000)
         assert not any(reservation.phase == OPEN for reservation in self.cell.reservations().values())
         assert all(not bucket.level for bucket in self.cell.buckets().values() if bucket.kind == GAUGE)
-        self.cell.now_us += TOMBSTONE_US
+        self.cell.now_us += REAPED_KEPT_US
         self.cell.reap(1_000)
         assert not any(reservation.phase == REAPED for reservation in self.cell.reservations().values())
         self.cell.close()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ratelimit.cell import (
     OPEN,
     REAPED,
+    REAPED_KEPT_US,
     REAPED_PER_ADMIT,
     SETTLED,
     TOMBSTONE_US,
@@ -186,16 +187,16 @@ class TestReap:
         assert used(cell, GAUGE, LEASE_END_US) == 1
 
     def test_nothing_is_remembered_for_ever(self) -> None:
-        """Reaped requests are forgotten after a bounded time; a settled one is unknown then."""
+        """Settled and reaped requests are forgotten after a bounded time; a settled one is unknown then."""
         cell = held_cell()
         cell.admit("s", [TOKENS, GAUGE], 1, LEASE_MS, START_US)
         cell.settle("s", [], START_US)
-        cell.reap(LEASE_END_US)
         assert not cell.settle("s", [], START_US + TOMBSTONE_US - 1)
-        assert cell.reap(LEASE_END_US + TOMBSTONE_US) == 0
+        assert cell.settle("s", [], START_US + TOMBSTONE_US)
+        cell.reap(LEASE_END_US)
+        assert cell.reap(LEASE_END_US + REAPED_KEPT_US) == 1
         assert "r" not in cell.reservations
         assert not cell.leases.at
-        assert cell.settle("s", [], LEASE_END_US + TOMBSTONE_US)
 
 
 class TestUsage:
@@ -215,9 +216,9 @@ class TestUsage:
         cell = held_cell()
         cell.extend("r", [TOKENS.costing(30, 25)], LEASE_MS, START_US)
         cell.reap(LEASE_END_US)
-        cell.reap(LEASE_END_US + TOMBSTONE_US - 1)
+        cell.reap(LEASE_END_US + REAPED_KEPT_US - 1)
         assert cell.usage == []
-        cell.reap(LEASE_END_US + TOMBSTONE_US)
+        cell.reap(LEASE_END_US + REAPED_KEPT_US)
         assert cell.usage == [UsageEntry(expired=b"memo", held=(("k:a:tokens", 25),))]
 
     def test_a_late_settlement_is_the_only_record(self) -> None:
@@ -225,7 +226,7 @@ class TestUsage:
         cell = held_cell()
         cell.reap(LEASE_END_US)
         cell.settle("r", [TOKENS], LEASE_END_US, b"late")
-        cell.reap(LEASE_END_US + 2 * TOMBSTONE_US)
+        cell.reap(LEASE_END_US + 2 * REAPED_KEPT_US)
         assert cell.usage == [UsageEntry(b"late")]
 
 

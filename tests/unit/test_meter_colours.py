@@ -103,6 +103,12 @@ class TestBorrowing:
         cell.reap(START_US + 1_000)
         assert [used(cell, charge, START_US + 1_000) for charge in CALLER] == [20, 4, 4]
 
+    def test_a_pool_that_is_only_counted_refuses_no_borrower(self) -> None:
+        """Beyond what is assured the ceiling decides alone, however full the pool is."""
+        cell = busy_pool(10**6)
+        cell.settle("green", [ASSURED.costing(20)], START_US)
+        assert not admitted(cell, "r", ASSURED, CEILING, OTHERS.costing(10)).green
+
     @pytest.mark.parametrize(("theta", "fits"), [(500, 50), (800, 80), (1000, 100)])
     def test_a_borrower_is_refused_at_its_threshold(self, theta: int, fits: int) -> None:
         """Exactly θ of the pool may be filled with borrowed work."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
@@ -80,10 +81,15 @@ class TestHerd:
         charges = [Charge("o:x:t", cost, 10, 600) for cost in (10, 25, 5, 5)]
         assert herd(charges, charges[0], jitter_us=0) == Outcome(1, 4_500_000)
 
-    def test_borrowers_of_one_threshold_stand_in_one_line(self) -> None:
-        """The part of the pool that may be borrowed is promised once to each, as a whole bucket is."""
-        borrowers = [Charge(POOL, 10, 100, 600, 1000, Role.POOL, borrow_up_to=500)] * 20
-        assert herd(borrowers, borrowers[0].costing(0), jitter_us=0) == Outcome(1, 5_000_000 + 20 * 1_000_000)
+    @pytest.mark.parametrize("bucket", [POOL, "t:batch:t", "m:model:t"])
+    def test_strangers_stand_in_no_line(self, bucket: str) -> None:
+        """In a bucket of many tenants all are told the exact time, so that nobody's asking makes another wait."""
+        role = Role.POOL if bucket == POOL else Role.PLAIN
+        cell, charge = Cell(), Charge(bucket, 10, 10, 600, 1000, role)
+        cell.settle("full", [charge], START_US - 1)
+        told = {wait_us(cell, f"r{i}", charge) for i in range(10)}
+        assert len(told) == 1
+        assert admitted(cell, "r0", charge, now_us=START_US + told.pop())
 
 
 class TestLine:
@@ -111,16 +117,24 @@ class TestLine:
         assert cell.buckets["o:x:t"].due == 0
         assert wait_us(cell, "next", charge, now_us=times[-1]) == 1_000_000
 
+    def test_the_line_starts_anew_when_all_in_it_were_admitted_early(self) -> None:
+        """Room that was given back lets them in before their times, and the next one stands behind nobody."""
+        cell, charge = Cell(), Charge("o:x:t", 10, 30, 600)
+        admitted(cell, "full", charge.costing(30))
+        for name in ("first", "second"):
+            denied(cell, name, charge)
+        cell.settle("full", [charge.costing(10)], START_US)
+        for name in ("first", "second"):
+            admitted(cell, name, charge)
+        assert wait_us(cell, "next", charge) == 1_000_000
+
     def test_the_line_starts_anew_when_its_end_has_passed(self) -> None:
-        """Callers that were told a time and never came hold nobody up once it is over."""
+        """A caller that was told a time and never came holds nobody up once it is over."""
         cell, charge = Cell(), Charge("o:x:t", 10, 10, 600)
         admitted(cell, "full", charge)
-        for i in range(4):
-            denied(cell, f"gone-{i}", charge)
-        end_us = START_US + 4_000_000
-        assert wait_us(cell, "behind", charge, now_us=START_US) == 5_000_000
-        admitted(cell, "late", charge, now_us=end_us + 1_000_000)
-        assert wait_us(cell, "alone", charge, now_us=end_us + 1_000_000) == 1_000_000
+        assert wait_us(cell, "gone", charge.costing(2)) == 200_000
+        assert wait_us(deepcopy(cell), "behind", charge, now_us=START_US + 199_999) == 200_000 + 1_000_000 - 199_999
+        assert wait_us(cell, "alone", charge, now_us=START_US + 200_000) == 1_000_000 - 200_000
 
     def test_the_line_starts_anew_when_it_is_longer_than_the_spread(self) -> None:
         """Nobody is told more than ``SPREAD_US`` beyond the exact time, so that abandoned promises cost little."""

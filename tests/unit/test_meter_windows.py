@@ -63,6 +63,20 @@ def test_a_settlement_after_the_roll_credits_nothing() -> None:
         assert used(cell, SPENT, opened_us) == 30
 
 
+def test_a_settlement_after_the_roll_gives_back_what_the_new_window_took_over() -> None:
+    """A hold beyond the last window's amount weighs on this one, until it is known that it was not used; once."""
+    cell = Cell()
+    for name in ("first", "second"):
+        cell.admit(name, [SPENT.costing(0)], 1, 2 * WINDOW_S * 1_000, START_US)
+        cell.extend(name, [SPENT.costing(80)], 2 * WINDOW_S * 1_000, START_US)
+    admitted(cell, "new", SPENT.costing(30), now_us=ROLL_US)
+    assert used(cell, SPENT, ROLL_US) == 60 + 30
+    cell.settle("first", [SPENT.costing(0)], ROLL_US)
+    assert used(cell, SPENT, ROLL_US) == 30
+    cell.settle("second", [SPENT.costing(0)], ROLL_US)
+    assert used(cell, SPENT, ROLL_US) == 30
+
+
 def test_a_lease_that_ends_after_the_roll_credits_nothing() -> None:
     """Reaping refunds by the same rule as a settlement."""
     cell = Cell()
