@@ -219,6 +219,7 @@ async def test_redis_stopped_under_load(scene: Scene, stopped_s: float) -> None:
     await scene.agree()
 
 
+@pytest.mark.slow
 async def test_redis_that_stutters(scene: Scene) -> None:
     """Pauses shorter and longer than a gateway's patience, one after the other: nothing is lost and nothing doubled."""
     async with scene.load() as load:

@@ -62,19 +62,17 @@ async def open_reservations(redis: Redis) -> int:
 
 
 async def end_leases(redis: Redis) -> int:
-    """Let every lease be over, and then what is remembered of it; how many there were.
+    """Let every lease be over, and then what is remembered of it; how many reservations are forgotten.
 
     As if the minutes had passed: the script goes by the deadlines in this set alone.
     """
     leases = f"{KEY_VERSION}:{{{MODEL}}}:leases"
     store = Store(redis, MODEL, timeout_s=5)
-    ended = 0
-    for _ in ("end", "forget"):
-        found: Any = await redis.zrange(leases, 0, -1)
-        if found:
-            await redis.zadd(leases, dict.fromkeys(found, 1))
-        ended += await store.reap(1000)
-    return ended
+    found: Any = await redis.zrange(leases, 0, -1)
+    while left := await redis.zrange(leases, 0, -1):
+        await redis.zadd(leases, dict.fromkeys(left, 1))
+        await store.reap(1000)
+    return len(found)
 
 
 async def pool_work_us(redis: Redis, published: Publication) -> int:

@@ -16,7 +16,7 @@ CHAT = "/v1/chat/completions"
 #: How long a whole answer may take; beyond it a test has hung.
 ANSWER_TIMEOUT_S = 60.0
 #: Those who are refused ask again after so long, whatever they were told: they mean to be a burden.
-_HAMMER_S = 0.05
+HAMMER_S = 0.05
 _RETRYABLE = (429, 503, 529)
 #: What the last event of a stream has, on each route.
 _ENDS = re.compile(rb"data: \[DONE\]\s*$|event: message_stop\b|event: response\.(completed|incomplete)\b")
@@ -82,16 +82,21 @@ async def _answer(reader: asyncio.StreamReader) -> Answer:
 class Load:
     """Callers that ask without a pause for as long as the block lasts; each takes the bodies in turn.
 
-    ``statuses`` counts the answers, ``complaints`` says what was wrong with any.
+    ``asked`` counts their requests, ``statuses`` the answers, ``complaints`` says what was wrong with any. Who is
+    refused asks again after ``pause_s``.
     """
 
-    def __init__(self, url: str, secret: str, callers: int, *bodies: dict[str, Any], path: str = CHAT) -> None:
+    def __init__(
+        self, url: str, secret: str, callers: int, *bodies: dict[str, Any], path: str = CHAT, pause_s: float = HAMMER_S
+    ) -> None:
         self._url = url
+        self._pause_s = pause_s
         self._path = path
         self._secret = secret
         self._bodies = bodies
         self._callers = callers
         self._stopping = False
+        self.asked = 0
         self.statuses: Counter[int] = Counter()
         self.complaints: list[str] = []
 
@@ -118,10 +123,11 @@ class Load:
 
     async def _call(self, number: int) -> None:
         while not self._stopping:
+            self.asked += 1
             answer = await ask(self._url, self._secret, self._bodies[number % len(self._bodies)], self._path)
             number += 1
             self.statuses[answer.status] += 1
             if complaint := answer.complaint:
                 self.complaints.append(complaint)
             if answer.status != 200:
-                await asyncio.sleep(_HAMMER_S)
+                await asyncio.sleep(self._pause_s)
