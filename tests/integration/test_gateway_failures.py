@@ -59,16 +59,16 @@ async def test_unreachable_replica_is_passed_over(bench: Bench) -> None:
     await bench.settled(Usage(PROMPT_TOKENS, 8))
 
 
-@pytest.mark.parametrize("failure", ["busy", "die before"])
-async def test_503_when_no_replica_takes_it(bench: Bench, failure: Failure) -> None:
-    """When the last replica has failed, the answer is a retryable 503 and nothing is charged."""
+@pytest.mark.parametrize(("failure", "requests", "prompt"), [("busy", 0, 0), ("die before", 1, ESTIMATED_PROMPT)])
+async def test_503_when_no_replica_takes_it(bench: Bench, failure: Failure, requests: int, prompt: int) -> None:
+    """When the last replica has failed, the answer is a retryable 503; one that died of it is paid for the prompt."""
     bench.upstream.failures.append(failure)
     async with bench.http() as http:
         refused = await http.post(PATH, json=chat(stream=True))
     assert refused.status_code == 503
     assert refused.headers["retry-after"] == "1"
     assert refused.json()["error"]["code"] == "temporary_reduced_capacity"
-    await bench.settled(Usage(0, 0), requests=0)
+    await bench.settled(Usage(prompt, 0), requests=requests)
 
 
 async def test_a_deadly_request_meets_few_replicas(bench: Bench) -> None:
@@ -146,7 +146,7 @@ async def impatient(redis_url: str, redis_client: Redis) -> AsyncIterator[Bench]
 
 
 async def test_silence_before_the_first_byte(impatient: Bench) -> None:
-    """A replica that says nothing in time is left for another one."""
+    """A replica that says nothing in time is left for another; two that may have been at work are paid the prompt."""
     async with FakeUpstream() as other:
         await impatient.publish([impatient.upstream.url, other.url])
         impatient.upstream.failures.append("silent")
@@ -156,7 +156,7 @@ async def test_silence_before_the_first_byte(impatient: Bench) -> None:
             refused = await first
         assert refused.status_code == 503
         await impatient.until(lambda: impatient.upstream.aborted == other.aborted == 1)
-    await impatient.settled(Usage(0, 0), requests=0)
+    await impatient.settled(Usage(ESTIMATED_PROMPT, 0))
 
 
 async def test_silence_between_chunks(impatient: Bench) -> None:

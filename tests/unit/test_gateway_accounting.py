@@ -7,20 +7,23 @@ import asyncio
 import msgspec
 import pytest
 
-from ratelimit.cell import TOMBSTONE_US
+from ratelimit.cell import REAPED_KEPT_US, TOMBSTONE_US
 from ratelimit.gateway import accounting
 from ratelimit.gateway import ledger as ledgers
 from ratelimit.gateway.accounting import Account, Ledger, Limiter
-from ratelimit.gateway.hold import Usage, estimate
+from ratelimit.gateway.breaker import StoreAwayError
+from ratelimit.gateway.hold import FASTEST_TOKENS_PER_S, Usage, estimate
+from ratelimit.gateway.local import LONGEST_TELLING_S
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.terms import Terms, terms_by_tier
 from ratelimit.gateway.wire import parse_request
 from ratelimit.meter import Admitted, Denied
 from ratelimit.publication import Limit
 from ratelimit.store import StoreUnavailableError
-from ratelimit.usage import UsageRecord
+from ratelimit.usage import EntryId, UsageRecord, ledger_line
 from tests.support.gateway import MODEL, make_key, publication
 from tests.support.limiter import AwayLimiter, CellLimiter
+from tests.support.waiting import eventually_async
 
 FOR_EVER = 10**9
 USED = Usage(prompt_tokens=3, output_tokens=5)
@@ -96,6 +99,39 @@ async def test_settling_ends_while_the_store_knows_the_request(monkeypatch: pyte
     assert not ledger._tasks
     assert unsettled(ledger, "store away") == 1
     assert value(ledger, "penstock_expired_tokens_total", model=MODEL, tier="pro", kind="output") == 9
+
+
+async def test_a_settlement_that_was_never_sent_waits_out_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the store may have heard of it, it can be told whenever the store is back, and is then charged in full."""
+    monkeypatch.setattr(accounting, "LONGEST_SETTLING_S", 0.0)
+    limiter, ledger = CellLimiter(), Ledger(GatewayMetrics(), 15)
+    account = account_of(ledger, limiter)
+    await account.admit()
+    limiter.away = StoreAwayError("known to be away")
+    account.settle_used(USED, ended=True)
+
+    async def refused_twice() -> bool:
+        return len(limiter.calls) >= 3
+
+    await eventually_async(refused_twice, within_s=10, what="a second attempt")
+    limiter.away = None
+    await ledger.drain(timeout_s=30)
+    assert [(record.outcome, record.output_tokens) for record in limiter.records()] == [("ended", 5)]
+    assert limiter.used()[f"k:{RECORD.id}:output_tokens"] == 5
+
+
+async def test_a_settlement_is_given_up_before_its_reservation_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that this gateway is cut off from ends the reservation, and would charge it once more in the end."""
+    assert REAPED_KEPT_US / 1e6 - 20 >= accounting.LONGEST_CUT_OFF_S > LONGEST_TELLING_S
+    monkeypatch.setattr(accounting, "LONGEST_CUT_OFF_S", 0.0)
+    limiter, ledger = CellLimiter(), Ledger(GatewayMetrics(), lease_s=0.01)
+    account = account_of(ledger, limiter)
+    await account.admit()
+    limiter.away = StoreAwayError("known to be away")
+    account.settle_used(USED, ended=True)
+    await ledger.drain(timeout_s=30)
+    assert not ledger._tasks
+    assert unsettled(ledger, "store away") == 1
 
 
 async def test_only_so_many_settlements_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +231,60 @@ async def test_a_borrower_owes_nothing_of_what_is_assured() -> None:
     assert f"k:{RECORD.id}:output_tokens" not in used
 
 
+# What cannot be, and what is not known
+
+
+@pytest.mark.parametrize("usage", [Usage(10**12, 5), Usage(3, 10**12), Usage(3, -7), Usage(-3, 5), Usage(3, 5, 4)])
+async def test_usage_that_cannot_be_is_unknown(usage: Usage) -> None:
+    """A replica's nonsense is counted and charged as held; neither the caller's buckets nor what is learned take it."""
+    limiter, ledger = CellLimiter(), Ledger(GatewayMetrics(), 15)
+    account = account_of(ledger, limiter)
+    await account.admit()
+    account.correct(usage)
+    account.settle_used(usage, ended=True)
+    await ledger.drain(timeout_s=30)
+    assert [name for name, _ in limiter.calls] == ["admit", "settle"]
+    assert [(record.outcome, record.output_tokens) for record in limiter.records()] == [("unknown", 9)]
+    assert limiter.used()[f"k:{RECORD.id}:output_tokens"] == 9
+    assert value(ledger, "penstock_impossible_usage_total", model=MODEL) == 2
+
+
+async def test_a_settlement_that_fails_leaves_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be charged raises before the account is taken for settled, so that the reservation is ended."""
+    limiter, ledger = CellLimiter(), Ledger(GatewayMetrics(), 15)
+    account = account_of(ledger, limiter)
+    await account.admit()
+    with monkeypatch.context() as failing:
+        failing.setattr(accounting, "used_charges", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            account.settle_used(USED, ended=True)
+    account.settle_unserved()
+    await ledger.drain(timeout_s=30)
+    assert [record.outcome for record in limiter.records()] == ["unserved"]
+    assert not ledger._open
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "held", "elapsed_s", "output"),
+    [(1_000, 9, 0, 9), (1_000, 9, 2, 400), (1_000, 9, 60, 1_000), (1_000, 1_000, 2, 1_000), (9, 0, 60, 0)],
+)
+async def test_what_is_unknown_is_the_hold_or_what_time_allowed(
+    monkeypatch: pytest.MonkeyPatch, max_tokens: int, held: int, elapsed_s: int, output: int
+) -> None:
+    """A small learned hold does not make long answers free; where nothing is generated, nothing is owed."""
+    limiter, ledger = CellLimiter(), Ledger(GatewayMetrics(), 15)
+    body = msgspec.json.encode({"model": MODEL, "prompt": "water", "max_tokens": max_tokens})
+    request = parse_request("completions", body)
+    account = Account(ledger, limiter, "request", RECORD, plain_terms(), request, Usage(3 if held else 0, held))
+    await account.admit()
+    monkeypatch.setattr(account, "_begun_s", asyncio.get_running_loop().time() - elapsed_s)
+    account.settle_as_held()
+    await ledger.drain(timeout_s=30)
+    [record] = limiter.records()
+    assert output <= record.output_tokens <= output + (100 if elapsed_s == 2 and held == 9 else 0)
+    assert (record.outcome, record.output_tokens) == ("unknown", limiter.used()[f"k:{RECORD.id}:output_tokens"])
+
+
 # Leases
 
 
@@ -208,7 +298,7 @@ async def test_an_ended_lease_leaves_what_a_stream_may_have_generated() -> None:
     limiter.now_us += 1_000_000
     assert limiter.cell.reap(limiter.now_us) == 1
     used = limiter.used()
-    assert used[f"k:{RECORD.id}:output_tokens"] == 40 + 0.5 * accounting.FASTEST_TOKENS_PER_S
+    assert used[f"k:{RECORD.id}:output_tokens"] == 40 + 0.5 * FASTEST_TOKENS_PER_S
     assert used[f"k:{RECORD.id}:input_tokens"] == 7
     assert used[f"k:{RECORD.id}:concurrency"] == 0
 
@@ -311,6 +401,21 @@ async def test_a_reservation_that_nobody_settles_leaves_its_memo() -> None:
     await account_of(ledger, limiter).admit()
     memo = msgspec.json.decode(limiter.cell.reservations["request"].memo, type=UsageRecord)
     assert (memo.id, memo.key, memo.outcome, memo.output_tokens) == ("request", RECORD.id, "expired", 9)
+
+
+async def test_what_expires_is_billed_no_more_than_its_lease_allowed() -> None:
+    """A key without token limits holds nothing that says so: its memo does."""
+    limiter, ledger = CellLimiter(), Ledger(GatewayMetrics(), lease_s=0.5)
+    await account_of(ledger, limiter, plain_terms(limits=()), max_tokens=1_000).admit()
+    limiter.now_us += 1_000_000
+    limiter.cell.reap(limiter.now_us)
+    limiter.now_us += REAPED_KEPT_US
+    limiter.cell.reap(limiter.now_us)
+    [entry] = limiter.cell.usage
+    fields = {b"expired": entry.expired, b"held": msgspec.msgpack.encode(entry.held)}
+    line = ledger_line("cell", EntryId(1, 0), fields)
+    assert line is not None
+    assert (line.outcome, line.output_tokens) == ("expired", 100)
 
 
 async def test_without_enforcement_only_the_record_is_written() -> None:

@@ -190,6 +190,21 @@ async def test_what_is_owed_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gateway.value("penstock_lost_total", what="record") == 1
 
 
+async def test_records_that_find_no_room_are_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line says that bills will lack records, and another when that begins again after an outage."""
+    assert local_module.MOST_RECORDS >= 100_000
+    monkeypatch.setattr(local_module, "MOST_RECORDS", 1)
+    gateway = Gateway()
+    for outage in (1, 2):
+        for number in range(3):
+            gateway.local.keep(MODEL, f"{outage}.{number}", b"{}")
+        assert [record.levelname for record in caplog.records] == outage * ["ERROR"]
+        await gateway.flush()
+    assert gateway.value("penstock_lost_total", what="record") == 4
+
+
 def test_the_bound_is_shown() -> None:
     """What this gateway would admit of a tier: its part of the limit, for each key that shares the tier."""
     gateway = Gateway(gateways=2)
