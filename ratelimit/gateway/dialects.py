@@ -69,7 +69,7 @@ def rendered(rejection: Rejection, dialect: Dialect, request_id: bytes) -> Told:
 
 
 def _anthropic_body(rejection: Rejection, status: int, request_id: bytes) -> dict[str, Any]:
-    message = f"prompt is too long: {rejection.context}" if rejection.context else rejection.message
+    message = rejection.anthropic_message or rejection.message
     # The problem members of a 503 have a `type` and a `status` of their own, which would take this form's place.
     beside = {} if rejection.status == 503 else rejection.beside
     return {**_anthropic_error(_anthropic_type(status), message, request_id), **beside}

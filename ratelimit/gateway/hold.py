@@ -13,14 +13,17 @@ from math import ceil
 
 import msgspec
 
-from ratelimit.gateway.errors import context_length_exceeded
+from ratelimit.gateway.errors import context_length_exceeded, output_too_large
 from ratelimit.gateway.estimates import Expected
-from ratelimit.gateway.wire import TOKENS_PER_MESSAGE, ParsedRequest
+from ratelimit.gateway.wire import ParsedRequest
 from ratelimit.publication import PublishedPool
 from serving.capacity import ReplicaGroup, RequestShape, fleet_cost_s
 
 #: Bounds a reservation's tokens to what a meter counts exactly.
 MOST_TOKENS = 10**8
+#: A prompt whose tokens are to be counted may have this many bytes for each token of the context: about four times
+#: what plain text has.
+MOST_COUNTED_BYTES_PER_TOKEN = 16
 #: Bounds a reservation's cost to what a meter counts exactly: some 28 hours of one replica.
 MOST_COST_US = 10**11
 #: The most tokens a second that one answer is taken to come at, where nothing tells how much was generated.
@@ -46,10 +49,12 @@ def estimate(request: ParsedRequest, pool: PublishedPool, expected: Expected | N
     Raises ``Rejection`` (400) where the request exceeds the context for certain.
     """
     check_context(request, pool.max_model_len)
+    if request.route == "count_tokens":
+        return Usage(0, 0)
     tokens_per_byte = pool.tokens_per_byte if expected is None else expected.tokens_per_byte
     prompt = request.prompt_tokens
     if prompt is None:
-        prompt = ceil(request.prompt_bytes * tokens_per_byte) + TOKENS_PER_MESSAGE * request.messages
+        prompt = ceil(request.prompt_bytes * tokens_per_byte) + request.template_tokens
     prompt = max(1, min(prompt, pool.max_model_len * request.prompts, MOST_TOKENS))
     room = max(1, pool.max_model_len - prompt // request.prompts)
     output = room if request.max_output is None else min(request.max_output, pool.max_model_len)
@@ -59,10 +64,18 @@ def estimate(request: ParsedRequest, pool: PublishedPool, expected: Expected | N
 
 
 def check_context(request: ParsedRequest, max_model_len: int) -> None:
-    """Refuse what no load could make fit: too large an output alone, or with a prompt whose length is exact."""
+    """Refuse what no load could make fit: too large an output alone, or with a prompt whose length is exact.
+
+    So is a prompt to be counted that no context could hold: counting it would keep an engine's server from others.
+    """
     output = request.max_output or 0
     if output > max_model_len:
-        raise context_length_exceeded(max_model_len, f"{output} tokens in the completion")
+        raise output_too_large(request.max_output_member or "max_tokens", output, max_model_len, request.model)
+    most_bytes = max_model_len * MOST_COUNTED_BYTES_PER_TOKEN
+    if request.route == "count_tokens" and request.prompt_bytes > most_bytes:
+        raise context_length_exceeded(max_model_len, f"{request.prompt_bytes} bytes (at most {most_bytes} are counted)")
+    if request.prompt_truncated:
+        return
     if request.prompt_tokens is not None and request.prompts == 1 and request.prompt_tokens + output > max_model_len:
         total = request.prompt_tokens + output
         asked = f"{total} tokens ({request.prompt_tokens} in the prompt, {output} in the completion)"

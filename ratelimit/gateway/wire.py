@@ -20,8 +20,9 @@ import msgspec
 
 from ratelimit.gateway.errors import invalid_request
 from ratelimit.gateway.formats.fields import ALLOWED, OWNED, Route
+from ratelimit.gateway.formats.media import IMAGE_TOKENS
 from ratelimit.gateway.formats.shapes import DECODERS, MAX_PROMPTS, Body, StreamOptions
-from ratelimit.gateway.formats.strict import read_members
+from ratelimit.gateway.formats.strict import MAX_PARTS, MAX_PARTS_WITH_TOKEN_IDS, read_members
 
 __all__ = ["MAX_PROMPTS", "PATHS", "ROUTES", "ParsedRequest", "Route", "ShownUsage", "parse_request", "upstream_body"]
 
@@ -59,7 +60,9 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     ``max_output`` is the largest of the request's maxima for one choice, ``None`` where it sets none. ``choices`` are
     the answers that come back in all, ``prompts`` the prompts they answer. ``generated_choices`` are the most that an
     engine may generate for them: ``best_of`` counts, though vLLM 0.32 ignores it. ``prompt_tokens`` is exact where the
-    client sent token ids, and else ``None``.
+    client sent token ids, and else ``None``; ``prompt_truncated``: they may be more than the context holds, because the
+    engine cuts them. ``prompt_bytes`` are without those of the ``images``. ``max_output_member`` is where the client
+    set the maximum.
     """
 
     model: str
@@ -74,11 +77,19 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     messages: int
     members: dict[str, msgspec.Raw]
     route: Route = "chat"
+    images: int = 0
+    prompt_truncated: bool = False
+    max_output_member: str | None = None
+
+    @property
+    def template_tokens(self) -> int:
+        """Tokens of the prompt that its bytes do not tell: around messages, and of images."""
+        return TOKENS_PER_MESSAGE * self.messages + IMAGE_TOKENS * self.images
 
 
 def parse_request(route: Route, body: bytes) -> ParsedRequest:
     """Read a request's body; raises ``Rejection`` (400) saying what is wrong."""
-    members = read_members(body)
+    members = read_members(body, MAX_PARTS_WITH_TOKEN_IDS if route == "completions" else MAX_PARTS)
     _check_members(route, members)
     try:
         parsed = DECODERS[route].decode(body)
@@ -88,11 +99,12 @@ def parse_request(route: Route, body: bytes) -> ParsedRequest:
     parsed.check()
     _check_choices(parsed, prompt.count)
     returned = parsed.n or 1
+    max_output, max_output_member = parsed.most_output()
     return ParsedRequest(
         model=parsed.model,
         stream=bool(parsed.stream),
         shown_usage=_shown_usage(parsed.stream_options),
-        max_output=parsed.most_output(),
+        max_output=max_output,
         choices=returned * prompt.count,
         generated_choices=max(returned, parsed.best_of or 1) * prompt.count,
         prompts=prompt.count,
@@ -101,6 +113,9 @@ def parse_request(route: Route, body: bytes) -> ParsedRequest:
         messages=prompt.messages,
         members=members,
         route=route,
+        images=prompt.images,
+        prompt_truncated=prompt.truncated,
+        max_output_member=max_output_member,
     )
 
 

@@ -150,7 +150,7 @@ async def test_client_retries_after_529_and_succeeds(bench: Bench) -> None:
     [
         ({"model": "gone"}, anthropic.NotFoundError, "does not exist"),
         ({"n": 2}, anthropic.BadRequestError, "Unrecognized request argument supplied: n"),
-        ({"max_tokens": MAX_MODEL_LEN + 1}, anthropic.BadRequestError, "prompt is too long"),
+        ({"max_tokens": MAX_MODEL_LEN + 1}, anthropic.BadRequestError, "maximum allowed number of output tokens for"),
         ({"max_tokens": "many"}, anthropic.BadRequestError, "max_tokens"),
     ],
 )

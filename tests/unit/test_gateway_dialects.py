@@ -146,7 +146,17 @@ def test_an_engines_refusal_by_characters_is_one_of_the_context() -> None:
     )
     refused = context_refused(message)
     assert refused is not None
-    assert refused.context == "90000 characters > 4096 maximum"
+    assert refused.anthropic_message == "prompt is too long: 90000 characters > 4096 maximum"
+
+
+def test_an_output_above_the_context_is_told_as_such() -> None:
+    """Anthropic's clients are not told of their prompt, and OpenAI's of the member that they set."""
+    rejection = errors.output_too_large("max_tokens", 8192, 4096, "m")
+    _, body, _ = told(rejection, "openai")
+    assert (body["error"]["code"], body["error"]["param"]) == ("context_length_exceeded", "max_tokens")
+    _, body, _ = told(rejection, "anthropic")
+    most = "max_tokens: 8192 > 4096, which is the maximum allowed number of output tokens for m"
+    assert body["error"]["message"] == most
 
 
 @pytest.mark.parametrize("body", [b'{"error":{"message":"no"}}', b"<html>", b"[]", b"\xff", b'{"error":"no"}'])

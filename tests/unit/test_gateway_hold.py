@@ -6,9 +6,12 @@ import msgspec
 import pytest
 
 from ratelimit.gateway.accounting import Account, Ledger
+from ratelimit.gateway.errors import Rejection
 from ratelimit.gateway.estimates import Expected
+from ratelimit.gateway.formats.media import IMAGE_TOKENS
 from ratelimit.gateway.hold import (
     FASTEST_TOKENS_PER_S,
+    MOST_COUNTED_BYTES_PER_TOKEN,
     Usage,
     estimate,
     generated_at_most,
@@ -138,3 +141,51 @@ def test_the_most_output_is_the_maximum_or_what_the_context_leaves(members: dict
 def test_usage_that_no_request_can_have_is_told_apart(usage: Usage, possible: bool) -> None:
     """A request of one prompt and two choices."""
     assert is_possible(usage, parse_request("chat", body(n=2)), TERMS.pool) is possible
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_an_output_above_the_context_is_refused_by_its_own_name(name: str) -> None:
+    """The refusal names the member that the client set."""
+    with pytest.raises(Rejection) as caught:
+        estimate(parse_request("chat", body(**{name: MAX_MODEL_LEN + 1})), TERMS.pool)
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("most", [-1, MAX_MODEL_LEN - 10, 10])
+def test_a_prompt_that_the_engine_cuts_is_not_refused(most: int) -> None:
+    """Whether what is left fits is the engine's to say; no more is held than the context."""
+    sent = {"model": MODEL, "prompt": [1] * 2 * MAX_MODEL_LEN, "max_tokens": 9, "truncate_prompt_tokens": most}
+    held = estimate(parse_request("completions", msgspec.json.encode(sent)), TERMS.pool)
+    assert held.prompt_tokens == (MAX_MODEL_LEN if most < 0 else most)
+
+
+def test_a_prompt_to_be_counted_holds_nothing_and_has_a_bound() -> None:
+    """Counting generates nothing, but what no context could hold is not worth an engine's time."""
+    most = MAX_MODEL_LEN * MOST_COUNTED_BYTES_PER_TOKEN
+    for size, fits in ((most, True), (most + 1, False)):
+        request = parse_request("count_tokens", body(system="", messages=[{"role": "user", "content": "x" * size}]))
+        if fits:
+            assert estimate(request, TERMS.pool) == Usage(0, 0)
+        else:
+            with pytest.raises(Rejection, match="400"):
+                estimate(request, TERMS.pool)
+
+
+def test_an_image_holds_what_a_large_one_needs() -> None:
+    """An image of a few bytes, or of many, holds the same."""
+    held = [
+        estimate(
+            parse_request(
+                "chat",
+                msgspec.json.encode(
+                    {
+                        "model": MODEL,
+                        "messages": [{"content": [{"type": "image_url", "image_url": {"url": "data:" + "A" * size}}]}],
+                    }
+                ),
+            ),
+            TERMS.pool,
+        ).prompt_tokens
+        for size in (10, 100_000)
+    ]
+    assert held[0] == held[1] > IMAGE_TOKENS

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from ratelimit.gateway.errors import Rejection
 from ratelimit.gateway.formats.fields import ALLOWED, OWNED
+from ratelimit.gateway.formats.media import IMAGE_TOKENS
+from ratelimit.gateway.formats.shapes import MAX_STOP_BYTES, MAX_STOPS
 from ratelimit.gateway.formats.strict import MAX_DEPTH
 from ratelimit.gateway.wire import (
     MAX_CHOICES,
@@ -140,7 +142,7 @@ def test_an_anthropic_prompt_is_all_that_the_model_reads(name: str) -> None:
     parsed = parse_request("messages", body)
     assert parsed.prompt_bytes == 205
     assert parsed.messages == (2 if name == "system" else 1)
-    assert parse_request("count_tokens", body).prompt_bytes == 0
+    assert parse_request("count_tokens", body).prompt_bytes == 205
 
 
 @pytest.mark.parametrize("sent", ["hello", [{"role": "user", "content": "hello"}]])
@@ -323,10 +325,10 @@ def test_as_deep_as_the_bound_is_accepted() -> None:
 
 @pytest.mark.parametrize(("first", "second"), [("a", "b" * 99), ("b" * 99, "a")])
 def test_the_prompt_that_was_measured_is_what_is_read(first: str, second: str) -> None:
-    """Of a message's content that occurs twice, the size of what the engine takes counts: the last."""
+    """Of a message's content that occurs twice, both count, and so does what the engine takes."""
     message = f'{{"content":"{first}","content":"{second}"}}'
     parsed = parse_request("chat", f'{{"model":"m","messages":[{message}]}}'.encode())
-    assert parsed.prompt_bytes == len(json.loads(upstream_body(parsed, "s", None))["messages"][0]["content"])
+    assert parsed.prompt_bytes >= len(json.loads(upstream_body(parsed, "s", None))["messages"][0]["content"])
 
 
 @pytest.mark.parametrize(
@@ -361,3 +363,147 @@ def test_any_bytes_are_parsed_or_refused(route: Route, body: bytes) -> None:
     """No input raises anything but a refusal."""
     with suppress(Rejection):
         parse_request(route, body)
+
+
+#: What an engine may write into a prompt, by route: beside the messages, and in them.
+PROMPT_MEMBERS: list[tuple[Route, str]] = [
+    ("chat", "tools"),
+    ("chat", "tool_choice"),
+    ("chat", "functions"),
+    ("chat", "function_call"),
+    ("chat", "documents"),
+    ("chat", "chat_template_kwargs"),
+    ("chat", "response_format"),
+    ("chat", "structured_outputs"),
+    ("chat", "reasoning_effort"),
+    ("responses", "input"),
+    ("responses", "instructions"),
+    ("responses", "tools"),
+    ("responses", "tool_choice"),
+    ("responses", "text"),
+    ("responses", "reasoning"),
+    ("responses", "chat_template_kwargs"),
+    ("responses", "structured_outputs"),
+    ("messages", "system"),
+    ("messages", "tools"),
+    ("messages", "tool_choice"),
+    ("messages", "thinking"),
+    ("messages", "output_config"),
+    ("messages", "chat_template_kwargs"),
+]
+
+
+@pytest.mark.parametrize(("route", "name"), PROMPT_MEMBERS)
+def test_every_member_that_an_engine_may_write_into_the_prompt_counts(route: Route, name: str) -> None:
+    """Whatever is large, and wherever, the request is measured by it."""
+    value = [{"a": "y" * 5_000}]
+    assert parse_request(route, encoded(**{name: value})).prompt_bytes > 5_000
+
+
+@pytest.mark.parametrize("route", ["chat", "messages", "responses"])
+@pytest.mark.parametrize("name", ["role", "name", "reasoning", "task", "tools", "tool_calls", "no_such_member"])
+def test_every_member_of_a_message_counts(route: Route, name: str) -> None:
+    """A template may write any of them: a developer's tools, a name, what was reasoned before."""
+    message = {"role": "user", "content": "hello", name: "y" * 5_000}
+    members = {"input": [message]} if route == "responses" else {"messages": [message]}
+    assert parse_request(route, encoded(**members)).prompt_bytes > 5_000
+
+
+@pytest.mark.parametrize("item", ['"hello"', "1", "[]", "null"])
+@pytest.mark.parametrize("route", ["chat", "messages"])
+def test_messages_are_objects(route: Route, item: str) -> None:
+    """What is no message is refused with its place."""
+    with pytest.raises(Rejection, match="400") as caught:
+        parse_request(route, b'{"model":"m","messages":[{}, ' + item.encode() + b"]}")
+    assert "$.messages[1]" in caught.value.message
+
+
+IMAGE = "data:image/png;base64," + "A" * 50_000
+URLS = ("http://169.254.169.254/latest", "https://a/b.png", "file:///etc/passwd", "HTTP://a", " data:", "")
+
+
+def with_part(route: Route, part: dict[str, Any], inside: str = "") -> bytes:
+    """A request with a part in its content, or in that of the part ``inside`` it."""
+    content = [{"type": "text", "text": "x"}, {"type": inside, "content": [part]} if inside else part]
+    message = {"role": "user", "content": content}
+    return encoded(**({"input": [message]} if route == "responses" else {"messages": [message]}))
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize(
+    ("route", "part"),
+    [
+        *(("chat", {"type": n, n: {"url": None}}) for n in ("image_url", "audio_url", "video_url")),
+        ("chat", {"image_url": None}),
+        ("responses", {"type": "input_image", "image_url": None}),
+        ("responses", {"type": "input_file", "file_url": None}),
+        ("messages", {"type": "image", "source": {"type": "url", "url": None}}),
+        ("count_tokens", {"type": "document", "source": {"type": "url", "url": None}}),
+    ],
+)
+@pytest.mark.parametrize("inside", ["", "tool_result"])
+def test_an_engine_is_never_sent_to_fetch(route: Route, part: dict[str, Any], url: str, inside: str) -> None:
+    """Whatever the form, the scheme and the escapes, only content that comes along is accepted."""
+    written = with_part(route, part, inside).replace(b"null", json.dumps(url).encode())
+    for body in (written, written.replace(b"url", b"\\u0075rl").replace(b"source", b"s\\u006furce")):
+        with pytest.raises(Rejection, match="400") as caught:
+            parse_request(route, body)
+        assert "'data:' URL" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("route", "part"),
+    [
+        ("chat", {"type": "image_url", "image_url": {"url": IMAGE}}),
+        ("responses", {"type": "input_image", "image_url": IMAGE}),
+        ("messages", {"type": "image", "source": {"type": "base64", "data": "A" * 50_000}}),
+    ],
+)
+def test_an_image_holds_a_constant(route: Route, part: dict[str, Any]) -> None:
+    """An image's bytes say little of its tokens, so each holds the same."""
+    parsed = parse_request(route, with_part(route, part))
+    assert parsed.images == 1
+    assert parsed.prompt_bytes < 500
+    assert IMAGE_TOKENS < parsed.template_tokens < IMAGE_TOKENS + 10
+
+
+def test_what_a_tool_is_called_with_may_name_a_url() -> None:
+    """A tool's arguments and a search result's source are text to an engine, which fetches nothing for them."""
+    called = {"type": "tool_use", "id": "t", "name": "f", "input": {"image_url": "https://a", "source": {"url": "b"}}}
+    found = {"type": "search_result", "source": "https://a", "content": []}
+    for part in (called, found):
+        assert parse_request("messages", with_part("messages", part)).images == 0
+
+
+@pytest.mark.parametrize(("route", "name"), [("chat", "stop"), ("completions", "stop"), ("responses", "stop")])
+@pytest.mark.parametrize("stops", ["é" * 129, ["a", "b" * 257], ["a"] * 17])
+def test_stop_strings_are_bounded(route: Route, name: str, stops: Any) -> None:
+    """An engine holds text back for as long as a stop string may begin in it, so none is long and few are accepted."""
+    with pytest.raises(Rejection, match="400") as caught:
+        parse_request(route, encoded(**{name: stops}))
+    assert caught.value.param == name
+    with pytest.raises(Rejection, match="400"):
+        parse_request("messages", encoded(stop_sequences=stops))
+
+
+def test_as_many_stop_strings_as_the_bound_are_accepted() -> None:
+    """The bounds themselves are accepted."""
+    parse_request("chat", encoded(stop=["a" * MAX_STOP_BYTES] * MAX_STOPS))
+    parse_request("chat", encoded(stop="a" * MAX_STOP_BYTES))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most", "tokens"),
+    [
+        ([1] * 50, 10, 10),
+        ([1] * 50, 60, 50),
+        ([1] * 50, -1, 50),
+        ([1] * 50, -7, 50),
+        ([[1] * 50, [1] * 4], 10, 14),
+        ("text", 1, None),
+    ],
+)
+def test_a_prompt_that_the_engine_cuts_counts_as_cut(prompt: Any, most: int, tokens: int | None) -> None:
+    """Of token ids so many are left of each prompt; -1 leaves what the context holds."""
+    parsed = parse_request("completions", encoded(prompt=prompt, truncate_prompt_tokens=most))
+    assert (parsed.prompt_tokens, parsed.prompt_truncated) == (tokens, tokens is not None)
