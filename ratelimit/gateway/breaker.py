@@ -31,6 +31,8 @@ BACKGROUND_AT_ONCE = 1024
 #: Passes of the event loop between the end of a timeout and its judgement: one reads the socket, one hands the answer
 #: to its reader, one lets the reader parse it.
 _PASSES = 3
+#: A timer that is later than this was kept by an event loop that stood still.
+_STANDSTILL_S = 0.01
 
 T = TypeVar("T")
 
@@ -196,13 +198,24 @@ class GuardedStores:
 
 
 class _Patience:
-    """Ends a timeout scope ``timeout_s`` from now and a few passes of the event loop later."""
+    """Ends a timeout scope ``timeout_s`` from now and a few passes of the event loop later.
+
+    Where the event loop stood still meanwhile, what was asked may not even have been sent: then it has that long again.
+    """
 
     def __init__(self, scope: asyncio.Timeout, timeout_s: float) -> None:
         self._scope = scope
         self._loop = asyncio.get_running_loop()
         self._passes = _PASSES
-        self._handle: asyncio.Handle = self._loop.call_later(timeout_s, self._pass)
+        self._timeout_s = timeout_s
+        self._late_s = self._loop.time() + timeout_s + _STANDSTILL_S
+        self._handle: asyncio.Handle = self._loop.call_later(timeout_s, self._due)
+
+    def _due(self) -> None:
+        if self._loop.time() > self._late_s:
+            self._handle = self._loop.call_later(self._timeout_s, self._pass)
+        else:
+            self._pass()
 
     def _pass(self) -> None:
         if self._passes:

@@ -235,6 +235,50 @@ async def test_a_settlement_answered_while_the_gateway_was_busy_counts(monkeypat
     await writer.wait_closed()
 
 
+@pytest.mark.parametrize("call", ["admit", "settle"])
+async def test_what_a_standstill_kept_from_being_sent_has_its_time_afterwards(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The store is asked only after the event loop has stood still, and answers a while later: it is there."""
+    monkeypatch.setattr(breaker, "BACKGROUND_TIMEOUT_S", 0.2)
+    redis, gateway = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=gateway)
+    echo_reader, echo_writer = await asyncio.open_connection(sock=redis)
+
+    class Distant(CellLimiter):
+        """Asked over a socket."""
+
+        async def _ask(self) -> None:
+            await asyncio.sleep(0)  # a link writes at the end of the turn
+            writer.write(b"x")
+            await reader.readexactly(1)
+
+        async def admit(self, *_: object, **__: object) -> Admitted:
+            await self._ask()
+            return Admitted((), ())
+
+        async def settle(self, *_: object, **__: object) -> bool:
+            await self._ask()
+            return True
+
+    async def echo() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)  # more than the passes
+        echo_writer.write(await echo_reader.readexactly(1))
+
+    guarded = GuardedStore(Distant(), "m", 0.2, GatewayMetrics(), asyncio.Semaphore(2))
+    asking = asyncio.ensure_future(every_call(guarded)[call]())
+    await asyncio.sleep(0)
+    echoing = asyncio.create_task(echo())
+    time.sleep(0.22)  # noqa: ASYNC251 - a busy event loop is what this is about
+    assert await asking
+    await echoing
+    assert not guarded.away
+    for end in (writer, echo_writer):
+        end.close()
+        await end.wait_closed()
+
+
 async def test_a_settlement_without_an_answer_opens_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The patience ends: a store that does not answer is away, and those who wait for a turn are told at once."""
     monkeypatch.setattr(breaker, "BACKGROUND_TIMEOUT_S", 0.05)
