@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Hashable
+from zlib import crc32
+
 from ratelimit.gateway.charges import limit_of, rooms
 from ratelimit.gateway.errors import Headers, Rejection, over_limit, reduced_capacity
 from ratelimit.gateway.headers import limit_headers
@@ -16,22 +20,34 @@ _WHOSE = {"key": "tier {tier}", "org": "the whole org", "tier": "all of tier {ti
 _WINDOWS = {"5h": "5 hours", "week": "a week"}
 #: Weight of the newest request in the mean duration.
 _NEWEST_SHARE = 0.1
+#: No estimated wait is shorter: clients that are told next to nothing come back at once, and again.
+LEAST_ESTIMATED_US = 1_000_000
+#: An estimated wait is told longer by up to this share of it, so that those refused together do not come back together.
+SPREAD_SHARE = 0.5
 
 
 class Durations:
-    """A moving mean of how long requests take, by model: what a wait for a place in flight is estimated from."""
+    """A moving mean of how long requests take, by caller: what a wait for a place in flight is estimated from.
 
-    def __init__(self) -> None:
-        self._mean_s: dict[str, float] = {}
+    A caller is whatever a limit is shared by, such as a key on a model: what others ask for says nothing of its own.
+    ``most_remembered`` are kept; the one that was idle longest is forgotten first.
+    """
 
-    def note(self, model: str, duration_s: float) -> None:
+    def __init__(self, most_remembered: int = 20_000) -> None:
+        self._most_remembered = most_remembered
+        self._mean_s: OrderedDict[Hashable, float] = OrderedDict()
+
+    def note(self, caller: Hashable, duration_s: float) -> None:
         """A request took this long."""
-        mean = self._mean_s.get(model, duration_s)
-        self._mean_s[model] = mean + _NEWEST_SHARE * (duration_s - mean)
+        mean = self._mean_s.get(caller, duration_s)
+        self._mean_s[caller] = mean + _NEWEST_SHARE * (duration_s - mean)
+        self._mean_s.move_to_end(caller)
+        if len(self._mean_s) > self._most_remembered:
+            self._mean_s.popitem(last=False)
 
-    def mean_us(self, model: str) -> int:
+    def mean_us(self, caller: Hashable) -> int:
         """The mean in microseconds; a second while nothing is known."""
-        return round(1e6 * self._mean_s.get(model, 1.0))
+        return round(1e6 * self._mean_s.get(caller, 1.0))
 
 
 def answer_headers(terms: Terms, admitted: Admitted | None) -> Headers:
@@ -39,12 +55,20 @@ def answer_headers(terms: Terms, admitted: Admitted | None) -> Headers:
     return (*limit_headers(rooms(terms, admitted)), terms.policy_header) if admitted else ()
 
 
-def refusal(terms: Terms, tier: str, denied: Denied, mean_duration_us: int) -> Rejection:
+def estimated_wait_us(mean_duration_us: int, places: int, request_id: str) -> int:
+    """Microseconds until a place in flight may be free: of ``places``, one ends every ``mean_duration_us / places``.
+
+    Never below ``LEAST_ESTIMATED_US``, and spread by the request's id.
+    """
+    wait_us = max(LEAST_ESTIMATED_US, mean_duration_us // places)
+    return wait_us + int(wait_us * SPREAD_SHARE * crc32(request_id.encode()) / 2**32)
+
+
+def refusal(terms: Terms, tier: str, denied: Denied, mean_duration_us: int, request_id: str = "") -> Rejection:
     """429 where the caller's own limit binds; 503 where the fleet is short: its pool, or a limit of 0 for want of it.
 
     So it is too while Redis is away: what this gateway may give out alone is less than the caller's limit. A place in
-    flight has no exact wait: of ``burst`` requests that take the mean duration one ends, on average, every
-    ``mean_duration_us / burst``.
+    flight has no exact wait: it is estimated, and spread by ``request_id``.
     """
     headers = (*limit_headers(rooms(terms, denied)), terms.policy_header)
     limit, wait_us = limit_of(terms, denied.bucket), denied.wait_us
@@ -58,7 +82,8 @@ def refusal(terms: Terms, tier: str, denied: Denied, mean_duration_us: int) -> R
         return reduced_capacity(detail, _UNKNOWN_WAIT_US, limit.name, headers)
     told = f"{_told(limit)} for {_WHOSE[limit.per].format(tier=tier)} on {terms.pool.model}"
     if wait_us is None:
-        return over_limit(limit.name, told, mean_duration_us // limit.burst, estimated=True, headers=headers)
+        wait_us = estimated_wait_us(mean_duration_us, limit.burst, request_id)
+        return over_limit(limit.name, told, wait_us, estimated=True, headers=headers)
     return over_limit(limit.name, told, wait_us, estimated=False, headers=headers)
 
 

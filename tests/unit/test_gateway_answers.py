@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit.gateway.admission import Durations, answer_headers, refusal
+from ratelimit.gateway.admission import (
+    LEAST_ESTIMATED_US,
+    SPREAD_SHARE,
+    Durations,
+    answer_headers,
+    estimated_wait_us,
+    refusal,
+)
 from ratelimit.gateway.charges import amounts, charges_for, used_charges
 from ratelimit.gateway.errors import Rejection, retry_headers
 from ratelimit.gateway.headers import (
@@ -204,7 +211,7 @@ def denied(bucket: str, wait_us: int | None) -> Denied:
     [
         ("k:k1:requests", 1_500_000, 429, b"1500"),
         ("k:k1:output_tokens", 1, 429, b"1"),
-        ("k:k1:concurrency", None, 429, b"2"),
+        ("k:k1:concurrency", None, 429, b"1000"),
         ("pool:work", 250_000, 503, b"250"),
         ("pool:work", None, 503, b"1000"),
     ],
@@ -238,3 +245,23 @@ def test_mean_duration_follows_what_is_seen() -> None:
     assert durations.mean_us("m") == 4_000_000
     durations.note("m", 2.0)
     assert durations.mean_us("m") == 3_800_000
+
+
+def test_a_mean_is_a_callers_own_and_few_are_kept() -> None:
+    """Another caller's short requests shorten no wait, and the caller that was idle longest is forgotten."""
+    durations = Durations(most_remembered=2)
+    for caller, duration_s in (("a", 4.0), ("b", 9.0), ("a", 4.0), ("c", 0.01)):
+        durations.note(caller, duration_s)
+    assert [durations.mean_us(caller) for caller in "abc"] == [4_000_000, 1_000_000, 10_000]
+
+
+def test_estimated_waits_have_a_floor_and_are_spread() -> None:
+    """Short requests make no wait of milliseconds, and those refused together are not told the same."""
+    waits = [estimated_wait_us(5_000, 10, f"request {number}") for number in range(100)]
+    assert min(waits) >= LEAST_ESTIMATED_US
+    assert max(waits) <= LEAST_ESTIMATED_US * (1 + SPREAD_SHARE)
+    assert len({wait // 50_000 for wait in waits}) == 10
+    assert estimated_wait_us(60_000_000, 2, "") == 30_000_000
+    told = [dict(refusal(terms(), "pro", denied("k:k1:concurrency", None), 1, name).headers) for name in "ab"]
+    assert told[0][b"retry-after-ms"] != told[1][b"retry-after-ms"]
+    assert all(int(each[b"retry-after"]) >= 1 for each in told)

@@ -11,9 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit.gateway.formats.answers import answer_outcome
-from ratelimit.gateway.formats.events import EventFilter, Reader, read_messages_event, read_responses_event
+from ratelimit.gateway.formats.events import (
+    QUIET_S,
+    EventFilter,
+    Reader,
+    read_messages_event,
+    read_responses_event,
+)
 from ratelimit.gateway.formats.fields import Route
-from ratelimit.gateway.hold import Usage
+from ratelimit.gateway.hold import FASTEST_TOKENS_PER_S, Usage
 from ratelimit.gateway.sse import EventTooLargeError
 from tests.support.fake_formats import (
     compact,
@@ -33,7 +39,7 @@ TOKENS_PER_BYTE = 0.125
 def stream_of(route: str) -> EventFilter:
     """The filter of a route's stream."""
     read = read_messages_event if route == "messages" else read_responses_event
-    return EventFilter(read, HELD, TOKENS_PER_BYTE)
+    return EventFilter(read, HELD, TOKENS_PER_BYTE, clock=lambda: 0.0)
 
 
 def events_of(route: str, output: int = 5, ended: bool = False, cached: int = 0) -> list[bytes]:
@@ -109,7 +115,7 @@ def test_many_small_deltas_are_tokens_each() -> None:
 @pytest.mark.parametrize(("route", "read"), [("messages", read_messages_event), ("responses", read_responses_event)])
 def test_no_estimate_is_above_what_was_asked_for(route: str, read: Reader) -> None:
     """A client that leaves never owes more output than the maximum that its request set."""
-    stream = EventFilter(read, HELD, TOKENS_PER_BYTE, most_output=6)
+    stream = EventFilter(read, HELD, TOKENS_PER_BYTE, most_output=6, clock=lambda: 0.0)
     for event in events_of(route)[:-2]:
         stream.feed(event)
     assert stream.usage is not None
@@ -126,6 +132,62 @@ def test_a_response_that_is_left_owes_its_held_prompt_and_an_upper_estimate() ->
     for event in events[4:6]:
         stream.feed(event)
     assert stream.usage == Usage(HELD, 5)
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    now_s = 5.0
+
+    def __call__(self) -> float:
+        """Seconds."""
+        return self.now_s
+
+
+@pytest.mark.parametrize(
+    ("route", "read", "prompt"), [("messages", read_messages_event, 11), ("responses", read_responses_event, HELD)]
+)
+def test_text_that_is_held_back_is_not_for_nothing(route: str, read: Reader, prompt: int) -> None:
+    """A stream that tells nothing for long owes what it may have generated, at most the maximum."""
+    clock = Clock()
+    stream = EventFilter(read, HELD, TOKENS_PER_BYTE, most_output=5_000, clock=clock)
+    stream.feed(events_of(route)[0])
+    clock.now_s += 10
+    assert stream.usage == Usage(prompt, 10 * FASTEST_TOKENS_PER_S)
+    clock.now_s += 90
+    assert stream.usage == Usage(prompt, 5_000)
+
+
+@pytest.mark.parametrize("route", ["messages", "responses"])
+def test_a_stream_whose_text_flows_owes_what_came(route: str) -> None:
+    """However slow the engine is, and after a silence that text has ended, nothing is added to what was told."""
+    clock = Clock()
+    read = read_messages_event if route == "messages" else read_responses_event
+    stream = EventFilter(read, HELD, TOKENS_PER_BYTE, clock=clock)
+    still = stream_of(route)
+    for event in events_of(route, output=50)[:-3]:
+        stream.feed(event)
+        still.feed(event)
+        assert stream.usage == still.usage
+        clock.now_s += 0.1 * QUIET_S
+    assert still.usage is not None
+    assert still.usage.output_tokens > 100
+    clock.now_s += 20
+    assert stream.usage != still.usage
+    for each in (stream, still):
+        each.feed(events_of(route)[4])
+    assert stream.usage == still.usage
+
+
+@pytest.mark.parametrize("route", ["messages", "responses"])
+def test_a_silence_adds_nothing_to_usage_that_was_told(route: str) -> None:
+    """What the engine told at the end is what is owed, however late that is asked for."""
+    clock = Clock()
+    read = read_messages_event if route == "messages" else read_responses_event
+    stream = EventFilter(read, HELD, TOKENS_PER_BYTE, clock=clock)
+    stream.feed(b"".join(events_of(route)))
+    clock.now_s += 100
+    assert stream.usage == Usage(11, 5)
 
 
 @pytest.mark.parametrize(

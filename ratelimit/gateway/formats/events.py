@@ -8,7 +8,11 @@ Both formats name their events, tell the output's tokens only at the end, and pa
   response's ``status``), ``response.incomplete`` or ``response.failed``.
 
 Until the usage is told, the output is estimated at the upper side: the deltas that came, or their text's bytes times
-the model's tokens per byte, whichever is more, and never more than was asked for. The last event is kept back until the
+the model's tokens per byte, whichever is more, and never more than was asked for. An engine may also generate what it
+does not tell yet: it holds back text that a stop string or a tool call may begin in. So where nothing of the answer has
+come for longer than ``QUIET_S``, what it may have generated since then is added, at the fastest. A stream that is left
+while its text flows owes what came, and one that is left before its text is told does not get it for nothing. Silence
+that text has ended counts no more: the text itself tells what was held back. The last event is kept back until the
 stream is flushed.
 """
 
@@ -17,18 +21,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from math import ceil
+from time import monotonic
 from typing import Any
 
 import msgspec
 
 from ratelimit.gateway.formats.answers import STOPPED_BY_ITSELF
 from ratelimit.gateway.formats.usage import MessagesUsage, ResponsesUsage
-from ratelimit.gateway.hold import Usage
+from ratelimit.gateway.hold import MOST_TOKENS, Usage, generated_at_most
 from ratelimit.gateway.sse import EventTooLargeError, data_of
 
 _ANY_EVENT_END = re.compile(rb"\n\n|\r\n\r\n")
 _EVENT = b"event:"
 _MAX_EVENT_BYTES = 16 * 1024 * 1024
+#: Longer than an engine that tells its text as it comes takes for a step, also where it is full.
+QUIET_S = 1.0
 
 
 class Seen(msgspec.Struct):
@@ -60,18 +67,35 @@ Reader = Callable[[Seen, bytes, bytes], None]
 class EventFilter:
     """The state of one stream; ``held_prompt_tokens`` count until the engine tells the prompt's length.
 
-    ``most_output`` is the maximum that the request set, ``None`` where it set none.
+    ``most_output`` is the most that the request may have generated, ``None`` where that is not known. ``clock`` tells
+    seconds; the stream begins when it is made, with the first bytes of the answer.
     """
 
-    __slots__ = ("_held_prompt_tokens", "_kept", "_most_output", "_read", "_seen", "_tokens_per_byte")
+    __slots__ = (
+        "_clock",
+        "_held_prompt_tokens",
+        "_kept",
+        "_most_output",
+        "_read",
+        "_seen",
+        "_spoke_s",
+        "_tokens_per_byte",
+    )
 
     def __init__(
-        self, read: Reader, held_prompt_tokens: int, tokens_per_byte: float, most_output: int | None = None
+        self,
+        read: Reader,
+        held_prompt_tokens: int,
+        tokens_per_byte: float,
+        most_output: int | None = None,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self._read = read
         self._most_output = most_output
         self._held_prompt_tokens = held_prompt_tokens
         self._tokens_per_byte = tokens_per_byte
+        self._clock = clock
+        self._spoke_s = clock()  # when the latest of the answer came
         self._seen = Seen()
         self._kept = b""  # an event that has not ended, or the last
 
@@ -96,14 +120,20 @@ class EventFilter:
         seen = self._seen
         if seen.final is not None:
             return seen.final
-        if seen.prompt is None and not seen.deltas:
+        untold = self._untold()
+        if seen.prompt is None and not seen.deltas and not untold:
             return None
-        output = max(seen.deltas, ceil(seen.text_bytes * self._tokens_per_byte))
+        output = max(seen.deltas, ceil(seen.text_bytes * self._tokens_per_byte)) + untold
         if self._most_output is not None:
             output = min(output, self._most_output)
         if seen.prompt is None:
             return Usage(self._held_prompt_tokens, output)
         return Usage(seen.prompt.prompt_tokens, max(output, seen.prompt.output_tokens), seen.prompt.cached_tokens)
+
+    def _untold(self) -> int:
+        """Tokens that may have been generated since the latest of the answer came."""
+        quiet_s = self._clock() - self._spoke_s
+        return generated_at_most(quiet_s, 1, MOST_TOKENS) if quiet_s > QUIET_S else 0
 
     def feed(self, data: bytes) -> bytes:
         """The bytes to pass on for the bytes that came: whole events, without the last.
@@ -131,8 +161,11 @@ class EventFilter:
     def _event(self, event: bytes) -> None:
         told = data_of(event)
         if told:
+            deltas = self._seen.deltas
             name = next((line[len(_EVENT) :].strip() for line in event.splitlines() if line.startswith(_EVENT)), b"")
             self._read(self._seen, name, told)
+            if self._seen.deltas != deltas:
+                self._spoke_s = self._clock()
 
 
 class _Delta(msgspec.Struct):

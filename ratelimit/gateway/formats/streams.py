@@ -38,12 +38,15 @@ class AnswerStream(Protocol):
         """What is still held when the stream ends."""
 
 
-def answer_stream(request: ParsedRequest, held_prompt_tokens: int, tokens_per_byte: float) -> AnswerStream:
-    """The filter for a request's stream."""
+def answer_stream(
+    request: ParsedRequest, held_prompt_tokens: int, tokens_per_byte: float, most_output: int | None = None
+) -> AnswerStream:
+    """The filter for a request's stream; ``most_output`` bounds what a stream that is cut may be taken to have had."""
+    most = request.max_output if most_output is None else most_output
     if request.route == "messages":
-        return EventFilter(read_messages_event, held_prompt_tokens, tokens_per_byte, request.max_output)
+        return EventFilter(read_messages_event, held_prompt_tokens, tokens_per_byte, most)
     if request.route == "responses":
-        return EventFilter(read_responses_event, held_prompt_tokens, tokens_per_byte, request.max_output)
+        return EventFilter(read_responses_event, held_prompt_tokens, tokens_per_byte, most)
     return StreamFilter(request.shown_usage, request.choices, request.prompts, held_prompt_tokens)
 
 
