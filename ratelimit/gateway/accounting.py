@@ -46,7 +46,7 @@ from ratelimit.gateway.hold import (
 from ratelimit.gateway.ledger import FIRST_SETTLE_PAUSE_S, RENEWED_AFTER, Ledger, Limiter
 from ratelimit.gateway.records import entry_of
 from ratelimit.gateway.terms import Terms
-from ratelimit.gateway.wire import TOKENS_PER_MESSAGE, ParsedRequest
+from ratelimit.gateway.wire import ParsedRequest
 from ratelimit.keys import KeyRecord
 from ratelimit.meter import Admitted, Charge, Denied
 from ratelimit.store import StoreUnavailableError
@@ -94,7 +94,7 @@ class Account:
         self._prompts = request.prompts
         self._request = request  # its body's members are let go when it is sent
         self._prompt_bytes = 0 if request.prompt_tokens is not None else request.prompt_bytes
-        self._template_tokens = TOKENS_PER_MESSAGE * request.messages
+        self._template_tokens = request.template_tokens
         self._client = client
         self._entry = entry_of(request_id, record, terms, request)
         self.held = held
