@@ -4,7 +4,8 @@ A request moves on to another replica as long as its client has seen nothing:
 
 - a replica that cannot be reached, or answers 503 (its own queue is full), was not asked to do anything, so every other
   one is tried;
-- a replica that broke off may have been brought down by this very request, so only one other is tried after it.
+- a replica that broke off may have been brought down by this very request, so only one other is tried after it;
+- so it is with one that answers what no engine says: a page, nothing at all, or another address.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from serving.routing import choose
 #: Replicas that one request may break off on.
 MAX_BROKEN = 2
 _RETRY_US = 1_000_000
+_SERVED, _LEAST_ERROR = 200, 400
+_EVENT_STREAM = b"text/event-stream"
+#: An answer in JSON may begin with this much that is blank.
+_BLANKS_ALLOWED = 64
 
 
 class BrokeOffError(Exception):
@@ -119,21 +124,27 @@ class Forwarder:
             answer = call.answer = await self._upstream.open(url, body, headers)
             self._check_accepted(answer)
             call.first = await answer.read_all()
+            if answer.status == _SERVED and not call.first[:_BLANKS_ALLOWED].lstrip().startswith(b"{"):
+                raise UpstreamError("nonsense", reached=True)
             return
         try:
             async with asyncio.timeout(self._first_byte_timeout_s):
                 answer = call.answer = await self._upstream.open(url, body, headers)
                 self._check_accepted(answer)
-                call.first = await (answer.read_some() if answer.status == 200 else answer.read_all())
+                if answer.status == _SERVED and not answer.content_type.startswith(_EVENT_STREAM):
+                    raise UpstreamError("nonsense", reached=True)
+                call.first = await (answer.read_some() if answer.status == _SERVED else answer.read_all())
         except TimeoutError as error:
             raise UpstreamError("first byte timeout", reached=True) from error
-        if answer.status == 200 and not call.first:
+        if answer.status == _SERVED and not call.first:
             raise UpstreamError("empty", reached=True)
 
     @staticmethod
     def _check_accepted(answer: UpstreamAnswer) -> None:
         if answer.status == 503:
             raise UpstreamError("busy", reached=False)
+        if answer.status != _SERVED and answer.status < _LEAST_ERROR:
+            raise UpstreamError("nonsense", reached=True)
 
 
 def no_replica(tried: int) -> Rejection:
