@@ -220,7 +220,7 @@ class ResponsesBody(Body):
 class MessagesBody(Body):
     """``/v1/messages``."""
 
-    maxima = ("max_tokens",)
+    maxima: ClassVar[tuple[str, ...]] = ("max_tokens",)
     beside = ("system", "tools", "tool_choice", "thinking", "output_config", "chat_template_kwargs")
 
     max_tokens: int | None = None
