@@ -34,11 +34,11 @@ check: lint
 test: check
 	$(BIN)/pytest -m "e2e or slow"
 
-# About ten minutes on an idle machine; redis-benchmark from PATH, LiteLLM in an environment of its own.
 # Breaks each rule of the limiter once, in a copy of the tree, and shows which test fails.
 mutants: $(INSTALLED)
 	$(BIN)/python -m tests.mutants
 
+# About ten minutes on an idle machine; redis-benchmark from PATH, LiteLLM in an environment of its own.
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.bench.gateway --json reports/bench/gateway.json
 	$(BIN)/python -m tests.bench.limiter --json reports/bench/limiter.json

@@ -35,14 +35,14 @@ WINDOW = Charge("o:x:t.5h", 0, 40, 0, window_s=10)
 COSTS = st.integers(0, 30)
 
 
-def test_obligations_01_to_04_06_07_10_12_13_over_any_history(redis_url: str) -> None:
-    """Whatever callers, clocks, limits, crashes and losses do, Redis keeps to the books."""
+def test_obligations_01_to_04_06_07_10_12_13_over_any_history(server_url: str) -> None:
+    """Whatever callers, clocks, limits, crashes and losses do, Redis and Valkey keep to the books."""
 
     class StoreHistories(Histories):
         def player(self) -> StorePlayer:
-            return StorePlayer(redis_url)
+            return StorePlayer(server_url)
 
-    run_state_machine_as_test(StoreHistories, settings=settings(FEW, max_examples=40, stateful_step_count=30))
+    run_state_machine_as_test(StoreHistories, settings=settings(FEW, max_examples=30, stateful_step_count=30))
 
 
 @FEW

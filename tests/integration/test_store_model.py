@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 from redis.asyncio import Redis
 
 from ratelimit.cell import TOMBSTONE_US, Cell
-from ratelimit.meter import EXACT, MINUTE_US, POOL_SCOPE, SPREAD_US, Admitted, Bucket, Charge, Role, reset_us
+from ratelimit.meter import EXACT, MINUTE_US, POOL_SCOPE, SPREAD_US, Admitted, Bucket, Charge, Denied, Role, reset_us
 from tests.support.clocked_store import ClockedStore
 
 T = TypeVar("T")
@@ -75,7 +84,7 @@ STEPS_US = st.one_of(
 
 
 class StoreModel(RuleBasedStateMachine):
-    """Any calls in any order, at a clock that also steps back."""
+    """Redis and the model beside each other: the same calls, and after each the same answer and the same state."""
 
     redis_url: str
 
@@ -98,47 +107,34 @@ class StoreModel(RuleBasedStateMachine):
     def now_us(self) -> int:
         return self.store.now_us
 
-    @rule(step_us=STEPS_US)
-    def the_clock_steps(self, step_us: int) -> None:
+    def step(self, step_us: int) -> None:
+        """The clock that both go by."""
         self.store.now_us += step_us
         self.latest_us = max(self.latest_us, self.now_us)
 
-    @rule(request_id=REQUEST_IDS, charges=CHARGES, epoch=EPOCHS, lease_ms=LEASES_MS, memo=st.sampled_from([b"", b"m"]))
-    def admit(self, request_id: str, charges: list[Charge], epoch: int, lease_ms: int, memo: bytes) -> None:
+    def admitted(
+        self, request_id: str, charges: list[Charge], epoch: int, lease_ms: int, memo: bytes = b""
+    ) -> Admitted | Denied:
+        """The answer of both."""
         answer = self.wait(self.store.admit(request_id, charges, epoch, lease_ms, memo))
         expected = self.cell.admit(request_id, charges, epoch, lease_ms, self.now_us, memo)
         assert answer == expected
         assert type(answer) is type(expected)
+        return answer
 
-    @rule(request_id=REQUEST_IDS, usage=CHARGES, lease_ms=LEASES_MS)
-    def extend(self, request_id: str, usage: list[Charge], lease_ms: int) -> None:
+    def extended(self, request_id: str, usage: list[Charge], lease_ms: int) -> None:
+        """Of both."""
         answer = self.wait(self.store.extend(request_id, usage, lease_ms))
         assert answer is self.cell.extend(request_id, usage, lease_ms, self.now_us)
 
-    @rule(request_id=REQUEST_IDS, usage=CHARGES, record=st.sampled_from([b"", b"record"]))
-    def settle(self, request_id: str, usage: list[Charge], record: bytes) -> None:
+    def settled(self, request_id: str, usage: list[Charge], record: bytes = b"") -> None:
+        """In both."""
         answer = self.wait(self.store.settle(request_id, usage, record))
         assert answer is self.cell.settle(request_id, usage, self.now_us, record)
 
-    @rule(most=st.integers(1, 10))
-    def reap(self, most: int) -> None:
+    def reaped(self, most: int) -> None:
+        """In both."""
         assert self.wait(self.store.reap(most)) == self.cell.reap(self.now_us, most)
-
-    @rule(charges=CHARGES, epoch=EPOCHS)
-    def configure(self, charges: list[Charge], epoch: int) -> None:
-        self.wait(self.store.configure(charges, epoch))
-        self.cell.configure(charges, epoch, self.now_us)
-
-    @rule(charges=CHARGES)
-    def peek(self, charges: list[Charge]) -> None:
-        assert self.wait(self.store.peek(charges)) == self.cell.peek(charges, self.now_us)
-
-    @rule(scope=st.sampled_from(["k:a", "o:b", POOL_SCOPE]))
-    def a_scope_is_lost(self, scope: str) -> None:
-        """It expired, or Redis lost it; the reservations that hold of it are still there."""
-        for name in [name for name in self.cell.buckets if name.startswith(scope + ":")]:
-            del self.cell.buckets[name]
-        self.wait(self.store.redis.delete(f"pn2:{{test}}:s:{scope}"))
 
     @invariant()
     def all_that_is_stored_is_equal(self) -> None:
@@ -162,13 +158,126 @@ class StoreModel(RuleBasedStateMachine):
         self.runner.close()
 
 
-def test_obligation_05_the_scripts_equal_the_model(redis_url: str) -> None:
-    """Random calls, retries, epochs, clock steps and lease ends leave Redis and the model the same to the bit."""
-    machine = type("StoreModelHere", (StoreModel,), {"redis_url": redis_url})
+class AnyCalls(StoreModel):
+    """Any calls under any limits in any order, at a clock that also steps back."""
+
+    @rule(step_us=STEPS_US)
+    def the_clock_steps(self, step_us: int) -> None:
+        self.step(step_us)
+
+    @rule(request_id=REQUEST_IDS, charges=CHARGES, epoch=EPOCHS, lease_ms=LEASES_MS, memo=st.sampled_from([b"", b"m"]))
+    def admit(self, request_id: str, charges: list[Charge], epoch: int, lease_ms: int, memo: bytes) -> None:
+        self.admitted(request_id, charges, epoch, lease_ms, memo)
+
+    @rule(request_id=REQUEST_IDS, usage=CHARGES, lease_ms=LEASES_MS)
+    def extend(self, request_id: str, usage: list[Charge], lease_ms: int) -> None:
+        self.extended(request_id, usage, lease_ms)
+
+    @rule(request_id=REQUEST_IDS, usage=CHARGES, record=st.sampled_from([b"", b"record"]))
+    def settle(self, request_id: str, usage: list[Charge], record: bytes) -> None:
+        self.settled(request_id, usage, record)
+
+    @rule(most=st.integers(1, 10))
+    def reap(self, most: int) -> None:
+        self.reaped(most)
+
+    @rule(charges=CHARGES, epoch=EPOCHS)
+    def configure(self, charges: list[Charge], epoch: int) -> None:
+        self.wait(self.store.configure(charges, epoch))
+        self.cell.configure(charges, epoch, self.now_us)
+
+    @rule(charges=CHARGES)
+    def peek(self, charges: list[Charge]) -> None:
+        assert self.wait(self.store.peek(charges)) == self.cell.peek(charges, self.now_us)
+
+    @rule(scope=st.sampled_from(["k:a", "o:b", POOL_SCOPE]))
+    def a_scope_is_lost(self, scope: str) -> None:
+        """It expired, or Redis lost it; the reservations that hold of it are still there."""
+        for name in [name for name in self.cell.buckets if name.startswith(scope + ":")]:
+            del self.cell.buckets[name]
+        self.wait(self.store.redis.delete(f"pn2:{{test}}:s:{scope}"))
+
+
+#: Limits under which a crowd is refused for seconds, and for longer than the spread.
+CROWDED = {
+    name: (
+        Charge(f"k:{name}:t", 0, 20, rate, role=Role.ASSURED),
+        Charge(f"k:{name}:concurrency", 1, 6, 0),
+        Charge(f"o:{name}:t", 0, 30, rate, 1000),
+        Charge(f"k:{name}:t.ceiling", 0, 40, rate + 7, role=Role.CEILING),
+        Charge("pool:work", 0, 60, 40 * rate, 1000, Role.POOL, borrow_up_to=900),
+    )
+    for name, rate in (("quick", 611), ("slow", 31))
+}
+CROWD_LEASE_MS = 60_000
+
+
+class Caller(NamedTuple):
+    """One of a crowd, and when it was told to come back; None where it was not."""
+
+    request_id: str
+    charges: list[Charge]
+    back_us: int | None
+
+
+class Crowd(StoreModel):
+    """Callers under fixed limits, who come back when they were told, report, leave early, and come back late."""
+
+    callers = Bundle("callers")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.came = 0
+        self.wait(self.store.settle("the pool is known", [CROWDED["slow"][-1].costing(1)]))
+        self.cell.settle("the pool is known", [CROWDED["slow"][-1].costing(1)], self.now_us)
+        self.step(MINUTE_US)
+
+    def asks(self, request_id: str, charges: list[Charge]) -> Caller:
+        """One admission."""
+        answer = self.admitted(request_id, charges, 1, CROWD_LEASE_MS)
+        waits = isinstance(answer, Denied) and answer.wait_us is not None
+        return Caller(request_id, charges, self.now_us + (answer.wait_us or 0) if waits else None)
+
+    @rule(
+        target=callers, name=st.sampled_from(list(CROWDED)), costs=st.lists(st.integers(0, 45), min_size=1, max_size=6)
+    )
+    def come(self, name: str, costs: list[int]) -> MultipleResults[Caller]:
+        """All at one instant."""
+        self.came += len(costs)
+        all_charges = [[c.costing(cost if c.rate else 1, 0) for c in CROWDED[name]] for cost in costs]
+        return multiple(*(self.asks(f"{self.came}-{i}", charges) for i, charges in enumerate(all_charges)))
+
+    @rule(target=callers, caller=consumes(callers), late_us=st.sampled_from([-1, 0, 0, 0, 500_000]))
+    def comes_back(self, caller: Caller, late_us: int) -> Caller:
+        """At the time that it was told, or a moment off it."""
+        if caller.back_us is not None:
+            self.step(max(0, caller.back_us + late_us - self.now_us))
+        return self.asks(caller.request_id, caller.charges)
+
+    @rule(caller=callers, used=st.integers(0, 45))
+    def ends(self, caller: Caller, used: int) -> None:
+        self.settled(caller.request_id, [c.costing(used if c.rate else 1) for c in caller.charges])
+
+    @rule(caller=callers, used=st.integers(0, 45), late=st.booleans())
+    def reports(self, caller: Caller, used: int, late: bool) -> None:
+        """In time, or after its lease."""
+        if late:
+            self.step(CROWD_LEASE_MS * 1_000)
+            self.reaped(10)
+        self.extended(caller.request_id, [c.costing(used) for c in caller.charges if c.rate], CROWD_LEASE_MS)
+
+    @rule(step_us=st.integers(-100_000, 2_000_000))
+    def time_passes(self, step_us: int) -> None:
+        self.step(step_us)
+
+
+@pytest.mark.parametrize(("model", "examples"), [(AnyCalls, 80), (Crowd, 80)], ids=["any-calls", "crowd"])
+def test_obligation_05_the_scripts_equal_the_model(redis_url: str, model: type[StoreModel], examples: int) -> None:
+    """Calls, retries, epochs, clock steps, crowds and lease ends leave Redis and the model the same to the bit."""
     run_state_machine_as_test(
-        machine,
+        type("Here", (model,), {"redis_url": redis_url}),
         settings=settings(
-            max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=examples, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 
 _SAME = "tests/integration/test_store_model.py::test_obligation_05_the_scripts_equal_the_model"
+_ANY_CALLS, _CROWD = _SAME + "[any-calls]", _SAME + "[crowd]"
 
 
-def _mutant(rule: str, script: str, old: str, new: str, test: str = _SAME) -> Mutant:
+def _mutant(rule: str, script: str, old: str, new: str, test: str = _ANY_CALLS) -> Mutant:
     return Mutant(rule, f"ratelimit/scripts/{script}.lua", old, new, test)
 
 
@@ -108,24 +109,28 @@ MUTANTS = (
         "admit",
         "next_in_line <= exact + SPREAD_US / kind and next_in_line or exact) * kind",
         "next_in_line <= exact + SPREAD_US / kind and exact or exact) * kind",
+        _CROWD,
     ),
     _mutant(
         "meter 6: a promise is of the promised one's own cost",
         "admit",
         "due + ticks_to_leak(bucket, min(charge[C_COST], capacity) * units(kind))",
         "due + ticks_to_leak(bucket, units(kind))",
+        _CROWD,
     ),
     _mutant(
         "meter 6: debt of an oversized one is waited for",
         "admit",
         "bucket[DUE] = floor(at_us / kind) + ticks_to_leak(bucket, debt)",
         "bucket[DUE] = floor(at_us / kind)",
+        _CROWD,
     ),
     _mutant(
         "meter 6: the line starts anew when all in it were admitted",
         "admit",
         "        bucket[DUE] = bucket[WAITING] > 0 and bucket[DUE] or 0\n",
         "",
+        _CROWD,
     ),
     _mutant(
         "meter 6: strangers stand in no line",
@@ -138,12 +143,14 @@ MUTANTS = (
         "lib",
         "if bucket[DUE] <= tick then",
         "if false then",
+        _CROWD,
     ),
     _mutant(
         "meter 6: the line is never longer than the spread",
         "admit",
         "exact < next_in_line and next_in_line <= exact + SPREAD_US / kind and",
         "exact < next_in_line and",
+        _CROWD,
     ),
     _mutant("meter 7: a lost pool starts full", "lib", "charge[C_ROLE] >= POOL and", "false and"),
     _mutant(
@@ -183,6 +190,7 @@ MUTANTS = (
         "extend",
         "if record.phase == REAPED then\n  shift_gauges(record, 1)\nend\n",
         "",
+        _CROWD,
     ),
     _mutant(
         "cell 3: what is forgotten is told",
