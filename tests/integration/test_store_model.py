@@ -235,8 +235,9 @@ class Crowd(StoreModel):
     def asks(self, request_id: str, charges: list[Charge]) -> Caller:
         """One admission."""
         answer = self.admitted(request_id, charges, 1, CROWD_LEASE_MS)
-        waits = isinstance(answer, Denied) and answer.wait_us is not None
-        return Caller(request_id, charges, self.now_us + (answer.wait_us or 0) if waits else None)
+        if isinstance(answer, Admitted) or answer.wait_us is None:
+            return Caller(request_id, charges, None)
+        return Caller(request_id, charges, self.now_us + answer.wait_us)
 
     @rule(
         target=callers, name=st.sampled_from(list(CROWDED)), costs=st.lists(st.integers(0, 45), min_size=1, max_size=6)
