@@ -19,15 +19,18 @@ from ratelimit.gateway.asgi import (
     Scope,
     Send,
     credential,
+    header,
     new_request_id,
     request_id_for,
     send_rejection,
 )
-from ratelimit.gateway.dialects import dialect_of, rendered
+from ratelimit.gateway.dialects import Dialect, dialect_of, id_headers, rendered
 from ratelimit.gateway.directory import Directory
 from ratelimit.gateway.errors import Rejection, reduced_capacity, unknown_route, wrong_method
 from ratelimit.gateway.limits_route import key_charges, limits_body, terms_asked
+from ratelimit.gateway.models_route import model_body, models_body
 from ratelimit.gateway.proxy import Proxy
+from ratelimit.gateway.readings import RecentReadings
 from ratelimit.gateway.wire import ROUTES
 from ratelimit.store import StoreUnavailableError
 
@@ -58,15 +61,25 @@ def _with_request_id(scope: Scope, send: Send) -> Send:
         if message["type"] == "http.response.start":
             headers = message["headers"]
             if all(name != b"x-request-id" for name, _ in headers):  # a refusal has its own
-                message["headers"] = [*headers, (b"x-request-id", request_id_for(scope, new_request_id()))]
+                ids = id_headers(_dialect(scope), request_id_for(scope, new_request_id()))
+                message["headers"] = [*headers, *ids]
         await send(message)
 
     return send_with_id
 
 
+def _dialect(scope: Scope) -> Dialect:
+    """The form that a caller reads: both APIs list models at one path, and only Anthropic's tells its version."""
+    path = scope["path"]
+    if (path == "/v1/models" or path.startswith("/v1/models/")) and header(scope, b"anthropic-version") is not None:
+        return "anthropic"
+    return dialect_of(path)
+
+
 def _other_routes(directory: Directory, limiter_for: Callable[[str], Limiter]) -> FastAPI:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     add_error_answers(app)
+    recent = RecentReadings()
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -75,15 +88,22 @@ def _other_routes(directory: Directory, limiter_for: Callable[[str], Limiter]) -
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         record = directory.authenticate(credential(request.scope))
-        served = [{"id": m, "object": "model", "created": 0, "owned_by": "penstock"} for m in directory.models(record)]
-        return {"object": "list", "data": served}
+        return models_body(directory.models(record), _dialect(request.scope))
+
+    @app.get("/v1/models/{model:path}")
+    async def model(request: Request, model: str) -> dict[str, Any]:
+        record = directory.authenticate(credential(request.scope))
+        served = directory.terms(record, model).pool.model
+        return model_body(served, _dialect(request.scope))
 
     @app.get("/v1/limits")
     async def limits(request: Request, model: str | None = None) -> dict[str, Any]:
         record = directory.authenticate(credential(request.scope))
         terms = terms_asked(directory, record, model)
+        charges = key_charges(record, terms)
+        limiter = limiter_for(terms.pool.model)
         try:
-            readings = await limiter_for(terms.pool.model).peek(key_charges(record, terms))
+            readings = await recent.of((terms.pool.model, charges), lambda: limiter.peek(charges))
         except StoreUnavailableError as error:
             raise reduced_capacity("The rate limiter cannot be reached.", _STORE_RETRY_US, "store") from error
         return limits_body(record, terms, readings)
@@ -109,7 +129,6 @@ def add_error_answers(app: FastAPI) -> None:
 def _as_response(request: Request, rejection: Exception) -> Response:
     if not isinstance(rejection, Rejection):
         raise rejection
-    path = request.scope["path"]
-    told = rendered(rejection, dialect_of(path), request_id_for(request.scope, new_request_id()))
+    told = rendered(rejection, _dialect(request.scope), request_id_for(request.scope, new_request_id()))
     headers = {name.decode(): value.decode() for name, value in told.headers}
     return Response(told.body, told.status, headers, "application/json")
