@@ -165,10 +165,8 @@ async def test_a_crowd_that_borrows_is_not_felt_by_who_is_assured(crowded: Stack
     eventually(lambda: at_rest(crowded, key), 60, "the engine's rest")
     idle = pool["usable_output_tokens_per_s"] - ASSURED_RPS * ASSURED_OUTPUT
     lent = settled_output(crowded, "free") / SECONDS
-    print(
         f"offered {offered / pool['usable_output_tokens_per_s']:.0f} times, lent {lent:.0f} of {idle:.0f}, {statuses}"
     )
-    print(f"first tokens after {waits_s[len(waits_s) // 2]:.3f} s, p95 {waits_s[int(0.95 * len(waits_s))]:.3f} s")
     assert lent >= LENT_SHARE * idle
 
 

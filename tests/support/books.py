@@ -68,11 +68,12 @@ async def end_leases(redis: Redis) -> int:
     """
     leases = f"{KEY_VERSION}:{{{MODEL}}}:leases"
     store = Store(redis, MODEL, timeout_s=5)
-    found: Any = await redis.zrange(leases, 0, -1)
-    while left := await redis.zrange(leases, 0, -1):
-        await redis.zadd(leases, dict.fromkeys(left, 1))
+    open_at_first = await open_reservations(redis)
+    while await open_reservations(redis):
+        found: Any = await redis.zrange(leases, 0, -1)
+        await redis.zadd(leases, dict.fromkeys(found, 1))
         await store.reap(1000)
-    return len(found)
+    return open_at_first
 
 
 async def pool_work_us(redis: Redis, published: Publication) -> int:
