@@ -165,8 +165,6 @@ async def test_a_crowd_that_borrows_is_not_felt_by_who_is_assured(crowded: Stack
     eventually(lambda: at_rest(crowded, key), 60, "the engine's rest")
     idle = pool["usable_output_tokens_per_s"] - ASSURED_RPS * ASSURED_OUTPUT
     lent = settled_output(crowded, "free") / SECONDS
-        f"offered {offered / pool['usable_output_tokens_per_s']:.0f} times, lent {lent:.0f} of {idle:.0f}, {statuses}"
-    )
     assert lent >= LENT_SHARE * idle
 
 
