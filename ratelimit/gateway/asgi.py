@@ -10,7 +10,7 @@ from secrets import token_hex
 from typing import Any
 
 from ratelimit.gateway.dialects import Dialect, rendered
-from ratelimit.gateway.errors import Rejection, body_too_large, body_too_slow
+from ratelimit.gateway.errors import Rejection, body_too_large, body_too_slow, too_many_bodies
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -63,22 +63,65 @@ def new_request_id() -> str:
     return token_hex(16)
 
 
-async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> bytes:
-    """The whole body. Raises ``Rejection`` (413 or 408) or ``ClientLeftError``.
+class BodyRoom:
+    """Room for the bytes of the request bodies that one process holds at a time."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._held_bytes = 0
+
+    def has(self, size: int) -> bool:
+        """Whether so many bytes more may come."""
+        return self._held_bytes + size <= self._max_bytes
+
+    def change(self, size: int) -> None:
+        """So many bytes have come; fewer than none have gone."""
+        self._held_bytes += size
+
+
+class HeldBody:
+    """What one request takes of the room, from the first byte that came to ``release``."""
+
+    def __init__(self, room: BodyRoom) -> None:
+        self._room = room
+        self._size = 0
+
+    def expect(self, size: int) -> None:
+        """Raise ``Rejection`` (503) where there is no room for so many bytes more."""
+        if not self._room.has(size):
+            raise too_many_bodies()
+
+    def grow(self, size: int) -> None:
+        """Take so many bytes; raises as ``expect`` does."""
+        self.expect(size)
+        self._size += size
+        self._room.change(size)
+
+    def release(self) -> None:
+        """The body is not kept any longer."""
+        self._room.change(-self._size)
+        self._size = 0
+
+
+async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float, held: HeldBody) -> bytes:
+    """The whole body. Raises ``Rejection`` (413, 408, or 503 without room) or ``ClientLeftError``.
 
     A body that declares its length is refused before any of it is read; any other as soon as it passes the bound.
+    Only what has come takes room, so that a slow body holds nothing that it has not sent.
     """
     declared = header(scope, b"content-length")
-    if declared is not None and declared.isdigit() and int(declared) > max_bytes:
-        raise body_too_large(max_bytes)
+    if declared is not None and declared.isdigit():
+        if int(declared) > max_bytes:
+            raise body_too_large(max_bytes)
+        held.expect(int(declared))
     try:
         async with asyncio.timeout(timeout_s):
-            return await _read_parts(receive, max_bytes)
+            return await _read_parts(receive, max_bytes, held)
     except TimeoutError as error:
         raise body_too_slow(timeout_s) from error
 
 
-async def _read_parts(receive: Receive, max_bytes: int) -> bytes:
+async def _read_parts(receive: Receive, max_bytes: int, held: HeldBody) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
@@ -89,6 +132,7 @@ async def _read_parts(receive: Receive, max_bytes: int) -> bytes:
         size += len(part)
         if size > max_bytes:
             raise body_too_large(max_bytes)
+        held.grow(len(part))
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -17,8 +17,10 @@ from ratelimit.gateway.accounting import Account, Ledger, Limiter
 from ratelimit.gateway.admission import Durations, answer_headers, refusal
 from ratelimit.gateway.asgi import (
     LAST_SEND_S,
+    BodyRoom,
     ClientLeftError,
     ClientWatch,
+    HeldBody,
     Receive,
     Scope,
     Send,
@@ -46,7 +48,7 @@ from ratelimit.gateway.formats.answers import answer_outcome
 from ratelimit.gateway.formats.streams import AnswerStream, answer_stream, stream_error
 from ratelimit.gateway.forward import BrokeOffError, Call, Forwarder, no_replica
 from ratelimit.gateway.headers import anthropic_limit_headers, rfc3339
-from ratelimit.gateway.hold import Usage
+from ratelimit.gateway.hold import Usage, most_output
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.settings import GatewaySettings
 from ratelimit.gateway.terms import Terms
@@ -63,11 +65,11 @@ _CLIENT_LEFT_STATUS = 499
 _STORE_RETRY_US = 1_000_000
 #: Chunks between two looks at a stream's usage, for output beyond what was held.
 _CHUNKS_PER_LOOK = 128
+#: Room for this many bodies of the greatest size at a time.
+_LARGEST_BODIES = 64
 _UNKNOWN = ""
 #: Added to the priority of what is borrowed: it goes behind all that is assured.
 _BEHIND_ASSURED = 1_000
-#: Counting a prompt's tokens generates none.
-_NO_TOKENS = Usage(0, 0)
 #: The ends of the names of buckets that are long windows.
 _WINDOWS = (".5h", ".week")
 
@@ -81,6 +83,7 @@ class _Exchange(msgspec.Struct):
     reservation_id: str
     request_id: bytes
     dialect: Dialect
+    body: HeldBody
     model: str = _UNKNOWN
     tier: str = _UNKNOWN
     status: int = 500
@@ -106,12 +109,14 @@ class Proxy:
         self._ledger = ledger
         self._metrics = metrics
         self._durations = Durations()
+        self._bodies = BodyRoom(_LARGEST_BODIES * settings.max_body_bytes)
 
     async def serve(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         reservation_id = new_request_id()
         request_id = request_id_for(scope, reservation_id)
-        exchange = _Exchange(route, scope, send, reservation_id, request_id, dialect_of(PATHS[route]))
+        held = HeldBody(self._bodies)
+        exchange = _Exchange(route, scope, send, reservation_id, request_id, dialect_of(PATHS[route]), held)
         self._metrics.open_requests.inc()
         try:
             await self._serve(exchange, receive)
@@ -130,6 +135,7 @@ class Proxy:
                 raise
             await send_rejection(receive, send, internal_error(), exchange.dialect, request_id)
         finally:
+            held.release()
             self._metrics.open_requests.dec()
             self._metrics.finished(route, exchange.model, exchange.tier, exchange.status)
 
@@ -137,13 +143,13 @@ class Proxy:
         settings = self._settings
         record = self._directory.authenticate(credential(exchange.scope))
         exchange.tier = record.tier
-        body = await read_body(exchange.scope, receive, settings.max_body_bytes, settings.body_timeout_s)
+        body = await read_body(exchange.scope, receive, settings.max_body_bytes, settings.body_timeout_s, exchange.body)
         received = perf_counter()
         request = parse_request(exchange.route, body)
         del body  # here and below: a large request is not kept while its answer comes
         terms = self._directory.terms(record, request.model)
         exchange.model = terms.pool.model
-        held = _NO_TOKENS if exchange.route == "count_tokens" else self._ledger.held(record, terms, request)
+        held = self._ledger.held(record, terms, request)
         if not terms.groups:
             raise reduced_capacity("No replica serves this model at the moment.", _STORE_RETRY_US, "replicas")
         limiter, client = self._limiter_for(terms.pool.model), exchange.scope.get("client")
@@ -155,8 +161,8 @@ class Proxy:
                 await self._answer(exchange, account, record, terms, request, admitted, watch)
             finally:
                 account.settle_unserved()  # does nothing where a more exact settlement came before
-        if exchange.status == _SERVED:
-            self._durations.note(terms.pool.model, perf_counter() - received)
+        if exchange.status == _SERVED and exchange.route != "count_tokens":
+            self._durations.note((record.id, terms.pool.model), perf_counter() - received)
 
     async def _admit(self, exchange: _Exchange, account: Account, record: KeyRecord, terms: Terms) -> Headers:
         """The rate-limit headers of the answer; raises ``Rejection`` where the request is refused."""
@@ -170,7 +176,8 @@ class Proxy:
         if answer is not None and exchange.dialect == "anthropic":
             told = anthropic_limit_headers(rooms(terms, answer), now_s)
         if isinstance(answer, Denied):
-            refused = refusal(terms, record.tier, answer, self._durations.mean_us(terms.pool.model))
+            mean_us = self._durations.mean_us((record.id, terms.pool.model))
+            refused = refusal(terms, record.tier, answer, mean_us, exchange.reservation_id)
             refused.headers = (*refused.headers, *told)
             if answer.wait_us is not None and answer.bucket.endswith(_WINDOWS):
                 refused = with_reset_at(refused, rfc3339(now_s, answer.wait_us))
@@ -192,7 +199,9 @@ class Proxy:
         try:
             exchange.status = call.answer.status
             if request.stream and call.answer.status == _SERVED:
-                stream = answer_stream(request, account.held.prompt_tokens, terms.pool.tokens_per_byte)
+                prompt_tokens = account.held.prompt_tokens
+                most = most_output(request, terms.pool, prompt_tokens)
+                stream = answer_stream(request, prompt_tokens, terms.pool.tokens_per_byte, most)
                 told = id_headers(exchange.dialect, exchange.request_id)
                 headers = ((b"content-type", call.answer.content_type), *told, *limits)
                 await self._relay(exchange, account, call, stream, headers, watch, deadline)
@@ -231,6 +240,8 @@ class Proxy:
         except AnswerTooLargeError as error:
             account.settle_as_held()
             raise answer_too_large(error.max_bytes) from error
+        finally:
+            exchange.body.release()
 
     @staticmethod
     def _settle_whole(route: Route, account: Account, call: Call) -> None:
