@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import anthropic
@@ -70,7 +71,7 @@ async def test_one_call_in_a_moment_reads_the_limits(bench: Bench) -> None:
     """Asking for limits as fast as possible asks the store at most once in the time a reading is fresh."""
     async with bench.http() as http:
         before = (await bench.redis.info("commandstats")).get("cmdstat_evalsha", {}).get("calls", 0)
-        for _ in range(20):
-            assert (await http.get("/v1/limits")).status_code == 200
+        answers = await asyncio.gather(*(http.get("/v1/limits") for _ in range(50)))
+        assert {answer.status_code for answer in answers} == {200}
         after = (await bench.redis.info("commandstats")).get("cmdstat_evalsha", {}).get("calls", 0)
-    assert after - before < 20
+    assert after - before < 50
