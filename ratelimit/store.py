@@ -66,12 +66,12 @@ class Script(NamedTuple):
 
 
 _PARTS: Final = {
-    "admit": ("lib", "reap()", "admit"),
-    "extend": ("lib", "reservations", "extend"),
-    "settle": ("lib", "reservations", "settle"),
-    "reap": ("lib", "reap()", "reap"),
-    "configure": ("lib", "configure"),
-    "peek": ("lib", "peek"),
+    "admit": ("clock", "reap()", "admit"),
+    "extend": ("clock", "rules", "reservations", "extend"),
+    "settle": ("clock", "rules", "reservations", "settle"),
+    "reap": ("clock", "reap()", "reap"),
+    "configure": ("clock", "rules", "configure"),
+    "peek": ("clock", "rules", "peek"),
 }
 
 
@@ -105,7 +105,7 @@ _WORD: Final = re.compile(r"\b[A-Z][A-Z_]+\b")
 def _part(name: str) -> str:
     """The text of one file, or for ``reap()`` of the function, within which what it needs is not made until called."""
     if name == "reap()":
-        return f"local function reap(due)\n{_part('reservations')}{_part('reaping')}end\n"
+        return f"local function reap(due)\n{_part('rules')}{_part('reservations')}{_part('reaping')}end\n"
     return (files("ratelimit") / "scripts" / f"{name}.lua").read_text("utf-8")
 
 
