@@ -139,7 +139,7 @@ class Charge(_ChargeFields):
 def _check_bucket(bucket: str, capacity: int, rate: int, tick_us: int, window_s: int) -> None:
     scope, _, name = bucket.rpartition(":")
     if not scope or not name or name.startswith(".") or "\n" in bucket:
-        raise ValueError(f"a bucket is named <scope>:<meter>, in one line, the meter without a dot first, not {bucket!r}")
+        raise ValueError(f"a bucket is named <scope>:<meter>, in one line, no dot before the meter, not {bucket!r}")
     if tick_us not in (1, 1000):
         raise ValueError(f"bucket {bucket}: a tick is 1 or 1000 µs, not {tick_us!r}")
     if type(window_s) is not int or not 0 <= window_s <= LONGEST_WINDOW_S or (rate and window_s):

@@ -34,8 +34,8 @@ MOST_REAPED: Final = 1000
 
 #: Usage records that the stream keeps while nobody takes them: the oldest are dropped beyond (approximately) this.
 MOST_USAGE_RECORDS: Final = 1_000_000
-#: An open reservation that nobody reaps is dropped this long after its lease: 40 days, longer than any scope is kept for
-#: a window, so that what is in flight is given back as long as it is counted.
+#: An open reservation that nobody reaps is dropped this long after its lease: 40 days, longer than any scope is kept
+#: for a window, so that what is in flight is given back as long as it is counted.
 KEPT_UNREAPED_MS: Final = 40 * 86_400_000
 
 _OF_METER: Final = (

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
-from ratelimit.cell import TOMBSTONE_US
+from ratelimit.cell import REAPED_KEPT_US
 from ratelimit.meter import Charge
 from ratelimit.usage import LedgerLine
 from ratelimit.usagedrain import UsageDrain
@@ -57,7 +57,7 @@ async def test_what_a_dead_gateway_left_is_recorded_as_expired(
     store.now_us += LEASE_MS * 1000 + 1
     await store.reap()
     assert await ledger(redis_client, tmp_path) == []
-    store.now_us += TOMBSTONE_US + 1
+    store.now_us += REAPED_KEPT_US + 1
     await store.reap()
 
     (line,) = await ledger(redis_client, tmp_path)
@@ -72,7 +72,7 @@ async def test_a_late_settlement_takes_the_place_of_the_expiry(
     store.now_us += LEASE_MS * 1000 + 1
     await store.reap()
     await store.settle("r", [TOKENS.costing(7)], USED)
-    store.now_us += 2 * TOMBSTONE_US
+    store.now_us += 2 * REAPED_KEPT_US
     await store.reap()
 
     assert [(line.output_tokens, line.outcome) for line in await ledger(redis_client, tmp_path)] == [(7, "ended")]

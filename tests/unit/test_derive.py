@@ -341,7 +341,9 @@ def test_limits_stay_within_what_the_meter_counts() -> None:
     assert limits(publication)["concurrency"].explanation.endswith(
         "\ncut to 9,007,199,254,740,991 in flight: more cannot be counted exactly"
     )
-    assert publication.pools[0].explanation.endswith("(the p99 request within 1 of it), cut to what can be counted exactly")
+    assert publication.pools[0].explanation.endswith(
+        "(the p99 request within 1 of it), cut to what can be counted exactly"
+    )
 
 
 def test_best_effort_tier_is_limited_by_its_ceiling() -> None:

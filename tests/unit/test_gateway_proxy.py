@@ -106,6 +106,7 @@ class Wired:
 
     def __init__(self, replica: Replica, request_timeout_s: float = 20.0) -> None:
         self.secret, record = make_key()
+        self.record = record
         self.replica = replica
         self.limiter = AwayLimiter()
         self.metrics = GatewayMetrics()
@@ -229,10 +230,10 @@ async def test_only_served_requests_tell_how_long_one_takes() -> None:
     """What the engine refuses at once says nothing about the wait for a place in flight."""
     refused = Wired(Replica([b"{}"], status=400))
     assert (await refused.serve(chat())).got[0]["status"] == 400
-    assert refused.proxy._durations.mean_us(MODEL) == 1_000_000
+    assert refused.proxy._durations.mean_us((refused.record.id, MODEL)) == 1_000_000
     served = Wired(Replica([whole_answer(chat(), chat=True)]))
     assert (await served.serve(chat())).got[0]["status"] == 200
-    assert served.proxy._durations.mean_us(MODEL) < 1_000_000
+    assert served.proxy._durations.mean_us((served.record.id, MODEL)) < 1_000_000
 
 
 class Breaking(Replica):
