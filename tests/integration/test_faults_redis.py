@@ -29,6 +29,9 @@ from tests.support.slow_replica import SlowReplica
 from tests.support.stack import metric
 from tests.support.waiting import eventually, eventually_async
 
+#: Whole gateways under load, by the second.
+pytestmark = pytest.mark.slow
+
 CALLERS, OUTPUT, TOKEN_S = 24, 8, 0.01
 #: Output tokens of the key, a minute and at once: about what the callers want, or far less.
 ENOUGH, TIGHT = (60_000, 2_000), (12_000, 200)
@@ -183,7 +186,7 @@ async def scene(pair: Pair, request: pytest.FixtureRequest) -> AsyncIterator[Sce
 
 
 @pytest.mark.parametrize("scene", [TIGHT], indirect=True)
-@pytest.mark.parametrize("stopped_s", [2.5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stopped_s", [2.5, 20])
 async def test_redis_stopped_under_load(scene: Scene, stopped_s: float) -> None:
     """Nobody gets an answer that a client could not live with; what is admitted meanwhile is within the bound that the
     metric tells; both gateways are back within 2 s, and all that was served is charged.
@@ -219,7 +222,6 @@ async def test_redis_stopped_under_load(scene: Scene, stopped_s: float) -> None:
     await scene.agree()
 
 
-@pytest.mark.slow
 async def test_redis_that_stutters(scene: Scene) -> None:
     """Pauses shorter and longer than a gateway's patience, one after the other: nothing is lost and nothing doubled."""
     async with scene.load() as load:

@@ -20,6 +20,9 @@ from tests.support.gateway import MODEL, GatewayProcess, gateway_settings
 from tests.support.slow_replica import SlowReplica
 from tests.support.waiting import eventually_async
 
+#: Whole gateways under load, by the second.
+pytestmark = pytest.mark.slow
+
 PROMPT_TOKENS = 11
 #: A stream lives for about two seconds, if nobody leaves it.
 OUTPUT, TOKEN_S = 20, 0.1
@@ -63,7 +66,7 @@ async def none_running(replica: SlowReplica) -> None:
     await eventually_async(none, 10, "the end of the replica's work")
 
 
-@pytest.mark.parametrize("streams", [200, pytest.param(1_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("streams", [200, 1_000])
 async def test_streams_left_at_random_moments(bench: Bench, replica: SlowReplica, streams: int) -> None:
     """Whenever a client leaves, before the first byte or in the middle of any chunk, its work is aborted and its place
     given back; it owes the prompt and what was emitted, in one record; and in the end nothing is held by anybody.

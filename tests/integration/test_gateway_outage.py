@@ -23,6 +23,9 @@ from tests.support.fake_upstream import FakeUpstream
 from tests.support.gateway import MODEL, GatewayProcess, gateway_settings, make_key
 from tests.support.stack import metric
 
+#: Whole gateways under load, by the second.
+pytestmark = pytest.mark.slow
+
 PATH = "/v1/chat/completions"
 PROMPT_TOKENS = 11
 

@@ -17,6 +17,9 @@ from ratelimit.link.endpoint import NodeUrls
 from tests.support.servers import Cluster, Server, cluster, free_port
 from tests.support.waiting import eventually_async
 
+#: A cluster of its own, moved about.
+pytestmark = pytest.mark.slow
+
 CONNECT_S = 10.0
 LONG_S = 30.0
 CELL = "pn2:{moving}:"
