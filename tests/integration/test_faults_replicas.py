@@ -17,6 +17,9 @@ from tests.support.callers import ask
 from tests.support.fake_upstream import Failure, FakeUpstream
 from tests.support.gateway import MODEL, GatewayProcess, gateway_settings
 
+#: Every fault on every route, some of them by the second.
+pytestmark = pytest.mark.slow
+
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses")
 ROUTES = pytest.mark.parametrize("path", PATHS)
 OUTPUT, PROMPT_TOKENS = 8, 11

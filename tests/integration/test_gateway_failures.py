@@ -182,6 +182,7 @@ async def test_client_that_leaves_a_stream_pays_for_what_was_sent(bench: Bench) 
     assert bench.metric("penstock_requests_total", status="499") == 1
 
 
+@pytest.mark.slow
 async def test_client_that_stops_reading_holds_no_replica(redis_url: str, redis_client: Redis) -> None:
     """A stream that its client does not read is aborted and settled at the request timeout, and its place is free."""
     settings = msgspec.structs.replace(gateway_settings(redis_url), request_timeout_s=2)
