@@ -129,11 +129,9 @@ class Charge(_ChargeFields):
         """The same bucket and limits at another cost: what ``extend`` and ``settle`` are told."""
         left = cost if at_reap is None else at_reap
         _check_costs(self.bucket, cost, left, self.rate, self.tick_us)
-        return _ChargeFields.__new__(type(self), *self._replace_costs(cost, left))
-
-    def _replace_costs(self, cost: int, at_reap: int) -> tuple[str, int, int, int, int, Role, int, int, int]:
         bucket, _, capacity, rate, tick_us, role, window_s, _, borrow_up_to = self
-        return bucket, cost, capacity, rate, tick_us, role, window_s, at_reap, borrow_up_to
+        fields = (bucket, cost, capacity, rate, tick_us, role, window_s, left, borrow_up_to)
+        return _ChargeFields.__new__(type(self), *fields)
 
 
 def _check_bucket(bucket: str, capacity: int, rate: int, tick_us: int, window_s: int) -> None:

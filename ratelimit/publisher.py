@@ -18,10 +18,10 @@ from typing import NamedTuple
 import msgspec
 from redis.asyncio import Redis
 
-from ratelimit.gateway.charges import POOL_BUCKET
+from ratelimit.gateway.charges import work_charge
 from ratelimit.keys import KeyRecord
-from ratelimit.meter import Charge, Role
-from ratelimit.publication import POOL_TICK_US, Publication
+from ratelimit.meter import THOUSANDTHS, Role
+from ratelimit.publication import Publication
 from ratelimit.statefile import StateFile, StateFileError
 from ratelimit.store import Store, StoreUnavailableError
 
@@ -104,8 +104,7 @@ class Publisher:
         Where Redis does not answer, that request tells them.
         """
         for pool in publication.pools:
-            rate = max(1, pool.budget_per_minute)  # a rate of 0 would make it a gauge
-            bucket = Charge(POOL_BUCKET, 0, pool.budget_burst, rate, POOL_TICK_US, Role.POOL)
+            bucket = work_charge(pool, Role.POOL, THOUSANDTHS)
             try:
                 await Store(self._redis, pool.model, STORE_TIMEOUT_S).configure([bucket], publication.epoch)
             except StoreUnavailableError as error:

@@ -97,7 +97,7 @@ def _unused(key_id: str, terms: Terms) -> tuple[Charge, ...]:
     limits = [_limit_charge(limit, names[limit.per]) for limit in terms.limits]
     ceilings = [_ceiling_charge(limit, names[limit.per]) for limit in terms.limits if limit.ceiling_per_minute]
     role = Role.POOL if ceilings or not terms.assured else Role.COUNTED
-    return (*limits, *ceilings, _work_charge(terms.pool, role, terms.borrow_up_to))
+    return (*limits, *ceilings, work_charge(terms.pool, role, terms.borrow_up_to))
 
 
 def check_countable(publication: Publication) -> None:
@@ -109,7 +109,7 @@ def check_countable(publication: Publication) -> None:
         if limit.ceiling_per_minute:
             _ceiling_charge(limit, "any")
     for pool in publication.pools:
-        _work_charge(pool, Role.COUNTED, 0)
+        work_charge(pool, Role.COUNTED, 0)
     for tier in publication.tiers:
         Charge(POOL_BUCKET, 0, 1, 1, role=Role.POOL, borrow_up_to=tier.borrow_up_to)
 
@@ -131,7 +131,8 @@ def _ceiling_charge(limit: Limit, name: str) -> Charge:
     return Charge(bucket, 0, limit.ceiling_burst, limit.ceiling_per_minute, role=Role.CEILING)
 
 
-def _work_charge(pool: PublishedPool, role: Role, borrow_up_to: int) -> Charge:
+def work_charge(pool: PublishedPool, role: Role, borrow_up_to: int) -> Charge:
+    """The pool's charge at no cost."""
     rate = max(1, pool.budget_per_minute)  # a rate of 0 would make it a gauge
     return Charge(POOL_BUCKET, 0, pool.budget_burst, rate, POOL_TICK_US, role, borrow_up_to=borrow_up_to)
 

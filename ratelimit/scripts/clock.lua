@@ -1,10 +1,10 @@
 -- What every script begins with: the keys, the formats of what is stored, and the clock.
 --
--- store.py puts the constants of meter.py and cell.py above this text, and the parts that a script needs after it.
+-- store.py puts the constants of meter.py and cell.py in their places, and the parts that a script needs after this.
 --
--- KEYS     the cell's leases (sorted set by deadline) and usage (stream), the call's reservation (of no
---          request where the call is about none), then one key for each scope. Reaping reaches the scopes that a reservation names, which are
---          in the same slot.
+-- KEYS     the cell's leases (sorted set by deadline) and usage (stream), the call's reservation (of no request where
+--          the call is about none), then one key for each scope. Reaping reaches the scopes that a reservation names,
+--          which are in the same slot.
 -- ARGV     what the script takes, then, where it takes charges: for each scope how many of the charges are its, as
 --          doubles; the charges, scope by scope, as the doubles of CHARGE_FORMAT, each with its place in the call; and
 --          their meters' names.

@@ -1,4 +1,4 @@
--- Put limits in force in these buckets at once, where the epoch is newer than theirs. ARGV: epoch, charges -> 1
+-- Put limits in force in these buckets at once, unless theirs are of a newer epoch. ARGV: epoch, charges -> 1
 
 for _, given in ipairs(charges_from(2)) do
   local key, meter, charge = unpack(given)
