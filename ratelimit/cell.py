@@ -24,7 +24,9 @@ from typing import NamedTuple
 import msgspec
 
 from ratelimit.meter import (
+    EXACT,
     GAUGE,
+    LONGEST_WAIT_US,
     NO_EPOCH,
     Admitted,
     Bucket,
@@ -35,8 +37,6 @@ from ratelimit.meter import (
     adopt,
     ceil_div,
     charged,
-    check_charges,
-    check_terms,
     decide,
     fresh,
     leaked,
@@ -279,6 +279,21 @@ class Cell:
 def _readings(buckets: Sequence[Bucket], now_us: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Room left and time until unused, per bucket."""
     return tuple(map(remaining, buckets)), tuple(reset_us(bucket, now_us) for bucket in buckets)
+
+
+def check_charges(charges: Sequence[Charge]) -> None:
+    """Raises ValueError where a bucket is named twice: one decision needs one cost for each."""
+    names = [charge.bucket for charge in charges]
+    if len(set(names)) != len(names):
+        raise ValueError(f"each bucket may be named once in a call, not {names}")
+
+
+def check_terms(epoch: int, lease_ms: int) -> None:
+    """Raises ValueError for an epoch or a lease that could not be kept exactly."""
+    if type(epoch) is not int or not 0 <= epoch < EXACT:
+        raise ValueError(f"an epoch is an integer from 0 to {EXACT - 1}, not {epoch!r}")
+    if type(lease_ms) is not int or not 0 < lease_ms <= LONGEST_WAIT_US // 1000:
+        raise ValueError(f"a lease is an integer from 1 to {LONGEST_WAIT_US // 1000} ms, not {lease_ms!r}")
 
 
 class Deadlines:

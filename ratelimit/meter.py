@@ -389,18 +389,3 @@ def reset_us(bucket: Bucket, now_us: int) -> int:
 def ceil_div(a: int, b: int) -> int:
     """``a / b`` rounded up."""
     return -(-a // b)
-
-
-def check_charges(charges: Sequence[Charge]) -> None:
-    """Raises ValueError where a bucket is named twice: one decision needs one cost for each."""
-    names = [charge.bucket for charge in charges]
-    if len(set(names)) != len(names):
-        raise ValueError(f"each bucket may be named once in a call, not {names}")
-
-
-def check_terms(epoch: int, lease_ms: int) -> None:
-    """Raises ValueError for an epoch or a lease that could not be kept exactly."""
-    if type(epoch) is not int or not 0 <= epoch < EXACT:
-        raise ValueError(f"an epoch is an integer from 0 to {EXACT - 1}, not {epoch!r}")
-    if type(lease_ms) is not int or not 0 < lease_ms <= LONGEST_WAIT_US // 1000:
-        raise ValueError(f"a lease is an integer from 1 to {LONGEST_WAIT_US // 1000} ms, not {lease_ms!r}")

@@ -164,7 +164,7 @@ class Store:
 
         ``memo`` is kept with the reservation, and comes out in the usage stream if nobody settles it.
         """
-        meter.check_terms(epoch, lease_ms)
+        life.check_terms(epoch, lease_ms)
         listed = self._listed(charges, request_id)
         names = "".join([f"{charge.bucket}\n" for charge in charges])
         terms = _doubles((epoch, lease_ms * 1_000))
@@ -178,7 +178,7 @@ class Store:
 
     async def extend(self, request_id: str, usage: Sequence[Charge], lease_ms: int) -> bool:
         """Hold these amounts from now on, and renew the lease; False where the request is unknown or settled."""
-        meter.check_terms(0, lease_ms)
+        life.check_terms(0, lease_ms)
         listed = self._listed(usage, request_id)
         return bool(await self._run("extend", listed.keys, (request_id, lease_ms, *listed.arguments)))
 
@@ -198,7 +198,7 @@ class Store:
 
     async def configure(self, charges: Sequence[Charge], epoch: int) -> None:
         """Put limits in force in these buckets at once, where the epoch is newer than theirs."""
-        meter.check_terms(epoch, 1)
+        life.check_terms(epoch, 1)
         listed = self._listed(charges)
         await self._run("configure", listed.keys, (epoch, *listed.arguments))
 
@@ -211,7 +211,7 @@ class Store:
 
     def _listed(self, charges: Sequence[Charge], request_id: str = "") -> _Listed:
         """Charges as the scripts read them: scope by scope."""
-        meter.check_charges(charges)
+        life.check_charges(charges)
         of_scope: dict[str, list[tuple[int, str, Charge]]] = {}
         for place, charge in enumerate(charges, 1):
             scope, _, name = charge.bucket.rpartition(":")
