@@ -35,6 +35,7 @@ from ratelimit.gateway.charges import (
     used_charges,
     without_assured,
 )
+from ratelimit.gateway.estimates import TextRates
 from ratelimit.gateway.hold import (
     FASTEST_TOKENS_PER_S,
     Usage,
@@ -225,6 +226,11 @@ class Account:
 
     # While it runs
 
+    @property
+    def text_rates(self) -> TextRates:
+        """What the text of this request's stream tells of its tokens."""
+        return self._ledger.text_rates(self._record, self._terms)
+
     def correct(self, usage: Usage) -> None:
         """So much is used by now: hold the true prompt in place of the estimated one, and overruns as debt.
 
@@ -266,11 +272,12 @@ class Account:
 
     # The end
 
-    def settle_used(self, usage: Usage | None, ended: bool, whole: bool = True) -> None:
+    def settle_used(self, usage: Usage | None, ended: bool, whole: bool = True, deltas: int = 0) -> None:
         """The request used this much; where nothing was reported, its estimated prompt.
 
         ``ended``: the answer ended by itself, and so teaches how long this caller's answers are. ``whole``: it came to
-        an end, by itself or at the maximum that was asked for; else it was cut off.
+        an end, by itself or at the maximum that was asked for; else it was cut off. ``deltas`` came of a whole stream
+        that told its usage only at its end.
         """
         if usage is not None and not self._is_possible(usage):
             self.settle_as_held()
@@ -278,7 +285,7 @@ class Account:
         if usage is not None and usage.prompt_tokens and not self._settled:
             answer = -(-usage.output_tokens // self._choices)
             prompt = self._prompt_bytes, usage.prompt_tokens - self._template_tokens
-            self._ledger.learn(self._record, self._terms, prompt, answer, ended)
+            self._ledger.learn(self._record, self._terms, prompt, answer, ended, deltas)
         used = usage or Usage(self.held.prompt_tokens, 0)
         self._settle(used, self._choices, 1, "ended" if usage is not None and (ended or whole) else "cut")
 

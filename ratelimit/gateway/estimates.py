@@ -1,4 +1,4 @@
-"""What requests usually need, learned from those that were settled: output per caller, prompt tokens per byte. Pure.
+"""What requests usually need, learned from those that were settled: output per caller, tokens per byte. Pure.
 
 **Output.** Per key and model, the 90th percentile of one answer's tokens, over about the last ``MEMORY`` answers. The
 pool's expected output stands for ``PRIOR_WEIGHT`` answers that never fade, so a key that is new is expected to need
@@ -14,6 +14,10 @@ to win, since the prompt's share of a request's cost stays.)
 
 **Prompts.** Tokens per byte, per key and model too, from the profile's and within ``RATIO_BOUNDS`` of it: the engine's
 report replaces the estimate with a request's first chunk.
+
+**Deltas.** Tokens per delta of a stream that tells its usage only at its end, per key and model, from the streams that
+were read to their end. One that had more counts at once, one that had fewer a little: cheap streams that were read
+do not make dear ones cheap that are left.
 """
 
 from __future__ import annotations
@@ -21,8 +25,11 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from math import ceil, log
+from typing import TypeVar
 
 import msgspec
+
+_Learned = TypeVar("_Learned")
 
 PERCENTILE = 0.9
 #: Answers that the prior stands for.
@@ -34,6 +41,10 @@ FLOOR_SHARE = 0.25
 RATIO_BOUNDS = (0.5, 2.0)
 #: What one request moves the tokens per byte by, as a share of its difference.
 RATIO_STEP = 1 / 64
+#: The most tokens per delta that may be learned, and how many deltas a stream needs to teach them.
+MOST_PER_DELTA, FEWEST_DELTAS = 32.0, 8
+#: What a text's bytes tell of its tokens is at most this many times too much.
+TEXT_ERROR = 2.0
 #: A shorter prompt is mostly the chat template's own tokens.
 SHORTEST_PROMPT_BYTES = 64
 #: Keys × models that are remembered, some 800 bytes each; the one that was idle longest is forgotten first.
@@ -52,6 +63,20 @@ class Expected(msgspec.Struct, frozen=True):
 
     tokens_per_byte: float
     output_tokens: int
+
+
+class TextRates(msgspec.Struct, frozen=True):
+    """What a text that came tells of its tokens; ``tokens_per_delta`` is ``None`` where nothing was learned."""
+
+    tokens_per_byte: float
+    tokens_per_delta: float | None = None
+
+    def tokens(self, deltas: int, text_bytes: int) -> int:
+        """The tokens of a text that came in so many deltas: at least one for each, at the upper side."""
+        by_text = text_bytes * self.tokens_per_byte
+        if self.tokens_per_delta is None:
+            return max(deltas, ceil(by_text))
+        return max(deltas, ceil(deltas * self.tokens_per_delta), ceil(by_text / TEXT_ERROR))
 
 
 def _bucket_of(tokens: int) -> int:
@@ -111,6 +136,7 @@ class Estimates:
         self._most_remembered = most_remembered
         self._outputs: OrderedDict[tuple[str, str], Outputs] = OrderedDict()
         self._ratios: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._per_delta: OrderedDict[tuple[str, str], float] = OrderedDict()
 
     def expected(self, key_id: str, model: str, prior_output: int, tokens_per_byte: float) -> Expected:
         """What this caller's next request is expected to need; the last two are the pool's own."""
@@ -125,10 +151,7 @@ class Estimates:
         outputs = self._outputs.get(caller) or Outputs()
         if not ended and tokens <= outputs.p90(prior_output):
             return
-        self._outputs[caller] = outputs
-        self._outputs.move_to_end(caller)
-        if len(self._outputs) > self._most_remembered:
-            self._outputs.popitem(last=False)
+        self._remember(self._outputs, caller, outputs)
         outputs.note(tokens)
 
     def note_prompt(self, key_id: str, model: str, prompt_bytes: int, tokens: int, tokens_per_byte: float) -> None:
@@ -138,10 +161,27 @@ class Estimates:
         caller = (key_id, model)
         known = self._ratios.get(caller, tokens_per_byte)
         seen = _within(max(0, tokens) / prompt_bytes, tokens_per_byte)
-        self._ratios[caller] = known + RATIO_STEP * (seen - known)
-        self._ratios.move_to_end(caller)
-        if len(self._ratios) > self._most_remembered:
-            self._ratios.popitem(last=False)
+        self._remember(self._ratios, caller, known + RATIO_STEP * (seen - known))
+
+    def text_rates(self, key_id: str, model: str, tokens_per_byte: float) -> TextRates:
+        """What this caller's streams tell of their tokens before they tell them; the last is the pool's own ratio."""
+        return TextRates(tokens_per_byte, self._per_delta.get((key_id, model)))
+
+    def note_deltas(self, key_id: str, model: str, deltas: int, tokens: int) -> None:
+        """A stream that was read to its end told this many tokens, in so many deltas."""
+        if deltas < FEWEST_DELTAS:
+            return
+        seen = min(max(1.0, tokens / deltas), MOST_PER_DELTA)
+        known = self._per_delta.get((key_id, model), seen)
+        self._remember(self._per_delta, (key_id, model), max(seen, known + RATIO_STEP * (seen - known)))
+
+    def _remember(
+        self, learned: OrderedDict[tuple[str, str], _Learned], caller: tuple[str, str], what: _Learned
+    ) -> None:
+        learned[caller] = what
+        learned.move_to_end(caller)
+        if len(learned) > self._most_remembered:
+            learned.popitem(last=False)
 
 
 def _within(ratio: float, tokens_per_byte: float) -> float:

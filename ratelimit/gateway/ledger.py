@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from ratelimit.gateway.breaker import CellStore
 from ratelimit.gateway.denials import Denials
-from ratelimit.gateway.estimates import Estimates
+from ratelimit.gateway.estimates import Estimates, TextRates
 from ratelimit.gateway.hold import Usage, estimate
 from ratelimit.gateway.local import LocalMode
 from ratelimit.gateway.metrics import GatewayMetrics
@@ -74,11 +74,21 @@ class Ledger:
         expected = self.estimates.expected(record.id, pool.model, pool.default_max_output, pool.tokens_per_byte)
         return estimate(request, pool, expected)
 
-    def learn(self, record: KeyRecord, terms: Terms, prompt: tuple[int, int], answer: int, ended: bool) -> None:
-        """A request's prompt had so many (bytes, tokens), and each of its answers so many tokens."""
+    def learn(
+        self, record: KeyRecord, terms: Terms, prompt: tuple[int, int], answer: int, ended: bool, deltas: int = 0
+    ) -> None:
+        """A request's prompt had so many (bytes, tokens), and each of its answers so many tokens.
+
+        ``deltas``: what a stream had of them that told its usage only at its end.
+        """
         pool = terms.pool
+        self.estimates.note_deltas(record.id, pool.model, deltas, answer)
         self.estimates.note_prompt(record.id, pool.model, *prompt, pool.tokens_per_byte)
         self.estimates.note_output(record.id, pool.model, answer, pool.default_max_output, ended)
+
+    def text_rates(self, record: KeyRecord, terms: Terms) -> TextRates:
+        """What this key's streams tell of their tokens before they tell them."""
+        return self.estimates.text_rates(record.id, terms.pool.model, terms.pool.tokens_per_byte)
 
     def opened(self, account: Renewable) -> None:
         """Renew this account's lease until it is closed."""

@@ -201,7 +201,7 @@ class Proxy:
             if request.stream and call.answer.status == _SERVED:
                 prompt_tokens = account.held.prompt_tokens
                 most = most_output(request, terms.pool, prompt_tokens)
-                stream = answer_stream(request, prompt_tokens, terms.pool.tokens_per_byte, most)
+                stream = answer_stream(request, prompt_tokens, account.text_rates, most)
                 told = id_headers(exchange.dialect, exchange.request_id)
                 headers = ((b"content-type", call.answer.content_type), *told, *limits)
                 await self._relay(exchange, account, call, stream, headers, watch, deadline)
@@ -295,7 +295,7 @@ class Proxy:
             log.warning("request %s: cannot read the stream: %r", exchange.reservation_id, error)
             broken = "garbled"
         finally:
-            account.settle_used(_usage_of(stream), stream.ended, stream.complete)
+            account.settle_used(_usage_of(stream), stream.ended, stream.complete, stream.deltas)
             call.close()  # before anything that waits for the client
         watch.stop()
         last = self._ending(exchange, stream, broken)

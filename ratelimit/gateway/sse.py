@@ -127,6 +127,11 @@ class StreamFilter:
         return self.finished >= self._choices
 
     @property
+    def deltas(self) -> int:
+        """None that say anything: the usage is told along the way."""
+        return 0
+
+    @property
     def ended(self) -> bool:
         """Every choice ended by itself."""
         return self._ended >= self._choices

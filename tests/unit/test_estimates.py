@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit.gateway.estimates import FLOOR_SHARE, MOST_REMEMBERED, PRIOR_WEIGHT, RATIO_BOUNDS, RATIO_STEP, Estimates
+from ratelimit.gateway.estimates import (
+    FEWEST_DELTAS,
+    FLOOR_SHARE,
+    MOST_PER_DELTA,
+    MOST_REMEMBERED,
+    PRIOR_WEIGHT,
+    RATIO_BOUNDS,
+    RATIO_STEP,
+    Estimates,
+    TextRates,
+)
 
 PRIOR = 400
 RATIO = 0.25
@@ -164,3 +174,33 @@ def test_tokens_per_byte_are_learned() -> None:
     assert estimates.expected("k1", "m", PRIOR, RATIO).tokens_per_byte == pytest.approx(0.18, rel=0.01)
     estimates.note_prompt("k1", "m", 10, 1_000, RATIO)  # too short to say anything
     assert estimates.expected("k1", "m", PRIOR, RATIO).tokens_per_byte == pytest.approx(0.18, rel=0.01)
+
+
+def test_dear_deltas_count_at_once_and_cheap_ones_slowly() -> None:
+    """Reading cheap streams to their end does not make the dear ones cheap that are left."""
+    estimates = Estimates()
+    assert estimates.text_rates("k1", "m", RATIO).tokens(100, 4_000) == 4_000 * RATIO
+    estimates.note_deltas("k1", "m", 100, 100)
+    assert estimates.text_rates("k1", "m", RATIO).tokens(100, 400) == 100
+    estimates.note_deltas("k1", "m", 100, 300)
+    assert estimates.text_rates("k1", "m", RATIO).tokens(100, 400) == 300
+    for _ in range(20):
+        estimates.note_deltas("k1", "m", 100, 100)
+    assert 240 < estimates.text_rates("k1", "m", RATIO).tokens(100, 400) < 260
+    estimates.note_deltas("k1", "m", FEWEST_DELTAS - 1, 10_000)  # too few to say anything
+    assert estimates.text_rates("k1", "m", RATIO).tokens(100, 400) < 260
+    assert estimates.text_rates("k2", "m", RATIO) == TextRates(RATIO)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**7)), max_size=60))
+def test_a_text_is_never_nearly_free(streams: list[tuple[int, int]]) -> None:
+    """Whatever a caller's streams taught, one that is left owes a token for each delta and half of what its text says,
+    and no more than the most for each delta.
+    """
+    estimates = Estimates(most_remembered=1)
+    for deltas, tokens in streams:
+        estimates.note_deltas("k1", "m", deltas, tokens)
+    owed = estimates.text_rates("k1", "m", RATIO).tokens(100, 4_000)
+    assert max(100, 2_000 * RATIO) <= owed <= max(100 * MOST_PER_DELTA, 4_000 * RATIO)
+    estimates.note_deltas("k2", "m", 100, 500)
+    assert estimates.text_rates("k1", "m", RATIO).tokens_per_delta is None

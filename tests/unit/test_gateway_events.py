@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ratelimit.gateway.estimates import TextRates
 from ratelimit.gateway.formats.answers import answer_outcome
 from ratelimit.gateway.formats.events import (
     QUIET_S,
@@ -33,13 +34,13 @@ from tests.support.fake_formats import (
 BODY = {"model": "m", "input": "hello"}
 HELD = 40
 #: The text of the fake's tokens is 20 bytes long: two and a half tokens by this ratio.
-TOKENS_PER_BYTE = 0.125
+RATES = TextRates(tokens_per_byte=0.125)
 
 
 def stream_of(route: str) -> EventFilter:
     """The filter of a route's stream."""
     read = read_messages_event if route == "messages" else read_responses_event
-    return EventFilter(read, HELD, TOKENS_PER_BYTE, clock=lambda: 0.0)
+    return EventFilter(read, HELD, RATES, clock=lambda: 0.0)
 
 
 def events_of(route: str, output: int = 5, ended: bool = False, cached: int = 0) -> list[bytes]:
@@ -113,9 +114,23 @@ def test_many_small_deltas_are_tokens_each() -> None:
 
 
 @pytest.mark.parametrize(("route", "read"), [("messages", read_messages_event), ("responses", read_responses_event)])
+def test_deltas_are_worth_what_was_learned(route: str, read: Reader) -> None:
+    """A stream that is left owes its deltas at the caller's own rate, and a whole one says how many it had."""
+    learned = TextRates(RATES.tokens_per_byte, tokens_per_delta=1.5)
+    stream = EventFilter(read, HELD, learned, clock=lambda: 0.0)
+    for event in events_of(route, output=50)[:-3]:
+        stream.feed(event)
+    assert stream.usage is not None
+    assert (stream.usage.output_tokens, stream.deltas) == (75, 0)
+    for event in events_of(route, output=50)[-3:]:
+        stream.feed(event)
+    assert (stream.usage.output_tokens, stream.deltas) == (50, 50)
+
+
+@pytest.mark.parametrize(("route", "read"), [("messages", read_messages_event), ("responses", read_responses_event)])
 def test_no_estimate_is_above_what_was_asked_for(route: str, read: Reader) -> None:
     """A client that leaves never owes more output than the maximum that its request set."""
-    stream = EventFilter(read, HELD, TOKENS_PER_BYTE, most_output=6, clock=lambda: 0.0)
+    stream = EventFilter(read, HELD, RATES, most_output=6, clock=lambda: 0.0)
     for event in events_of(route)[:-2]:
         stream.feed(event)
     assert stream.usage is not None
@@ -150,7 +165,7 @@ class Clock:
 def test_text_that_is_held_back_is_not_for_nothing(route: str, read: Reader, prompt: int) -> None:
     """A stream that tells nothing for long owes what it may have generated, at most the maximum."""
     clock = Clock()
-    stream = EventFilter(read, HELD, TOKENS_PER_BYTE, most_output=5_000, clock=clock)
+    stream = EventFilter(read, HELD, RATES, most_output=5_000, clock=clock)
     stream.feed(events_of(route)[0])
     clock.now_s += 10
     assert stream.usage == Usage(prompt, 10 * FASTEST_TOKENS_PER_S)
@@ -163,7 +178,7 @@ def test_a_stream_whose_text_flows_owes_what_came(route: str) -> None:
     """However slow the engine is, and after a silence that text has ended, nothing is added to what was told."""
     clock = Clock()
     read = read_messages_event if route == "messages" else read_responses_event
-    stream = EventFilter(read, HELD, TOKENS_PER_BYTE, clock=clock)
+    stream = EventFilter(read, HELD, RATES, clock=clock)
     still = stream_of(route)
     for event in events_of(route, output=50)[:-3]:
         stream.feed(event)
@@ -184,7 +199,7 @@ def test_a_silence_adds_nothing_to_usage_that_was_told(route: str) -> None:
     """What the engine told at the end is what is owed, however late that is asked for."""
     clock = Clock()
     read = read_messages_event if route == "messages" else read_responses_event
-    stream = EventFilter(read, HELD, TOKENS_PER_BYTE, clock=clock)
+    stream = EventFilter(read, HELD, RATES, clock=clock)
     stream.feed(b"".join(events_of(route)))
     clock.now_s += 100
     assert stream.usage == Usage(11, 5)

@@ -7,8 +7,9 @@ Both formats name their events, tell the output's tokens only at the end, and pa
 - ``/v1/responses`` tells its usage with its last event, ``response.completed`` (which vLLM sends whatever the
   response's ``status``), ``response.incomplete`` or ``response.failed``.
 
-Until the usage is told, the output is estimated at the upper side: the deltas that came, or their text's bytes times
-the model's tokens per byte, whichever is more, and never more than was asked for. An engine may also generate what it
+Until the usage is told, the output is estimated at the upper side: by the deltas that came, each worth what the
+caller's whole streams taught; where none did, by their number or their text's bytes times the model's tokens per byte,
+whichever is more. It is never more than was asked for. An engine may also generate what it
 does not tell yet: it holds back text that a stop string or a tool call may begin in. So where nothing of the answer has
 come for longer than ``QUIET_S``, what it may have generated since then is added, at the fastest. A stream that is left
 while its text flows owes what came, and one that is left before its text is told does not get it for nothing. Silence
@@ -20,12 +21,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from math import ceil
 from time import monotonic
 from typing import Any
 
 import msgspec
 
+from ratelimit.gateway.estimates import TextRates
 from ratelimit.gateway.formats.answers import STOPPED_BY_ITSELF
 from ratelimit.gateway.formats.usage import MessagesUsage, ResponsesUsage
 from ratelimit.gateway.hold import MOST_TOKENS, Usage, generated_at_most
@@ -76,24 +77,24 @@ class EventFilter:
         "_held_prompt_tokens",
         "_kept",
         "_most_output",
+        "_rates",
         "_read",
         "_seen",
         "_spoke_s",
-        "_tokens_per_byte",
     )
 
     def __init__(
         self,
         read: Reader,
         held_prompt_tokens: int,
-        tokens_per_byte: float,
+        rates: TextRates,
         most_output: int | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._read = read
         self._most_output = most_output
         self._held_prompt_tokens = held_prompt_tokens
-        self._tokens_per_byte = tokens_per_byte
+        self._rates = rates
         self._clock = clock
         self._spoke_s = clock()  # when the latest of the answer came
         self._seen = Seen()
@@ -115,6 +116,11 @@ class EventFilter:
         return self._seen.error
 
     @property
+    def deltas(self) -> int:
+        """The deltas of a whole stream, whose tokens the engine has told; 0 of any other."""
+        return self._seen.deltas if self.complete and self._seen.final is not None else 0
+
+    @property
     def usage(self) -> Usage | None:
         """What the engine has told, its output estimated until it does; ``None`` before anything came."""
         seen = self._seen
@@ -123,7 +129,7 @@ class EventFilter:
         untold = self._untold()
         if seen.prompt is None and not seen.deltas and not untold:
             return None
-        output = max(seen.deltas, ceil(seen.text_bytes * self._tokens_per_byte)) + untold
+        output = self._rates.tokens(seen.deltas, seen.text_bytes) + untold
         if self._most_output is not None:
             output = min(output, self._most_output)
         if seen.prompt is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from ratelimit.gateway.dialects import chat_stream_error, messages_stream_error, responses_stream_error
+from ratelimit.gateway.estimates import TextRates
 from ratelimit.gateway.formats.events import EventFilter, read_messages_event, read_responses_event
 from ratelimit.gateway.formats.fields import Route
 from ratelimit.gateway.hold import Usage
@@ -28,6 +29,10 @@ class AnswerStream(Protocol):
         """Whether the engine told an error."""
 
     @property
+    def deltas(self) -> int:
+        """The deltas of a whole stream that told its usage only at its end; 0 of any other."""
+
+    @property
     def usage(self) -> Usage | None:
         """What was used so far, as far as that is known; ``None`` where nothing is."""
 
@@ -39,14 +44,14 @@ class AnswerStream(Protocol):
 
 
 def answer_stream(
-    request: ParsedRequest, held_prompt_tokens: int, tokens_per_byte: float, most_output: int | None = None
+    request: ParsedRequest, held_prompt_tokens: int, rates: TextRates, most_output: int | None = None
 ) -> AnswerStream:
     """The filter for a request's stream; ``most_output`` bounds what a stream that is cut may be taken to have had."""
     most = request.max_output if most_output is None else most_output
     if request.route == "messages":
-        return EventFilter(read_messages_event, held_prompt_tokens, tokens_per_byte, most)
+        return EventFilter(read_messages_event, held_prompt_tokens, rates, most)
     if request.route == "responses":
-        return EventFilter(read_responses_event, held_prompt_tokens, tokens_per_byte, most)
+        return EventFilter(read_responses_event, held_prompt_tokens, rates, most)
     return StreamFilter(request.shown_usage, request.choices, request.prompts, held_prompt_tokens)
 
 
