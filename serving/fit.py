@@ -17,7 +17,8 @@ from statistics import median
 import numpy as np
 
 from serving.capacity import StepTimeModel
-from serving.profile import Fit, MeasuredPoint
+from serving.points import MeasuredPoint
+from serving.profile import Fit
 
 LEAST_MIXES = 4
 #: A mix is dominated by output where it emits at least this many tokens for each it reads.
@@ -52,10 +53,10 @@ def _equation(point: MeasuredPoint) -> tuple[float, float, float, float]:
     """What one second of the run held: steps, prompt tokens, output tokens, KV tokens read."""
     duration_s = point.duration_s
     return (
-        point.steps / duration_s,
+        (point.steps or 0.0) / duration_s,
         point.input_tokens / duration_s,
         point.output_tokens / duration_s,
-        point.kv_token_steps / duration_s,
+        (point.kv_token_steps or 0.0) / duration_s,
     )
 
 
@@ -65,7 +66,7 @@ def _check_points(points: Sequence[MeasuredPoint]) -> None:
         raise FitError(f"{len(mixes)} mixes were measured, a fit needs at least {LEAST_MIXES}")
     if not any(point.output_tokens >= DECODE_HEAVY_RATIO * point.input_tokens for point in points):
         raise FitError("no mix is dominated by output, so decode and prefill cannot be told apart")
-    empty = [f"{p.mix} at concurrency {p.concurrency}" for p in points if min(p.steps, p.duration_s) <= 0]
+    empty = [f"{p.mix} at concurrency {p.concurrency:g}" for p in points if min(p.steps or 0, p.duration_s) <= 0]
     if empty:
         raise FitError(f"points without duration or steps: {', '.join(empty)}")
 

@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from serving.capacity import EngineLimits, StepTimeModel
+from serving.points import MeasuredPoint
 
 SCHEMA_VERSION = 1
 
@@ -30,27 +31,6 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parallelism: str
     source: str
     anchors: tuple[str, ...] = ()
-
-
-class MeasuredPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One steady run of a sweep: the load, and what was seen of it.
-
-    ``steps`` are the engine's steps in the run, ``kv_token_steps`` the sum of O·(I + O/2) over its requests: what the
-    fit needs besides the tokens.
-    """
-
-    mix: str
-    concurrency: int
-    duration_s: float
-    requests: int
-    input_tokens: int
-    output_tokens: int
-    steps: float
-    kv_token_steps: float
-    ttft_p50_s: float
-    ttft_p95_s: float
-    tpot_p50_s: float
-    tpot_p95_s: float
 
 
 class Fit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,7 +15,7 @@ from time import monotonic
 
 from serving.capacity import RequestShape, WorkloadMix
 from serving.endpoint import Answer, Endpoint, EndpointError
-from serving.profile import MeasuredPoint
+from serving.points import MeasuredPoint
 from serving.stepsim import percentile
 
 #: A point ends early once it has so many answers.

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from serving.capacity import StepTimeModel
 from serving.fit import FitError, fit_step_time, residual
-from serving.profile import MeasuredPoint
+from serving.points import MeasuredPoint
 
 MODEL = StepTimeModel(base_s=4e-3, prompt_token_s=2e-5, sequence_s=2.5e-5, kv_token_s=3e-8)
 MIXES = {"chat": (1150, 210), "decode-heavy": (128, 1024), "prefill-heavy": (4096, 64), "long-context": (16384, 256)}
@@ -28,7 +28,14 @@ def point(mix: str, concurrency: int, model: StepTimeModel = MODEL, error: float
         + model.kv_token_s * kv
     ) * (1 + error)
     return MeasuredPoint(
-        mix, concurrency, duration_s, requests, requests * inputs, requests * outputs, steps, kv, 0.1, 0.2, 0.01, 0.02
+        mix=mix,
+        concurrency=concurrency,
+        duration_s=duration_s,
+        requests=requests,
+        input_tokens=requests * inputs,
+        output_tokens=requests * outputs,
+        steps=steps,
+        kv_token_steps=kv,
     )
 
 
