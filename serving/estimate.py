@@ -34,7 +34,7 @@ from serving.capacity import (
     WorkloadMix,
     closed_form_requests_per_s,
 )
-from serving.gpus import GPUS, MODELS, WEIGHT_BYTES, GpuFacts, WeightDtype
+from serving.gpus import GPUS, MODELS, GpuFacts, WeightDtype
 from serving.profile import Profile, Provenance, dump_profile
 
 ESTIMATED_ON = "2026-11-21"
@@ -141,10 +141,10 @@ def roofline(deployment: Deployment, gpu: GpuFacts, compute_efficiency: float) -
     """The deployment's step-time model on that GPU, at that share of its peak arithmetic."""
     model, gpus = MODELS[deployment.model], deployment.tensor_parallel
     bytes_per_s = gpu.memory_bytes_per_s * gpus * BANDWIDTH_EFFICIENCY
-    token_s = 2 * model.parameters / (gpu.flops[deployment.dtype] * gpus * compute_efficiency)
+    token_s = 2 * model.active_parameters / (gpu.flops_at(deployment.dtype) * gpus * compute_efficiency)
     all_reduces_s = 2 * model.layers * ALL_REDUCE_S if gpus > 1 else 0.0
     return StepTimeModel(
-        base_s=model.parameters * WEIGHT_BYTES[deployment.dtype] / bytes_per_s + STEP_OVERHEAD_S + all_reduces_s,
+        base_s=model.weight_bytes(deployment.dtype) / bytes_per_s + STEP_OVERHEAD_S + all_reduces_s,
         prompt_token_s=token_s,
         sequence_s=token_s + SEQUENCE_OVERHEAD_S,
         kv_token_s=model.kv_bytes_per_token / bytes_per_s,
@@ -155,7 +155,7 @@ def engine_limits(deployment: Deployment, gpu: GpuFacts) -> EngineLimits:
     """The limits vLLM sets by default, and the KV cache that the weights leave room for."""
     model, gpus = MODELS[deployment.model], deployment.tensor_parallel
     free_bytes = (gpu.memory_bytes * MEMORY_UTILIZATION - ACTIVATION_BYTES) * gpus
-    kv_bytes = free_bytes - model.parameters * WEIGHT_BYTES[deployment.dtype]
+    kv_bytes = free_bytes - model.weight_bytes(deployment.dtype)
     if kv_bytes < model.kv_bytes_per_token * model.max_model_len:
         raise ValueError(f"{model.name} leaves {gpus} × {gpu.name} no room for one full context")
     return EngineLimits(
