@@ -14,15 +14,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+import msgspec
 import numpy as np
 
 from serving.capacity import StepTimeModel
 from serving.points import MeasuredPoint
-from serving.profile import Fit
+from serving.profile import Fit, ModelForm, ProvenanceKind
+from serving.roofline import Roofline
+from serving.steady_points import steady_points
+from serving.surface import Surface
 
 LEAST_MIXES = 4
+#: With fewer steady points than this, least squares alone is not trusted.
+LEAST_STEADY = 7
 #: A mix is dominated by output where it emits at least this many tokens for each it reads.
 DECODE_HEAVY_RATIO = 2.0
+
+
+class FitResult(msgspec.Struct, frozen=True):
+    """A step-time model, how well it holds, and how far it is to be trusted.
+
+    ``provenance`` is ``measured`` where the model stands on enough steady points, else ``estimated``. ``steady`` are
+    those points. ``reason`` says in one sentence why the form is what it is. ``surface`` is set for that form only.
+    """
+
+    model: StepTimeModel
+    fit: Fit
+    form: ModelForm
+    provenance: ProvenanceKind
+    steady: tuple[MeasuredPoint, ...]
+    reason: str
+    surface: Surface | None = None
 
 
 class FitError(ValueError):
@@ -40,6 +62,14 @@ def fit_step_time(points: Sequence[MeasuredPoint]) -> tuple[StepTimeModel, Fit]:
         raise FitError("the points give an empty step no duration; measure lower concurrencies too")
     errors = sorted(abs(residual(model, point)) for point in points)
     return model, Fit(tuple(points), residual_median=round(median(errors), 4), residual_max=round(errors[-1], 4))
+
+
+def fit_profile(points: Sequence[MeasuredPoint], facts: Roofline | None = None) -> FitResult:
+    """The best model that the points and the facts allow. Raises ``FitError`` for senseless input."""
+    steady, _ = steady_points(points)
+    model, fit = fit_step_time(points)
+    why = f"{len(steady)} of {len(points)} points are steady" + ("" if facts is None else f"; {facts.source}")
+    return FitResult(model, fit, "linear", "measured" if len(steady) >= LEAST_STEADY else "estimated", steady, why)
 
 
 def residual(model: StepTimeModel, point: MeasuredPoint) -> float:

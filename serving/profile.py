@@ -10,14 +10,21 @@ import msgspec
 
 from serving.capacity import EngineLimits, StepTimeModel
 from serving.points import MeasuredPoint
+from serving.surface import Surface
 
 SCHEMA_VERSION = 1
 
 ProvenanceKind = Literal["measured", "published", "estimated"]
+#: linear: least squares alone; bounded: held to the roofline; surface: linear, times a surface of measured factors.
+ModelForm = Literal["linear", "bounded", "surface"]
 
 
 class ProfileError(ValueError):
     """A profile that cannot be used; the message says where it is wrong and what would be right."""
+
+
+class OutOfRangeError(ProfileError):
+    """The context asked for is outside what was measured; the message says how to extrapolate all the same."""
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,12 +40,29 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     anchors: tuple[str, ...] = ()
 
 
+class ContextRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The mean contexts (input + half the output) that were measured, in tokens."""
+
+    least_tokens: float
+    most_tokens: float
+
+
 class Fit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How well the step-time model gives the measured points back, as relative errors of the token rate."""
+    """How well the step-time model gives the measured points back, as relative errors of the token rate.
+
+    ``loo_error_*`` are its errors at mixes that were left out of the fit, ``two_rate_error_median`` that of the plain
+    envelope in/P_in + out/P_out = 1 at the same points left out in the same way; None where too few mixes were
+    measured to leave one out.
+    """
 
     points: tuple[MeasuredPoint, ...]
     residual_median: float
     residual_max: float
+    model_form: ModelForm = "linear"
+    loo_error_median: float | None = None
+    loo_error_max: float | None = None
+    two_rate_error_median: float | None = None
+    context: ContextRange | None = None
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,6 +78,35 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens_per_byte: float = 0.3
     fit: Fit | None = None
     schema_version: int = SCHEMA_VERSION
+    surface: Surface | None = None
+
+    def covers_context(self, context_tokens: float) -> bool:
+        """Whether requests of this mean context were measured; an estimate without a range claims nothing more."""
+        measured = None if self.fit is None else self.fit.context
+        return measured is None or measured.least_tokens <= context_tokens <= measured.most_tokens
+
+    def step_time_for(self, kv_tokens: float, context_tokens: float) -> StepTimeModel:
+        """The step-time model around that KV use (tokens read by a step) and mean context (I + O/2, tokens).
+
+        Raises ``OutOfRangeError`` where that context was not measured.
+        """
+        if not self.covers_context(context_tokens):
+            raise OutOfRangeError(
+                f"profile {self.name!r}: {self._outside(context_tokens)}; extrapolate on request only"
+            )
+        return self.extrapolated_step_time(kv_tokens, context_tokens)[0]
+
+    def extrapolated_step_time(self, kv_tokens: float, context_tokens: float) -> tuple[StepTimeModel, str]:
+        """The same wherever it was measured, and a note to show beside whatever follows from it: empty within range."""
+        note = "" if self.covers_context(context_tokens) else f"extrapolated: {self._outside(context_tokens)}"
+        if self.surface is None:
+            return self.step_time, note
+        return self.surface.step_time_at(self.step_time, kv_tokens, context_tokens), note
+
+    def _outside(self, context_tokens: float) -> str:
+        measured = None if self.fit is None else self.fit.context
+        span = "" if measured is None else f" of {measured.least_tokens:.0f} to {measured.most_tokens:.0f} tokens"
+        return f"a mean context of {context_tokens:.0f} tokens is outside the measured range{span}"
 
 
 def parse_profile(text: bytes | str) -> Profile:
