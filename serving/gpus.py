@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import msgspec
@@ -283,3 +284,21 @@ MODELS = {
         ),
     )
 }
+
+
+def find_gpu(name: str) -> GpuFacts | None:
+    """The facts of a GPU by its short name or by what its driver calls it; None for one without facts here.
+
+    ``NVIDIA H100 80GB HBM3`` is the H100 above. PCIe cards and NVL pairs are other GPUs of the same name.
+    """
+    words = re.split(r"[^A-Z0-9]+", name.upper())
+    if {"PCIE", "NVL", "40GB"} & set(words):
+        return None
+    found = [GPUS[word] for word in words if word in GPUS]
+    return found[0] if len(found) == 1 else None
+
+
+def find_model(name: str) -> ModelFacts | None:
+    """The facts of a model by its name or by its repository's, as in ``Qwen/Qwen3-32B-FP8``; None for any other."""
+    short = name.rsplit("/", 1)[-1].lower().removeprefix("meta-")
+    return MODELS.get(re.sub(r"-(instruct|fp8|awq|nvfp4|fp4|bf16|w4a16|\d{4})\b", "", short))

@@ -1,0 +1,114 @@
+"""How throughput buys latency: the loads one replica can carry, and what each does to TTFT and TPOT. Pure.
+
+A curve is simulated, not drawn from a formula: each of its points is one Poisson rate of the mix, served step by step
+by ``stepsim``, with the percentile that an SLO would look at. All points share their random numbers, so that a curve
+is a function of its arguments and neighbours differ by their load alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, inf
+
+import msgspec
+
+from serving.capacity import (
+    EngineLimits,
+    ReplicaGroup,
+    Slo,
+    StepTimeModel,
+    WorkloadMix,
+    closed_form_requests_per_s,
+)
+from serving.stepsim import Arrival, knee, percentile, poisson_arrivals, simulate
+
+#: Loads of a curve, as shares of the rate that no latency bound limits.
+LOAD_SHARES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.76, 0.82, 0.87, 0.91, 0.94, 0.97)
+_LEAST_REQUESTS = 2000
+_MOST_REQUESTS = 12000
+_LIFETIMES = 8
+_WARM_UP_SHARE = 0.2
+
+
+class CurvePoint(msgspec.Struct, frozen=True):
+    """One load of one replica, and the percentile of TTFT and TPOT that it gives."""
+
+    requests_per_s: float
+    input_tokens_per_s: float
+    output_tokens_per_s: float
+    ttft_s: float
+    tpot_s: float
+
+
+class Throughput(msgspec.Struct, frozen=True):
+    """A rate of a mix, in requests and in uncached input and output tokens a second."""
+
+    requests_per_s: float
+    input_tokens_per_s: float
+    output_tokens_per_s: float
+
+    def over(self, divisor: float) -> Throughput:
+        """The same rate, shared out: by GPUs, or by watts (tokens/s per watt are tokens per joule)."""
+        return Throughput(
+            self.requests_per_s / divisor, self.input_tokens_per_s / divisor, self.output_tokens_per_s / divisor
+        )
+
+
+def throughput_of(mix: WorkloadMix, requests_per_s: float) -> Throughput:
+    """What that many requests of the mix are in tokens."""
+    return Throughput(requests_per_s, requests_per_s * mix.mean_input_tokens, requests_per_s * mix.mean_output_tokens)
+
+
+def throughput_curve(
+    step_time: StepTimeModel,
+    limits: EngineLimits,
+    mix: WorkloadMix,
+    slo: Slo,
+    shares: Sequence[float] = LOAD_SHARES,
+    seed: int = 0,
+) -> tuple[CurvePoint, ...]:
+    """The loads of one replica in ascending order, up to the last that meets the TTFT bound of ``slo``.
+
+    Its TPOT bound ends no curve, for TPOT is the axis that a curve is read along. Percentiles are the SLO's. Raises
+    ``ValueError`` where the mix holds a request that the replica can never run.
+    """
+    unbounded = ReplicaGroup(1, step_time, limits, Slo(inf, inf))
+    ceiling = closed_form_requests_per_s(unbounded, mix)
+    points: list[CurvePoint] = []
+    for share in sorted(shares):
+        point = _loaded(step_time, limits, mix, slo, ceiling * share, seed, _requests(step_time, mix, ceiling, share))
+        if point.ttft_s > slo.ttft_s:
+            break
+        points.append(point)
+    return tuple(points)
+
+
+def knee_throughput(step_time: StepTimeModel, limits: EngineLimits, mix: WorkloadMix, slo: Slo) -> Throughput:
+    """The most of the mix that one replica serves under the SLO. Raises ``InfeasibleSloError``."""
+    return throughput_of(mix, knee(step_time, limits, mix, slo).requests_per_s)
+
+
+def _loaded(
+    step_time: StepTimeModel,
+    limits: EngineLimits,
+    mix: WorkloadMix,
+    slo: Slo,
+    requests_per_s: float,
+    seed: int,
+    requests: int,
+) -> CurvePoint:
+    arrivals: list[Arrival] = poisson_arrivals(mix, requests_per_s, requests / requests_per_s, seed)
+    outcomes = simulate(step_time, limits, arrivals)
+    steady = outcomes[int(len(outcomes) * _WARM_UP_SHARE) :]
+    rate = throughput_of(mix, requests_per_s)
+    return CurvePoint(
+        *(getattr(rate, field) for field in Throughput.__struct_fields__),
+        ttft_s=percentile([o.ttft_s for o in steady], slo.percentile),
+        tpot_s=percentile([o.tpot_s for o in steady if o.shape.output_tokens > 1], slo.percentile),
+    )
+
+
+def _requests(step_time: StepTimeModel, mix: WorkloadMix, ceiling: float, share: float) -> int:
+    """Enough arrivals to last several times as long as a request does at that load, within a bound on the effort."""
+    lifetime_s = step_time.base_s / (1 - share) * mix.mean_output_tokens
+    return min(_MOST_REQUESTS, max(_LEAST_REQUESTS, ceil(_LIFETIMES * ceiling * share * lifetime_s)))
