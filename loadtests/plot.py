@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import msgspec
@@ -12,21 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from serving.plotstyle import GRID, INK, MUTED, STYLE
+
 mpl.use("Agg")
 
-_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _ADMITTED, _THROTTLED, _CAPACITY = "#2a9d8f", "#f4a261", "#264653"
 _PAUSE_S = 6.0
-_STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _MUTED,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 class Band(msgspec.Struct, frozen=True):
@@ -51,7 +41,7 @@ class Band(msgspec.Struct, frozen=True):
 
 def draw(bands: Sequence[Band], caption: str, path: Path) -> None:
     """Write the picture as PNG."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12.5, 7.2), dpi=150, layout="constrained")
         rates, shares = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
         start_s = 0.0
@@ -63,7 +53,7 @@ def draw(bands: Sequence[Band], caption: str, path: Path) -> None:
         _dress(rates, shares, max(max(band.offered) for band in bands), start_s - _PAUSE_S)
         shares.set_xticks([at for at, _ in ticks], [label for _, label in ticks])
         figure.suptitle("Added capacity removes throttling", x=0.012, ha="left", fontsize=17, fontweight="bold")
-        figure.supxlabel(caption, x=0.012, ha="left", fontsize=9.5, color=_MUTED)
+        figure.supxlabel(caption, x=0.012, ha="left", fontsize=9.5, color=MUTED)
         figure.savefig(path)
 
 
@@ -73,10 +63,10 @@ def _draw_band(rates: Axes, shares: Axes, band: Band, start_s: float) -> None:
     foretold = [offered - refused for offered, refused in zip(band.offered, band.predicted_throttled, strict=True)]
     rates.stairs(band.admitted, edges, fill=True, color=_ADMITTED, alpha=0.9, label="admitted")
     rates.stairs(answered, edges, baseline=band.admitted, fill=True, color=_THROTTLED, alpha=0.9, label="throttled")
-    rates.stairs(band.offered, edges, baseline=None, color=_INK, linewidth=1.0, label="offered")
+    rates.stairs(band.offered, edges, baseline=None, color=INK, linewidth=1.0, label="offered")
     rates.stairs(foretold, edges, baseline=None, color="white", linewidth=2.6)
     rates.stairs(
-        foretold, edges, baseline=None, color=_INK, linewidth=1.3, linestyle=(0, (3, 2)), label="admitted, predicted"
+        foretold, edges, baseline=None, color=INK, linewidth=1.3, linestyle=(0, (3, 2)), label="admitted, predicted"
     )
     rates.hlines(
         band.capacity_tokens_per_s, edges[0], edges[-1], color=_CAPACITY, linewidth=3.2, label="fleet's capacity"
@@ -86,7 +76,7 @@ def _draw_band(rates: Axes, shares: Axes, band: Band, start_s: float) -> None:
         _share(band.predicted_throttled, band.offered),
         edges,
         baseline=None,
-        color=_INK,
+        color=INK,
         linewidth=1.3,
         linestyle=(0, (3, 2)),
     )
@@ -99,7 +89,7 @@ def _annotate(rates: Axes, band: Band, middle_s: float) -> None:
     placed = {"xycoords": ("data", "axes fraction"), "ha": "center"}
     rates.annotate(band.title, (middle_s, 1.10), fontsize=12.5, fontweight="bold", **placed)  # type: ignore[arg-type]  # annotate's keywords are untyped
     seen = f"throttled {band.throttled_share:.1%}, predicted {band.predicted_share:.1%}"
-    rates.annotate(seen, (middle_s, 1.04), fontsize=10, color=_MUTED, **placed)  # type: ignore[arg-type]  # as above
+    rates.annotate(seen, (middle_s, 1.04), fontsize=10, color=MUTED, **placed)  # type: ignore[arg-type]  # as above
 
 
 def _dress(rates: Axes, shares: Axes, highest: float, end_s: float) -> None:
@@ -115,7 +105,7 @@ def _dress(rates: Axes, shares: Axes, highest: float, end_s: float) -> None:
     shares.set_xlim(0, end_s)
     shares.set_xlabel("seconds since the load started; pale: warm-up, not measured; pauses to add replicas left out")
     for axes in (rates, shares):
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
 

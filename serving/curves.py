@@ -30,16 +30,6 @@ _LIFETIMES = 8
 _WARM_UP_SHARE = 0.2
 
 
-class CurvePoint(msgspec.Struct, frozen=True):
-    """One load of one replica, and the percentile of TTFT and TPOT that it gives."""
-
-    requests_per_s: float
-    input_tokens_per_s: float
-    output_tokens_per_s: float
-    ttft_s: float
-    tpot_s: float
-
-
 class Throughput(msgspec.Struct, frozen=True):
     """A rate of a mix, in requests and in uncached input and output tokens a second."""
 
@@ -52,6 +42,14 @@ class Throughput(msgspec.Struct, frozen=True):
         return Throughput(
             self.requests_per_s / divisor, self.input_tokens_per_s / divisor, self.output_tokens_per_s / divisor
         )
+
+
+class CurvePoint(msgspec.Struct, frozen=True):
+    """One load of one replica, and the percentile of TTFT and TPOT that it gives."""
+
+    rate: Throughput
+    ttft_s: float
+    tpot_s: float
 
 
 def throughput_of(mix: WorkloadMix, requests_per_s: float) -> Throughput:
@@ -100,9 +98,8 @@ def _loaded(
     arrivals: list[Arrival] = poisson_arrivals(mix, requests_per_s, requests / requests_per_s, seed)
     outcomes = simulate(step_time, limits, arrivals)
     steady = outcomes[int(len(outcomes) * _WARM_UP_SHARE) :]
-    rate = throughput_of(mix, requests_per_s)
     return CurvePoint(
-        *(getattr(rate, field) for field in Throughput.__struct_fields__),
+        throughput_of(mix, requests_per_s),
         ttft_s=percentile([o.ttft_s for o in steady], slo.percentile),
         tpot_s=percentile([o.tpot_s for o in steady if o.shape.output_tokens > 1], slo.percentile),
     )
