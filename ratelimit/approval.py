@@ -1,0 +1,122 @@
+"""Which changes of what people decide may take effect, and which wait until somebody approves them. Pure.
+
+What limits depend on is of two kinds. What is *observed* (which replicas serve, and how well) takes effect at once: a
+promise that the fleet can no longer keep helps nobody. What is *decided* (the config with its profiles, the overrides,
+the number of keys) is a list of changes, each of which is weighed alone: what would be published with it, against what
+would be published without it, both with the fleet as it is now. A change by which a limit falls further than the
+operator allows waits; the others take effect, and so does everything that is observed.
+
+A change is known by a digest of what was decided before and after it, so that an approval lets that change through and
+no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from hashlib import sha256
+from typing import Generic, NamedTuple, TypeVar
+
+import msgspec
+
+from ratelimit.difference import Difference, difference, snapshot
+from ratelimit.publication import Publication
+
+#: What limits are derived from, of whatever type.
+I = TypeVar("I")  # noqa: E741 - the inputs
+
+_DIGEST_LENGTH = 16
+#: An approval holds this long unless its giver says otherwise: a day for the change to arrive where it is meant to.
+APPROVAL_VALID_S = 24 * 3600.0
+LONGEST_APPROVAL_S = 30 * 24 * 3600.0
+MOST_APPROVALS = 1000
+
+
+class ApprovalError(ValueError):
+    """There is nothing to approve as asked; the message says what there is."""
+
+
+class Approval(msgspec.Struct, frozen=True):
+    """Somebody lets the change with this digest through. Times are seconds since 1970."""
+
+    digest: str
+    by: str
+    at: float
+    until: float
+
+
+class Change(NamedTuple, Generic[I]):
+    """One change of what is decided: what it is in words, its digest, and the inputs with it."""
+
+    cause: str
+    digest: str
+    applied: Callable[[I], I]
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """A change that waits for approval: what it would do, and since when (seconds since 1970) it waits."""
+
+    digest: str
+    cause: str
+    since: float
+    falls_above: float
+    does: Difference
+
+
+class Decision(NamedTuple, Generic[I]):
+    """What to derive from now, what that comes to, what was approved, and which changes wait with what they would do."""
+
+    inputs: I
+    publication: Publication
+    approved: tuple[str, ...]
+    held: tuple[tuple[Change[I], Difference], ...]
+
+
+def digest_of(cause: str, before: object, after: object) -> str:
+    """What tells one change from every other; ``before`` and ``after`` are anything that JSON can say."""
+    return sha256(msgspec.json.encode([cause, before, after], order="deterministic")).hexdigest()[:_DIGEST_LENGTH]
+
+
+def decide(
+    base: I,
+    changes: Sequence[Change[I]],
+    derived: Callable[[I], Publication],
+    falls_above: float,
+    approved: Collection[str],
+) -> Decision[I]:
+    """Take up the changes one after another, but for those by which a limit loses more than ``falls_above`` of itself.
+
+    ``base`` is what was decided so far with the fleet as it is now. A change whose digest is in ``approved`` is taken
+    up whatever it does.
+    """
+    inputs, publication = base, derived(base)
+    used: list[str] = []
+    held: list[tuple[Change[I], Difference]] = []
+    for change in changes:
+        tried = change.applied(inputs)
+        candidate = derived(tried)
+        does = difference(snapshot(publication), snapshot(candidate))
+        if does.largest_fall > falls_above and change.digest not in approved:
+            held.append((change, does))
+            continue
+        if does.largest_fall > falls_above:
+            used.append(change.digest)
+        inputs, publication = tried, candidate
+    return Decision(inputs, publication, tuple(used), tuple(held))
+
+
+def still_valid(approvals: Iterable[Approval], now_s: float) -> tuple[Approval, ...]:
+    """The approvals that have not expired at ``now_s``."""
+    return tuple(approval for approval in approvals if now_s < approval.until)
+
+
+def waiting_named(waiting: Sequence[Waiting], digest: str | None) -> Waiting:
+    """The waiting change that is meant; without a digest the only one. Raises ``ApprovalError``."""
+    known = ", ".join(f"{each.digest} ({each.cause})" for each in waiting) or "none"
+    if not waiting:
+        raise ApprovalError("no change waits for approval; `penstock limits history` shows what took effect")
+    found = [each for each in waiting if digest is None or each.digest == digest]
+    if len(found) != 1 and digest is None:
+        raise ApprovalError(f"several changes wait; say which: {known}")
+    if not found:
+        raise ApprovalError(f"no change {digest!r} waits, or it has changed since; those that wait: {known}")
+    return found[0]
