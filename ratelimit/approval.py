@@ -63,7 +63,7 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 class Decision(NamedTuple, Generic[I]):
-    """What to derive from now, what that comes to, what was approved, and which changes wait with what they would do."""
+    """What to derive from, what that comes to, what was approved, and which changes wait with what they would do."""
 
     inputs: I
     publication: Publication

@@ -77,7 +77,7 @@ class PoolSupply(msgspec.Struct, frozen=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """A publication without the list of its replicas, which may be long; ``supplies`` says what they come to, by model."""
+    """A publication without the list of its replicas, which may be long; ``supplies`` says by model what they are."""
 
     publication: Publication
     supplies: dict[str, PoolSupply]

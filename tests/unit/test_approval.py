@@ -1,0 +1,122 @@
+"""A change that lowers a limit too far waits; nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ratelimit.approval import Approval, ApprovalError, Change, Waiting, decide, digest_of, still_valid, waiting_named
+from ratelimit.difference import Difference
+from ratelimit.publication import Limit, Publication, PublishedPool, TierLimits
+
+Shares = tuple[float, ...]
+factors = st.lists(st.floats(0.01, 3), max_size=5)
+
+
+def derived(shares: Shares) -> Publication:
+    """One tier whose limit is the product of all that is decided, of a fleet that serves 1,000,000 a minute."""
+    amount = 1_000_000.0
+    for share in shares:
+        amount *= share
+    pool = PublishedPool("m", (), (), 1, 1, 1, 1, 1, 1, 1, 1, "")
+    return Publication(1, "", "", True, (pool,), (TierLimits("t", "m", 1, (Limit("requests", round(amount), 1, ""),)),))
+
+
+def times(factor: float) -> Change[Shares]:
+    apply: Callable[[Shares], Shares] = lambda shares: (*shares, factor)  # noqa: E731 - a value of a tuple's field
+    return Change(f"× {factor}", digest_of("times", None, factor), apply)
+
+
+def amount(publication: Publication) -> int:
+    return publication.tiers[0].limits[0].per_minute
+
+
+def test_a_large_fall_waits_and_the_rest_takes_effect() -> None:
+    """Each change is weighed alone: the others do not wait for the one that does."""
+    decision = decide((), [times(0.9), times(0.1), times(1.5)], derived, 0.5, ())
+
+    assert decision.inputs == (0.9, 1.5)
+    assert amount(decision.publication) == 1_350_000
+    ((change, does),) = decision.held
+    assert (change.cause, round(does.largest_fall, 3)) == ("× 0.1", 0.9)
+
+
+def test_a_fall_by_just_the_allowed_share_does_not_wait() -> None:
+    """Only what falls by more waits."""
+    assert decide((), [times(0.5)], derived, 0.5, ()).held == ()
+
+
+def test_an_approved_change_takes_effect_and_no_other() -> None:
+    """An approval lets through the change with its digest."""
+    wanted, other = times(0.1), times(0.2)
+    decision = decide((), [wanted, other], derived, 0.5, [wanted.digest])
+
+    assert decision.inputs == (0.1,)
+    assert decision.approved == (wanted.digest,)
+    assert [change for change, _ in decision.held] == [other]
+
+
+def test_an_approval_that_was_not_needed_is_not_used_up() -> None:
+    """A change that would not wait says nothing of who let it through."""
+    assert decide((), [times(0.9)], derived, 0.5, [times(0.9).digest]).approved == ()
+
+
+@given(factors, st.floats(0, 0.99))
+def test_no_change_that_takes_effect_unapproved_falls_further_than_allowed(found: list[float], allowed: float) -> None:
+    """Every limit in force comes from the one before by steps that were allowed, and nothing is both held and taken."""
+    decision = decide((), [times(factor) for factor in found], derived, allowed, ())
+
+    taken = [factor for factor in found if factor in decision.inputs]
+    assert all(factor >= 1 - allowed - 1e-3 for factor in taken)
+    assert len(decision.inputs) + len(decision.held) == len(found)
+
+
+@given(factors)
+def test_the_fleet_is_never_held(found: list[float]) -> None:
+    """Whatever was lost is in the base, so that what is published has it, also while every change waits."""
+    for loss in (1.0, 0.01):
+        decision = decide((loss,), [times(factor) for factor in found], derived, 0.0, ())
+        assert decision.inputs[0] == loss
+        assert amount(decision.publication) == amount(derived(decision.inputs))
+
+
+@given(st.text(), st.text(), st.text())
+def test_a_digest_is_of_what_was_decided_before_and_after(one: str, two: str, three: str) -> None:
+    """The way back, or the same end from another beginning, is another change."""
+    if len({one, two, three}) == 3:
+        digests = {digest_of("config", a, b) for a, b in [(one, two), (two, one), (three, two), (one, three)]}
+        assert len(digests) == 4
+
+
+def test_a_digest_does_not_depend_on_the_order_of_names() -> None:
+    """Two dicts that are equal are the same thing decided."""
+    assert digest_of("c", {"a": 1, "b": 2}, None) == digest_of("c", {"b": 2, "a": 1}, None)
+
+
+def test_approvals_expire() -> None:
+    """An approval counts before its end and not at it."""
+    approval = Approval("d", "root", 0, 10)
+
+    assert still_valid([approval], 9.9) == (approval,)
+    assert still_valid([approval], 10) == ()
+
+
+def waiting(digest: str) -> Waiting:
+    return Waiting(digest, "the config changed", 0, 0.5, Difference())
+
+
+def test_the_only_change_that_waits_is_the_one_meant() -> None:
+    """Without a digest nothing is guessed: one waits, or the digest must be given."""
+    one, two = waiting("aa"), waiting("bb")
+
+    assert waiting_named([one], None) == one
+    assert waiting_named([one, two], "bb") == two
+    with pytest.raises(ApprovalError, match=r"several changes wait; say which: aa .*, bb"):
+        waiting_named([one, two], None)
+    with pytest.raises(ApprovalError, match=r"'cc' waits, or it has changed since; those that wait: aa"):
+        waiting_named([one], "cc")
+    with pytest.raises(ApprovalError, match="no change waits"):
+        waiting_named([], None)
