@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ratelimit.configcheck import contradictions, invalid_fields
 from ratelimit.policy import (
     Holds,
+    KeyAmounts,
     LimitName,
     LimitRule,
     LimitScope,
@@ -27,7 +28,7 @@ from ratelimit.policy import (
 )
 from ratelimit.publication import MOST_BURST, MOST_PER_MINUTE
 from ratelimit.yamlfile import YamlFileError, read_document
-from serving.capacity import Slo
+from serving.capacity import Slo, WorkloadMix
 from serving.engine.command import schedules_by_priority
 from serving.mixes import load_mix
 from serving.profile import load_profile
@@ -127,12 +128,25 @@ class SloConfig(Section):
     tpot_ms: SloBound = 50
     percentile: float = Field(default=95, ge=50, lt=100)
 
+    def slo(self) -> Slo:
+        """The same in seconds, as a pure value."""
+        return Slo(self.ttft_ms / 1000, self.tpot_ms / 1000, self.percentile)
+
 
 class MixConfig(Section):
-    """The traffic a pool is sized for: a named mix, its lengths multiplied by ``scale``."""
+    """The traffic a pool or a tier is sized for: a named mix, its lengths multiplied by ``scale``.
+
+    ``cached_share`` of each prompt is taken to be in the prefix cache. Write a low quantile of what is seen, not the
+    mean: whoever is promised capacity has it when the cache is cold too.
+    """
 
     name: str = "chat"
     scale: float = Field(default=1.0, gt=0, le=100)
+    cached_share: float = Field(default=0.0, ge=0, lt=1)
+
+    def shapes(self) -> WorkloadMix:
+        """The mix itself. Raises ``UnknownMixError``."""
+        return load_mix(self.name, self.scale, self.cached_share)
 
 
 class EngineConfig(Section):
@@ -152,26 +166,31 @@ class EngineConfig(Section):
 
 
 class ReplicaConfig(Section):
-    """One vLLM server that runs elsewhere. ``priority_scheduling``: it was started with that scheduling policy."""
+    """One vLLM server that runs elsewhere. ``priority_scheduling``: it was started with that scheduling policy.
+
+    ``domain`` labels the failure domain (node, rack) that it shares with others of the same label; without one, as many
+    replicas as a failure domain of its GPU type usually holds are taken to fail together.
+    """
 
     url: HttpUrl
     profile: ProfileName
     slowdown: Slowdown = 1.0
     priority_scheduling: bool = False
+    domain: Name | None = None
 
 
 class PoolConfig(Section):
     """One model: its promise, its traffic and its replicas.
 
     ``default_max_output``: the tokens that an answer is expected to need while nothing is learned of it; if unset, the
-    90th percentile of the mix.
+    90th percentile of the mix. What the ``spare_domains`` largest failure domains serve is kept free.
     """
 
     model: ModelName
     slo: SloConfig = SloConfig()
     mix: MixConfig = MixConfig()
     default_max_output: int | None = Field(default=None, ge=1)
-    spare_replicas: int = Field(default=0, ge=0)
+    spare_domains: int = Field(default=0, ge=0, le=1000)
     raise_after_s: float = Field(default=5.0, ge=0, allow_inf_nan=False)
     stuck_after_s: Positive = 5.0
     engines: tuple[EngineConfig, ...] = ()
@@ -180,6 +199,19 @@ class PoolConfig(Section):
     def profiles(self) -> list[str]:
         """The profiles that its replicas have, each once."""
         return sorted({engine.profile for engine in self.engines} | {replica.profile for replica in self.replicas})
+
+
+class KeyAmountsConfig(Section):
+    """Amounts of each key, per minute (``concurrency``: in flight)."""
+
+    requests: Amount | None = None
+    input_tokens: Amount | None = None
+    output_tokens: Amount | None = None
+    concurrency: Amount | None = None
+
+    def amounts(self) -> KeyAmounts:
+        """The same as a pure value."""
+        return KeyAmounts(**self.model_dump())
 
 
 class TierConfig(Section):
@@ -193,6 +225,38 @@ class TierConfig(Section):
     unlimited: tuple[LimitName, ...] = ()
     holds: Holds = "learned"
     shadow: bool = False
+    mix: MixConfig | None = None
+    slo: SloConfig | None = None
+    minimum: KeyAmountsConfig = KeyAmountsConfig()
+    maximum: KeyAmountsConfig = KeyAmountsConfig()
+    oversell: float | None = Field(default=None, ge=1, le=1_000_000)
+
+    def policy(self) -> TierPolicy:
+        """The same as a pure value."""
+        return TierPolicy(
+            name=self.name,
+            share=self.share,
+            ceiling=self.ceiling,
+            priority=self.priority,
+            burst_s=self.burst_s,
+            unlimited=self.unlimited,
+            holds=self.holds,
+            shadow=self.shadow,
+            mix=self.mix.shapes() if self.mix else None,
+            slo=self.slo.slo() if self.slo else None,
+            minimum=self.minimum.amounts(),
+            maximum=self.maximum.amounts(),
+            oversell=self.oversell,
+        )
+
+
+class ApprovalConfig(Section):
+    """What waits for an operator: a publication in which a limit falls by more than ``falls_above`` of what it was.
+
+    Unset, nothing waits.
+    """
+
+    falls_above: float | None = Field(default=None, ge=0, lt=1)
 
 
 class OrgConfig(Section):
@@ -232,6 +296,7 @@ class Config(Section):
     orgs: tuple[OrgConfig, ...]
     limits: tuple[LimitConfig, ...] = ()
     shadow_keys: tuple[KeyId, ...] = ()
+    approval: ApprovalConfig = ApprovalConfig()
 
 
 def load_config(path: Path) -> Config:
@@ -257,7 +322,7 @@ def load_config(path: Path) -> Config:
 def policy_of(config: Config) -> Policy:
     """The rules of a config, as the pure values that limits are derived from."""
     return Policy(
-        tiers=tuple(TierPolicy(**tier.model_dump()) for tier in config.tiers),
+        tiers=tuple(tier.policy() for tier in config.tiers),
         pools=tuple(_pool_policy(pool) for pool in config.pools),
         enforce=config.gateway.enforce,
         orgs=tuple(OrgPolicy(org.name, org.models) for org in config.orgs),
@@ -270,10 +335,10 @@ def _pool_policy(pool: PoolConfig) -> PoolPolicy:
     profiles = [load_profile(name) for name in pool.profiles()]
     return PoolPolicy(
         model=pool.model,
-        slo=Slo(pool.slo.ttft_ms / 1000, pool.slo.tpot_ms / 1000, pool.slo.percentile),
-        mix=load_mix(pool.mix.name, pool.mix.scale),
+        slo=pool.slo.slo(),
+        mix=pool.mix.shapes(),
         default_max_output=pool.default_max_output,
-        spare_replicas=pool.spare_replicas,
+        spare_domains=pool.spare_domains,
         max_model_len=min(profile.limits.max_model_len for profile in profiles),
         tokens_per_byte=max(profile.tokens_per_byte for profile in profiles),
         priority_scheduling=all(schedules_by_priority(engine.extra_args) for engine in pool.engines)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from time import monotonic, time
 
@@ -23,10 +23,10 @@ import msgspec
 from redis.exceptions import RedisError
 
 from ratelimit.config import Config, PoolConfig, policy_of
-from ratelimit.derive import ReplicaSupply, derive
+from ratelimit.derive import GroupSupply, derive
 from ratelimit.keys import KeyFile, KeyRecord, active_keys, valid_records
 from ratelimit.overrides import Override, OverrideFile
-from ratelimit.policy import Policy, PoolPolicy
+from ratelimit.policy import Policy, PoolPolicy, Promise, TierPolicy, promises_of
 from ratelimit.publication import Publication
 from ratelimit.publisher import Publisher
 from ratelimit.statefile import StateFileError
@@ -49,11 +49,13 @@ def replica_specs(config: Config) -> list[ReplicaSpec]:
         for engine in pool.engines:
             urls = [f"http://127.0.0.1:{port}" for port in engine.ports()]
             specs += [_spec(pool, url, engine.profile, engine.slowdown) for url in urls]
-        specs += [_spec(pool, replica.url, replica.profile, replica.slowdown) for replica in pool.replicas]
+        specs += [
+            _spec(pool, replica.url, replica.profile, replica.slowdown, replica.domain) for replica in pool.replicas
+        ]
     return specs
 
 
-def _spec(pool: PoolConfig, url: str, profile: str, slowdown: float) -> ReplicaSpec:
+def _spec(pool: PoolConfig, url: str, profile: str, slowdown: float, domain: str | None = None) -> ReplicaSpec:
     found = load_profile(profile)
     return ReplicaSpec(
         url=url.rstrip("/"),
@@ -62,6 +64,7 @@ def _spec(pool: PoolConfig, url: str, profile: str, slowdown: float) -> ReplicaS
         profile=profile,
         slowdown=slowdown,
         stuck_after_s=stuck_time_s(pool.stuck_after_s, found.step_time.slowed(slowdown), found.limits),
+        domain=domain,
     )
 
 
@@ -87,10 +90,10 @@ def counted(
 
 class _Inputs(msgspec.Struct, frozen=True):
     policy: Policy
-    supplies: Mapping[str, tuple[ReplicaSupply, ...]]
+    supplies: Mapping[str, tuple[GroupSupply, ...]]
     counted: frozenset[str]
     specs: tuple[ReplicaSpec, ...]
-    active_keys: Mapping[str, int]
+    active_keys: Mapping[tuple[str, str], int]
     overrides: tuple[Override, ...]
 
 
@@ -205,38 +208,46 @@ class Controller:
         """
         if self._published is not None:
             return False
-        pools = {pool.model: pool for pool in self._policy.pools}
+        promises = {pool.model: promises_of(self._policy.tiers, pool) for pool in self._policy.pools}
         healthy = [s.spec for s in self._fleet.statuses().values() if s.health.phase == "healthy"]
-        unknown = [spec for spec in healthy if not self._supplies.knows(spec, pools[spec.model])]
+        unknown = [spec for spec in healthy if not self._supplies.knows(spec, promises[spec.model])]
         return bool(unknown)
 
     def _inputs(self, records: Iterable[KeyRecord]) -> _Inputs:
         statuses = list(self._fleet.statuses().values())
         policy = self._policy_now(statuses)
-        pools = {pool.model: pool for pool in policy.pools}
-        known = [status for status in statuses if self._supplies.knows(status.spec, pools[status.spec.model])]
+        promises = {pool.model: promises_of(policy.tiers, pool) for pool in policy.pools}
+        known = [status for status in statuses if self._supplies.knows(status.spec, promises[status.spec.model])]
         raise_after_s = {pool.model: pool.raise_after_s for pool in self._config.pools}
         counting = counted(known, self._counted_before(statuses), raise_after_s, monotonic())
         return _Inputs(
             policy=policy,
-            supplies={model: self._supply_of(pool, known, counting) for model, pool in pools.items()},
+            supplies={model: self._supply_of(model, made, known, counting) for model, made in promises.items()},
             counted=counting,
             specs=tuple(status.spec for status in statuses),
-            active_keys=active_keys(self._known(records), time()),
+            active_keys=self._active_keys(records),
             overrides=self._overrides.active(time()),
         )
 
     def _policy_now(self, statuses: Iterable[ReplicaStatus]) -> Policy:
-        """The policy, with each pool as it was until the knees of those that serve it are known as it is to be."""
-        before = {pool.model: pool for pool in self._inputs_published.policy.pools} if self._inputs_published else {}
+        """The policy, with each pool as it was until the knees of those that serve it are known as it is to be.
+
+        The tiers stay as they were too until then, for they make promises of their own.
+        """
+        published = self._inputs_published
+        before = {pool.model: pool for pool in published.policy.pools} if published else {}
         counted_before = self._counted_before(statuses)
         serving = [status.spec for status in statuses if status.spec.url in counted_before]
 
-        def is_known(pool: PoolPolicy) -> bool:
-            return all(self._supplies.knows(spec, pool) for spec in serving if spec.model == pool.model)
+        def is_known(pool: PoolPolicy, tiers: Sequence[TierPolicy]) -> bool:
+            made = promises_of(tiers, pool)
+            return all(self._supplies.knows(spec, made) for spec in serving if spec.model == pool.model)
 
-        pools = tuple(pool if is_known(pool) else before.get(pool.model, pool) for pool in self._policy.pools)
-        return msgspec.structs.replace(self._policy, pools=pools)
+        tiers = self._policy.tiers
+        if published and not all(is_known(pool, tiers) for pool in self._policy.pools):
+            tiers = published.policy.tiers
+        pools = tuple(pool if is_known(pool, tiers) else before.get(pool.model, pool) for pool in self._policy.pools)
+        return msgspec.structs.replace(self._policy, tiers=tiers, pools=pools)
 
     def _counted_before(self, statuses: Iterable[ReplicaStatus]) -> frozenset[str]:
         """Those that count in the limits in force and are the same replicas still."""
@@ -247,10 +258,18 @@ class Controller:
         return frozenset(spec.url for spec in before.specs if spec.url in before.counted and spec in watched)
 
     def _supply_of(
-        self, pool: PoolPolicy, statuses: Iterable[ReplicaStatus], counting: Collection[str]
-    ) -> tuple[ReplicaSupply, ...]:
+        self,
+        model: str,
+        promises: Sequence[Promise],
+        statuses: Iterable[ReplicaStatus],
+        counting: Collection[str],
+    ) -> tuple[GroupSupply, ...]:
         specs = [status.spec for status in statuses if status.spec.url in counting]
-        return tuple(self._supplies.supplies([spec for spec in specs if spec.model == pool.model], pool))
+        return tuple(self._supplies.supplies([spec for spec in specs if spec.model == model], promises))
+
+    def _active_keys(self, records: Iterable[KeyRecord]) -> dict[tuple[str, str], int]:
+        counts = active_keys(self._known(records), time())
+        return {(tier, pool.model): count for tier, count in counts.items() for pool in self._policy.pools}
 
     def _known(self, records: Iterable[KeyRecord]) -> list[KeyRecord]:
         """The keys whose org and tier the policy knows; the others reach nothing."""

@@ -1,6 +1,6 @@
 """Capacity × policy → limits. Pure: the same fleet, policy, keys and overrides give the same publication.
 
-    usable     = Σ requests/s of the replicas that count − the ``spare_replicas`` largest, but at least the largest one
+    usable     = (Σ requests/s of the replicas that count − the largest failure domains kept spare) × trim
     assured    = usable × tier share ÷ active keys of the tier          requests/s of one key
     most       = usable × tier ceiling                                  requests/s, of one key and of the tier
     tokens     = assured × mean tokens of the mix × 60                  per minute, uncached input and output apart
@@ -20,57 +20,33 @@ bound that a request may wait, so that what is admitted late is still in time.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from decimal import Decimal
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from math import ceil, fsum
 
 import msgspec
 
-from ratelimit.explain import approximate, factor_value, factor_value_up, number, shown, timestamp
-from ratelimit.keylimits import (
-    BURST_PERCENTILE,
-    Supply,
-    amount_text,
-    burst_of,
-    countable,
-    key_limits,
-    lengths_of,
-    nearest_rank,
-    tier_limits,
-)
+from ratelimit.explain import number, shown, timestamp
+from ratelimit.groupsupply import GroupSupply, SupplyError, Trim
+from ratelimit.keylimits import Grant, amount_text, burst_of, countable, key_limits, lengths_of, tier_limits
 from ratelimit.meter import THOUSANDTHS
 from ratelimit.overrides import Override
-from ratelimit.policy import Policy, PoolPolicy, TierPolicy, borrow_thresholds, promise_carriers
-from ratelimit.publication import (
-    MOST_BUDGET_BURST,
-    MOST_PER_MINUTE,
-    Limit,
-    Publication,
-    PublishedPool,
-    PublishedReplica,
-    TierLimits,
+from ratelimit.policy import (
+    LEAST_BORROW,
+    Policy,
+    PoolPolicy,
+    Promise,
+    TierPolicy,
+    borrow_thresholds,
+    promise_carriers,
+    promise_of,
+    promises_of,
 )
-from serving.capacity import ReplicaGroup, fleet_cost_s, merged_groups
-from serving.stepsim import Knee
+from ratelimit.poolbudget import TTFT_SLACK_SHARE, published_pool
+from ratelimit.poolsupply import Supply, supply_of
+from ratelimit.publication import Limit, Publication, PublishedPool, TierLimits
+from ratelimit.shares import grants_of
 
-#: The part of the TTFT bound that a request may wait behind work admitted before it. The rest is for computing its own
-#: prompt, and for the bursts of assured callers, whom the pool's bucket does not stop.
-TTFT_SLACK_SHARE = 0.5
-#: Of the mix's output lengths: what an answer is expected to need where the operator does not say.
-DEFAULT_OUTPUT_PERCENTILE = 90
-
-_MICROSECONDS = 1_000_000
-
-
-class ReplicaSupply(msgspec.Struct, frozen=True):
-    """A replica that counts: as published, as capacity (a group of 1, slowed as it is), and how that is known."""
-
-    replica: PublishedReplica
-    group: ReplicaGroup
-    knee: Knee
-    provenance: str
+__all__ = ["TTFT_SLACK_SHARE", "GroupSupply", "Promise", "SupplyError", "Trim", "derive"]
 
 
 def derive(
@@ -78,26 +54,38 @@ def derive(
     published_at: str,
     reason: str,
     policy: Policy,
-    supplies: Mapping[str, Sequence[ReplicaSupply]],
-    active_keys: Mapping[str, int],
+    supplies: Mapping[str, Sequence[GroupSupply]],
+    active_keys: Mapping[tuple[str, str], int],
     overrides: Sequence[Override],
+    trims: Mapping[str, Trim] = {},
 ) -> Publication:
     """The publication of this moment. ``overrides`` are those in force; the later of two about one limit wins.
 
-    A model with no replica that counts keeps its pool, without replicas or budget, and its tiers have no limits.
+    ``supplies`` and ``trims`` are by model, ``active_keys`` by tier and model. A model with no replica that counts
+    keeps its pool, without replicas or budget, and its tiers have no limits. Raises ``SupplyError`` for counts that
+    mean nothing.
     """
+    _check_counts(active_keys)
     pools: list[PublishedPool] = []
     tiers: list[TierLimits] = []
+    warnings: list[str] = []
     thresholds = borrow_thresholds(policy.tiers)
     lowest = min(filter(None, thresholds.values()), default=THOUSANDTHS)
     for pool in policy.pools:
-        replicas = supplies.get(pool.model, ())
-        supply = _supply(pool, replicas)
-        pools.append(_published_pool(pool, replicas, supply, lowest))
-        for tier in policy.tiers:
-            keys = max(1, active_keys.get(tier.name, 0))
-            limits = _tier_limits(tier, pool, keys, supply, overrides)
-            tiers.append(_published_tier(tier, pool.model, keys, limits, thresholds[tier.name]))
+        groups, trim = supplies.get(pool.model, ()), trims.get(pool.model)
+        own, *_ = promises = promises_of(policy.tiers, pool)
+        able = [group for group in groups if own in group.rates]
+        found = {own: supply_of(own, groups, pool.spare_domains, trim)}
+        found |= {promise: supply_of(promise, able, pool.spare_domains, trim) for promise in promises[1:]}
+        pools.append(published_pool(pool, able, found[own], lowest))
+        keys = {tier.name: max(1, active_keys.get((tier.name, pool.model), 0)) for tier in policy.tiers}
+        theirs = [found[promise_of(tier, pool)] for tier in policy.tiers]
+        grants = grants_of(pool, policy.tiers, keys, theirs)
+        for tier, supply, grant in zip(policy.tiers, theirs, grants, strict=True):
+            limits = _tier_limits(tier, pool, keys[tier.name], supply, grant, overrides)
+            shown = _published_tier(tier, pool.model, keys[tier.name], limits, thresholds[tier.name])
+            tiers.append(shown if limits or not found[own].usable else _without_promise(shown, supply))
+        warnings += _warnings(pool, policy.tiers, grants, found.values())
     return Publication(
         epoch,
         published_at,
@@ -108,53 +96,50 @@ def derive(
         policy.orgs,
         policy.rules,
         policy.shadow_keys,
+        tuple(dict.fromkeys(warnings)),
     )
 
 
-def _supply(pool: PoolPolicy, supplies: Sequence[ReplicaSupply]) -> Supply:
-    """What the replicas serve together, less the spare ones; the worth of the largest replica is always given out."""
-    rates = sorted((factor_value(s.replica.requests_per_s) for s in supplies), reverse=True)
-    total, largest = sum(rates, Decimal(0)), max(rates, default=Decimal(0))
-    spare = min(sum(rates[: pool.spare_replicas], Decimal(0)), total - largest)
-    text = " + ".join(_kinds(pool, supplies)) or "no replica is healthy"
-    if spare:
-        text += f" − {number(spare)} kept spare (spare_replicas: {pool.spare_replicas})"
-    ttft_s = max((s.group.slo.ttft_s for s in supplies), default=pool.slo.ttft_s)
-    tpot_s = max((s.group.slo.tpot_s for s in supplies), default=pool.slo.tpot_s)
-    mean_output = pool.mix.mean_output_tokens
-    return Supply(
-        usable=total - spare,
-        text=f"{text} = {number(total - spare)} usable requests/s",
-        residence_s=factor_value_up(ttft_s + mean_output * tpot_s),
-        residence_text=f"s residence ({ttft_s:g} s to the first of {mean_output:.4g} tokens, {tpot_s:g} s for each)",
-    )
+def _check_counts(active_keys: Mapping[tuple[str, str], int]) -> None:
+    for (tier, model), count in active_keys.items():
+        if count < 0:
+            raise SupplyError(f"tier {tier} on {model} has {count} active keys; count none or more")
 
 
-def _kinds(pool: PoolPolicy, supplies: Sequence[ReplicaSupply]) -> list[str]:
-    counts = Counter((s.replica.gpu, s.replica.slowdown, s.replica.requests_per_s, s.provenance) for s in supplies)
-    kinds = []
-    for (gpu, slowdown, requests_per_s, provenance), count in sorted(counts.items()):
-        speed = "" if slowdown == 1 else f" (1:{slowdown:g} speed)"
-        slo = pool.slo.slowed(slowdown)
-        kinds.append(
-            f"{count} × {gpu}{speed} × {number(factor_value(requests_per_s))} requests/s [{provenance}; knee at "
-            f"p{slo.percentile:g} TTFT ≤ {slo.ttft_s:g} s, TPOT ≤ {slo.tpot_s * 1000:g} ms]"
+def _warnings(
+    pool: PoolPolicy, tiers: Sequence[TierPolicy], grants: Sequence[Grant], supplies: Iterable[Supply]
+) -> list[str]:
+    said = [f"{pool.model}: {problem}" for supply in supplies for problem in supply.problems]
+    cut = [tier.name for tier, grant in zip(tiers, grants, strict=True) if grant.kept < 1 and tier.share]
+    if cut:
+        said.append(
+            f"{pool.model}: the minima of the tiers exceed what the pool can serve, so {number(grants[0].kept)} of "
+            f"each is kept, and a tier without one is assured next to nothing ({', '.join(cut)}); add capacity, or "
+            "lower the minima"
         )
-    return kinds
+    return said
 
 
 def _tier_limits(
-    tier: TierPolicy, pool: PoolPolicy, keys: int, supply: Supply, overrides: Sequence[Override]
+    tier: TierPolicy, pool: PoolPolicy, keys: int, supply: Supply, grant: Grant, overrides: Sequence[Override]
 ) -> tuple[Limit, ...]:
     """The limits of each of the tier's keys, and those of all of them together."""
     if not supply.usable:
         return ()
     of_tier = [override for override in overrides if override.tier == tier.name]
-    derived = key_limits(tier, keys, supply, lengths_of(pool.mix))
+    lengths = lengths_of(promise_of(tier, pool).mix)
+    derived = key_limits(tier, keys, supply, lengths, grant)
     keyed = [countable(_overridden(limit, pool.model, tier, of_tier)) for limit in derived]
     # A limit that an operator has set for each key bounds nothing else.
     unset = [limit for limit in keyed if all(each.sets(pool.model, limit.name) is None for each in of_tier)]
-    return (*keyed, *map(countable, tier_limits(tier, keys, unset)))
+    return (*keyed, *map(countable, tier_limits(tier, keys, supply, lengths, unset)))
+
+
+def _without_promise(tier: TierLimits, supply: Supply) -> TierLimits:
+    """A tier whose promise no replica can keep, in a pool that serves others: it borrows what is idle, as the last."""
+    return msgspec.structs.replace(
+        tier, assured=False, borrow_up_to=tier.borrow_up_to or LEAST_BORROW, note=f"nothing is promised: {supply.text}"
+    )
 
 
 def _published_tier(
@@ -199,54 +184,3 @@ def _replaced(limit: Limit, amount: tuple[int, int], ceiling: tuple[int, int], v
     )
     said = f"{verb} {amount_text(replaced)} by operator until {timestamp(override.until)}: {override.reason}"
     return msgspec.structs.replace(replaced, explanation=f"{said}\nwithout it: {limit.explanation}")
-
-
-def _published_pool(
-    pool: PoolPolicy, supplies: Sequence[ReplicaSupply], supply: Supply, lowest_threshold: int
-) -> PublishedPool:
-    groups = merged_groups([s.group for s in supplies])
-    costs_s = [fleet_cost_s(groups, shape) for shape in pool.mix.shapes] if groups else [0.0]
-    cost_s = fsum(costs_s) / len(costs_s)
-    usable = float(supply.usable)
-    rate = min(int(usable * cost_s * 60 * _MICROSECONDS), MOST_PER_MINUTE)
-    burst, burst_text = _pool_burst(usable * cost_s, costs_s, groups, lowest_threshold)
-    default_output = pool.default_max_output
-    if default_output is None:
-        default_output = nearest_rank((shape.output_tokens for shape in pool.mix.shapes), DEFAULT_OUTPUT_PERCENTILE)
-    return PublishedPool(
-        model=pool.model,
-        replicas=tuple(s.replica for s in supplies),
-        groups=groups,
-        max_model_len=pool.max_model_len,
-        tokens_per_byte=pool.tokens_per_byte,
-        default_max_output=default_output,
-        budget_per_minute=rate,
-        budget_burst=burst,
-        usable_requests_per_s=usable,
-        usable_input_tokens_per_s=usable * pool.mix.mean_input_tokens,
-        usable_output_tokens_per_s=usable * pool.mix.mean_output_tokens,
-        explanation=f"{supply.text}\n× {cost_s:.4g} replica-seconds of cost a request = {usable * cost_s:.4g} of "
-        f"{len(supplies)} replicas busy; {burst_text}",
-        priority_scheduling=pool.priority_scheduling,
-    )
-
-
-def _pool_burst(
-    busy: float, costs_s: Sequence[float], groups: Sequence[ReplicaGroup], lowest_threshold: int
-) -> tuple[int, str]:
-    """The capacity of a pool's bucket, in replica-microseconds, and why; ``busy`` replicas drain it.
-
-    Whoever may borrow the least of it, ``lowest_threshold`` thousandths, can still bring a big request.
-    """
-    slack_s = TTFT_SLACK_SHARE * min((group.slo.ttft_s for group in groups), default=0.0)
-    big_us = ceil(nearest_rank(costs_s, BURST_PERCENTILE) * _MICROSECONDS)
-    least_us = -(-big_us * THOUSANDTHS // lowest_threshold)
-    full = max(int(busy * slack_s * _MICROSECONDS), least_us)
-    burst = min(full, MOST_BUDGET_BURST)
-    cut = ", cut to what can be counted exactly" if burst < full else ""
-    return burst, (
-        f"burst {approximate(Fraction(burst, _MICROSECONDS))} replica-seconds: {slack_s:g} s of it, the part of the "
-        f"TTFT bound that a request may wait (× {TTFT_SLACK_SHARE:g}: the rest is for its own prompt), at least "
-        f"{approximate(Fraction(least_us, _MICROSECONDS))} (the p{BURST_PERCENTILE} request within "
-        f"{lowest_threshold / THOUSANDTHS:g} of it){cut}"
-    )

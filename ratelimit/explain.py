@@ -33,6 +33,13 @@ def factor_value(value: float) -> Decimal:
     return _round(Decimal(str(value)), FACTOR_DIGITS, ROUND_DOWN)
 
 
+def factor_down(value: Fraction) -> Decimal:
+    """As ``factor_value``, of an exact value; never above it."""
+    unit = Fraction(10) ** (_magnitude(value) - FACTOR_DIGITS + 1) if value else Fraction(1)
+    cut = floor(value / unit) * unit
+    return Decimal(cut.numerator) / Decimal(cut.denominator)
+
+
 def factor_value_up(value: float) -> Decimal:
     """As ``factor_value``, for what must not come out too small."""
     return _round(Decimal(str(value)), FACTOR_DIGITS, ROUND_UP)
@@ -81,6 +88,12 @@ def approximate(value: Fraction) -> str:
 def timestamp(epoch_s: float) -> str:
     """Seconds since 1970 as UTC to the minute: ``2026-11-21T12:00Z``."""
     return datetime.fromtimestamp(epoch_s, UTC).strftime("%Y-%m-%dT%H:%MZ")
+
+
+def _magnitude(value: Fraction) -> int:
+    """The power of ten of the first digit of a positive value."""
+    guess = len(str(value.numerator)) - len(str(value.denominator))
+    return guess if Fraction(10) ** guess <= value else guess - 1
 
 
 def _shown_unit(whole: int) -> int:

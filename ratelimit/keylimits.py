@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from decimal import Decimal
 from fractions import Fraction
-from math import ceil
+from functools import lru_cache
+from math import ceil, floor
 from typing import NamedTuple, TypeVar
 
 import msgspec
 
 from ratelimit.explain import Factor, factor_value, factor_value_up, formula, number, product, shown, shown_up
 from ratelimit.policy import LimitName, TierPolicy, promise_carriers
+from ratelimit.poolsupply import Supply
 from ratelimit.publication import MOST_BURST, MOST_PER_MINUTE, Limit
 from serving.capacity import WorkloadMix
 
@@ -31,16 +33,24 @@ LEAST_CONCURRENCY = 2
 BURST_PERCENTILE = 99
 
 
-class Supply(msgspec.Struct, frozen=True):
-    """What one pool can serve, in requests/s of its mix, and how long a request may stay within the SLO.
+class Grant(NamedTuple):
+    """What a tier is assured of a pool: requests/s to start from, as printed, and the factors on them.
 
-    The texts are the printed derivations: of ``usable``, and of what ``residence_s`` is made of.
+    ``kept`` is the part of each minimum that can be kept.
     """
 
-    usable: Decimal
-    text: str
-    residence_s: Decimal
-    residence_text: str
+    start: Decimal
+    said: str
+    factors: tuple[Factor, ...]
+    kept: Decimal = Decimal(1)
+
+
+class _Base(NamedTuple):
+    """What a limit is computed from: requests/s, as printed, and the factors up to one key's."""
+
+    start: Decimal
+    said: str
+    factors: tuple[Factor, ...]
 
 
 class Lengths(msgspec.Struct, frozen=True):
@@ -51,6 +61,7 @@ class Lengths(msgspec.Struct, frozen=True):
     big_requests: Decimal
 
 
+@lru_cache(maxsize=256)
 def lengths_of(mix: WorkloadMix) -> Lengths:
     """Mean uncached input, mean output, and the larger of the two ratios of the 99th percentile to the mean."""
     big_input = nearest_rank((shape.input_tokens - shape.cached_tokens for shape in mix.shapes), BURST_PERCENTILE)
@@ -62,40 +73,55 @@ def lengths_of(mix: WorkloadMix) -> Lengths:
     return Lengths(mean_input, mean_output, factor_value_up(big_requests))
 
 
-def key_limits(tier: TierPolicy, active_keys: int, supply: Supply, lengths: Lengths) -> tuple[Limit, ...]:
+def key_limits(tier: TierPolicy, active_keys: int, supply: Supply, lengths: Lengths, grant: Grant) -> tuple[Limit, ...]:
     """The limits of one of the tier's ``active_keys`` keys, of a pool that can serve something.
 
-    Those that carry the promise state the key's part of the share, and as a ceiling all that the tier may take: one key
+    Those that carry the promise state the key's part of the grant, and as a ceiling all that the tier may take: one key
     may use whatever is idle. The others follow from the ceiling, so that they do not bind first.
     """
-    fair = (
-        Factor("×", _decimal(tier.share), "tier share"),
-        Factor("÷", Decimal(active_keys), "active keys"),
-    )
-    ceiling = (Factor("×", _decimal(tier.ceiling), "ceiling" if tier.share else "best-effort ceiling"),)
-    most = ceiling if tier.share < tier.ceiling else fair
+    fair = _Base(grant.start, grant.said, (*grant.factors, Factor("÷", Decimal(active_keys), "active keys")))
+    most = _most(tier, active_keys, supply) if tier.share < tier.ceiling else fair
     carriers = promise_carriers(tier)
     limits = []
     for name, size in _sizes(lengths, carriers).items():
-        rated = _rated(name, supply, (*most, size), lengths, tier.burst_s)
+        bounds = _Bounds(tier.minimum.of(name), grant.kept, tier.maximum.of(name))
+        rated = _rated(name, most, size, lengths, tier.burst_s, bounds)
         if name in carriers and 0 < tier.share < tier.ceiling:
-            assured = _rated(name, supply, (*fair, size), lengths, tier.burst_s)
+            assured = _rated(name, fair, size, lengths, tier.burst_s, bounds)
             limits.append(_in_two_colours(supply, assured, rated))
         else:
             limits.append(_plain(supply, rated))
-    limits.append(_concurrency(supply, most, limits[0].ceiling_burst or limits[0].burst))
+    in_flight = _Bounds(tier.minimum.concurrency, Decimal(1), tier.maximum.concurrency)
+    limits.append(_concurrency(supply, most, limits[0].ceiling_burst or limits[0].burst, in_flight))
     return tuple(limit for limit in limits if limit.name not in tier.unlimited)
 
 
-def tier_limits(tier: TierPolicy, active_keys: int, keyed: Iterable[Limit]) -> tuple[Limit, ...]:
-    """What bounds the keys of a tier together, where each alone may take all that the tier may.
+def carrier_sizes(tier: TierPolicy, lengths: Lengths) -> dict[LimitName, Decimal]:
+    """What a mean request takes of each limit that carries the tier's promise."""
+    carriers = promise_carriers(tier)
+    return {name: size.value for name, size in _sizes(lengths, carriers).items() if name in carriers}
+
+
+def tier_limits(
+    tier: TierPolicy, active_keys: int, supply: Supply, lengths: Lengths, keyed: Iterable[Limit]
+) -> tuple[Limit, ...]:
+    """What bounds the keys of a tier together, where they may take more than the tier may.
 
     Only needed below a ceiling of 1 (the pool bounds the whole) and with several keys.
     """
     if active_keys < 2 or not tier.share < tier.ceiling < 1:
         return ()
-    carriers = promise_carriers(tier)
-    return tuple(_together(tier, active_keys, limit) for limit in keyed if limit.name in carriers)
+    carried = [limit for limit in keyed if limit.name in promise_carriers(tier)]
+    if tier.oversell is None:
+        return tuple(_together(tier, active_keys, limit) for limit in carried)
+    sizes = _sizes(lengths, promise_carriers(tier))
+    ceiling = _Base(supply.usable, f"{number(supply.usable)} requests/s", (_ceiling(tier),))
+    rated = [_rated(limit.name, ceiling, sizes[limit.name], lengths, tier.burst_s, _NO_BOUNDS) for limit in carried]
+    said = f"all keys of {tier.name} together, without the oversell"
+    return tuple(
+        Limit(each.name, each.per_minute, each.burst, f"{supply.text}\n{said}: {each.text}", per="tier")
+        for each in rated
+    )
 
 
 def countable(limit: Limit) -> Limit:
@@ -129,6 +155,42 @@ def burst_of(per_minute: Fraction, burst_s: float) -> Fraction:
     return per_minute * Fraction(_decimal(burst_s)) / 60
 
 
+def _ceiling(tier: TierPolicy) -> Factor:
+    return Factor("×", _decimal(tier.ceiling), "ceiling" if tier.share else "best-effort ceiling")
+
+
+def _most(tier: TierPolicy, active_keys: int, supply: Supply) -> _Base:
+    """All that one key may take: the tier's whole ceiling, or its part of an oversold one where that is less."""
+    said = f"{number(supply.usable)} requests/s"
+    if tier.oversell is None or tier.oversell >= active_keys:
+        return _Base(supply.usable, said, (_ceiling(tier),))
+    oversold = Factor("×", _decimal(tier.oversell), "oversell")
+    keys = Factor("÷", Decimal(active_keys), "active keys")
+    return _Base(supply.usable, said, (_ceiling(tier), oversold, keys))
+
+
+class _Bounds(NamedTuple):
+    """The least and the most that a limit may be, by policy; ``kept`` of the least is what the pool can give."""
+
+    least: int | None
+    kept: Decimal
+    most: int | None
+
+    def apply(self, amount: int) -> tuple[int, str]:
+        """The amount within the bounds, and how that is said."""
+        text = ""
+        if self.least is not None:
+            least = floor(self.least * Fraction(self.kept))
+            part = "" if self.kept == 1 else f", {number(self.kept)} of {self.least:,}"
+            amount, text = max(amount, least), f", at least {least:,} (the tier's minimum{part})"
+        if self.most is not None:
+            amount, text = min(amount, self.most), f"{text}, at most {self.most:,} (the tier's maximum)"
+        return amount, f"{text} → {amount:,}" if text else ""
+
+
+_NO_BOUNDS = _Bounds(None, Decimal(1), None)
+
+
 class _Rated(NamedTuple):
     name: LimitName
     per_minute: int
@@ -147,22 +209,24 @@ def _sizes(lengths: Lengths, carriers: tuple[LimitName, ...]) -> dict[LimitName,
     }
 
 
-def _rated(name: LimitName, supply: Supply, factors: tuple[Factor, ...], lengths: Lengths, burst_s: float) -> _Rated:
+def _rated(name: LimitName, base: _Base, size: Factor, lengths: Lengths, burst_s: float, bounds: _Bounds) -> _Rated:
     """A rate per minute; its burst is ``burst_s`` of it, or one p99 request where that is more.
 
-    The last of ``factors`` is the size of a mean request in this limit's unit.
+    ``size`` is that of a mean request in this limit's unit.
     """
-    big = shown_up(Fraction(lengths.big_requests) * Fraction(factors[-1].value))
-    factors = (*factors, Factor("×", Decimal(60), "s"))
-    exact = product(supply.usable, factors)
-    per_minute = shown(exact)
-    burst = max(shown(burst_of(exact, burst_s)), big)
-    text = formula(f"{number(supply.usable)} requests/s", factors, exact)
+    big = shown_up(Fraction(lengths.big_requests) * Fraction(size.value))
+    factors = (*base.factors, size, Factor("×", Decimal(60), "s"))
+    exact = product(base.start, factors)
+    rounded = shown(exact)
+    per_minute, bounded = bounds.apply(rounded)
+    rate = exact if per_minute == rounded else Fraction(per_minute)
+    burst = max(shown(burst_of(rate, burst_s)), big)
+    text = formula(base.said, factors, exact)
     return _Rated(
         name,
         per_minute,
         burst,
-        f"{text} → {per_minute:,}/min; burst {burst:,}: {burst_s:g} s of it, at least {big:,} "
+        f"{text} → {rounded:,}/min{bounded}; burst {burst:,}: {burst_s:g} s of it, at least {big:,} "
         f"({number(lengths.big_requests)} mean requests, the p{BURST_PERCENTILE})",
     )
 
@@ -172,13 +236,14 @@ def _plain(supply: Supply, rated: _Rated) -> Limit:
 
 
 def _in_two_colours(supply: Supply, assured: _Rated, ceiling: _Rated) -> Limit:
+    """The ceiling is at least what is assured: a minimum may lift that above it."""
     return Limit(
         assured.name,
         assured.per_minute,
         assured.burst,
         f"{supply.text}\nassured: {assured.text}\nceiling, while others leave it idle: {ceiling.text}",
-        ceiling_per_minute=ceiling.per_minute,
-        ceiling_burst=ceiling.burst,
+        ceiling_per_minute=max(ceiling.per_minute, assured.per_minute),
+        ceiling_burst=max(ceiling.burst, assured.burst),
     )
 
 
@@ -203,19 +268,20 @@ def _together(tier: TierPolicy, active_keys: int, limit: Limit) -> Limit:
     return msgspec.structs.replace(together, explanation=text)
 
 
-def _concurrency(supply: Supply, most: tuple[Factor, ...], request_burst: int) -> Limit:
+def _concurrency(supply: Supply, most: _Base, request_burst: int, bounds: _Bounds) -> Limit:
     """Little's law: the most that the key may take × the time a request may stay within the SLO, with headroom."""
     residence = Factor("×", supply.residence_s, supply.residence_text)
-    factors = (*most, residence, Factor("×", Decimal(CONCURRENCY_HEADROOM), "headroom over the mean"))
-    exact = product(supply.usable, factors)
+    factors = (*most.factors, residence, Factor("×", Decimal(CONCURRENCY_HEADROOM), "headroom over the mean"))
+    exact = product(most.start, factors)
     least = max(LEAST_CONCURRENCY, request_burst)
-    in_flight = max(shown(exact), least)
-    text = formula(f"{number(supply.usable)} requests/s", factors, exact)
+    rounded = max(shown(exact), least)
+    in_flight, bounded = bounds.apply(rounded)
+    text = formula(most.said, factors, exact)
     return Limit(
         "concurrency",
         0,
         in_flight,
-        f"{supply.text}\n{text} → {in_flight:,} in flight, at least {least:,} (a burst of requests)",
+        f"{supply.text}\n{text} → {rounded:,} in flight, at least {least:,} (a burst of requests){bounded}",
     )
 
 

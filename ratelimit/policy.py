@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -37,6 +37,27 @@ class LimitRule(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+class Promise(NamedTuple):
+    """What capacity is counted in: requests of ``mix`` that meet ``slo``, as for a device at full speed."""
+
+    mix: WorkloadMix
+    slo: Slo
+
+
+class KeyAmounts(msgspec.Struct, frozen=True):
+    """Amounts of one key, per minute (``concurrency``: in flight), by the name of the limit; None where unbounded."""
+
+    requests: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    concurrency: int | None = None
+
+    def of(self, name: LimitName) -> int | None:
+        """The amount for one limit."""
+        amount: int | None = getattr(self, name)
+        return amount
+
+
 class TierPolicy(msgspec.Struct, frozen=True):
     """A class of callers.
 
@@ -47,6 +68,10 @@ class TierPolicy(msgspec.Struct, frozen=True):
 
     ``unlimited`` names the derived limits that the tier does not have. ``shadow``: its limits are decided and counted,
     and refuse nobody.
+
+    ``mix`` and ``slo`` are the tier's own promise; None takes the pool's. ``minimum`` and ``maximum`` bound what each
+    key is given; capacity goes to the minima of assured tiers first. ``oversell`` is for best effort only: the limits
+    of the tier's keys add up to this many times its ceiling; None lets each of them take all of it.
     """
 
     name: str
@@ -57,22 +82,27 @@ class TierPolicy(msgspec.Struct, frozen=True):
     unlimited: tuple[LimitName, ...] = ()
     holds: Holds = "learned"
     shadow: bool = False
+    mix: WorkloadMix | None = None
+    slo: Slo | None = None
+    minimum: KeyAmounts = KeyAmounts()
+    maximum: KeyAmounts = KeyAmounts()
+    oversell: float | None = None
 
 
 class PoolPolicy(msgspec.Struct, frozen=True):
     """One model's promise (the SLO, as for a device at full speed) and the traffic it is sized for.
 
-    ``spare_replicas`` of the largest replicas are kept free. ``default_max_output`` tokens are what an answer is
-    expected to need where nothing is known of it; None takes the mix's p90. ``max_model_len`` and ``tokens_per_byte``
-    hold for every replica the pool may have, so that they outlive the loss of all of them. ``priority_scheduling``:
-    every one of them serves lower priorities first.
+    What the ``spare_domains`` largest failure domains serve is kept free. ``default_max_output`` tokens are what an
+    answer is expected to need where nothing is known of it; None takes the mix's p90. ``max_model_len`` and
+    ``tokens_per_byte`` hold for every replica the pool may have, so that they outlive the loss of all of them.
+    ``priority_scheduling``: every one of them serves lower priorities first.
     """
 
     model: str
     slo: Slo
     mix: WorkloadMix
     default_max_output: int | None
-    spare_replicas: int
+    spare_domains: int
     max_model_len: int
     tokens_per_byte: float
     priority_scheduling: bool = False
@@ -94,6 +124,16 @@ class Policy(msgspec.Struct, frozen=True):
     orgs: tuple[OrgPolicy, ...] = ()
     rules: tuple[LimitRule, ...] = ()
     shadow_keys: tuple[str, ...] = ()
+
+
+def promise_of(tier: TierPolicy, pool: PoolPolicy) -> Promise:
+    """What a tier is promised on a pool."""
+    return Promise(tier.mix or pool.mix, tier.slo or pool.slo)
+
+
+def promises_of(tiers: Iterable[TierPolicy], pool: PoolPolicy) -> tuple[Promise, ...]:
+    """Every promise made on a pool, each once; the pool's own comes first."""
+    return tuple(dict.fromkeys([Promise(pool.mix, pool.slo), *(promise_of(tier, pool) for tier in tiers)]))
 
 
 #: The best priority may fill this many thousandths of a pool's bucket with borrowed work, each next one a step less.

@@ -60,7 +60,7 @@ class TierLimits(msgspec.Struct, frozen=True):
 
     ``priority`` is vLLM's: lower is served first. A request beyond what is assured is admitted only while it leaves the
     pool's bucket at or below ``borrow_up_to`` thousandths of its capacity; 0: the tier does not borrow. ``assured``: a
-    share is promised, and a limit carries it.
+    share is promised, and a limit carries it. ``note`` says why a tier of a pool that serves has no limits.
     """
 
     tier: str
@@ -72,6 +72,7 @@ class TierLimits(msgspec.Struct, frozen=True):
     assured: bool = True
     holds: Holds = "learned"
     shadow: bool = False
+    note: str = ""
 
 
 class PublishedReplica(msgspec.Struct, frozen=True):
@@ -111,7 +112,7 @@ class Publication(msgspec.Struct, frozen=True):
     """The published limits at one epoch, and every org that may use them: one that is not in ``orgs`` is refused.
 
     ``rules`` are the operator's own limits, which hold beside those of the tier. The keys in ``shadow_keys`` (ids) are
-    counted and never refused.
+    counted and never refused. ``warnings`` are what the operator must hear of this derivation.
     """
 
     epoch: int
@@ -123,6 +124,7 @@ class Publication(msgspec.Struct, frozen=True):
     orgs: tuple[OrgPolicy, ...] = ()
     rules: tuple[LimitRule, ...] = ()
     shadow_keys: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def pool(self, model: str) -> PublishedPool | None:
         """The pool that serves ``model``."""

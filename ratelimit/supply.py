@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
-from ratelimit.derive import ReplicaSupply
-from ratelimit.policy import PoolPolicy
+import msgspec
+
+from ratelimit.groupsupply import GroupSupply
+from ratelimit.policy import Promise
 from ratelimit.publication import PublishedReplica
 from serving.capacity import EngineLimits, InfeasibleSloError, ReplicaGroup, Slo, StepTimeModel, WorkloadMix
 from serving.fleet import ReplicaSpec
+from serving.gpus import GPUS
 from serving.profile import Profile, load_profile
 from serving.stepsim import Knee, knee
 
 log = logging.getLogger(__name__)
+
+
+class _Infeasible(msgspec.Struct, frozen=True):
+    """That no load meets a promise, and why."""
+
+    why: str
+
 
 _KneeKey = tuple[StepTimeModel, EngineLimits, WorkloadMix, Slo]
 
@@ -30,7 +41,7 @@ class SupplyBook:
     def __init__(self, on_found: Callable[[], None]) -> None:
         self._on_found = on_found
         self._profiles: dict[str, Profile] = {}
-        self._knees: dict[_KneeKey, Knee | None] = {}
+        self._knees: dict[_KneeKey, Knee | _Infeasible] = {}
         self._wanted: dict[_KneeKey, ReplicaSpec] = {}
         self._asked = asyncio.Event()
 
@@ -38,42 +49,46 @@ class SupplyBook:
         """Have exactly these profiles, as their files are now. Raises ``ProfileError``, and then nothing changes."""
         self._profiles = {name: load_profile(name) for name in names}
 
-    def knows(self, spec: ReplicaSpec, pool: PoolPolicy) -> bool:
-        """Whether the replica's knee is known, or that it has none; if not, it is asked for."""
-        key = _key(self._profiles[spec.profile], pool)
-        if key in self._knees:
-            return True
-        self._wanted.setdefault(key, spec)
-        self._asked.set()
-        return False
-
-    def supplies(self, specs: Iterable[ReplicaSpec], pool: PoolPolicy) -> list[ReplicaSupply]:
-        """The supply of each of these replicas, all of them known, for the pool's mix under its SLO.
-
-        A replica whose profile cannot meet the SLO under any load supplies nothing and is left out: a limit of 0 would
-        hide that the SLO is wrong.
-        """
-        found = [self._supply(spec, pool) for spec in specs]
-        return [supply for supply in found if supply is not None]
-
-    def _supply(self, spec: ReplicaSpec, pool: PoolPolicy) -> ReplicaSupply | None:
+    def knows(self, spec: ReplicaSpec, promises: Iterable[Promise]) -> bool:
+        """Whether the replica's knees are known, or that it has none; those that are not are asked for."""
         profile = self._profiles[spec.profile]
-        found = self._knees[_key(profile, pool)]
-        if found is None:
-            return None
-        return ReplicaSupply(
-            replica=PublishedReplica(
-                url=spec.url,
-                gpu=spec.gpu,
-                profile=profile.name,
-                slowdown=spec.slowdown,
-                requests_per_s=found.requests_per_s / spec.slowdown,
-            ),
+        missing = [key for promise in promises if (key := _key(profile, promise)) not in self._knees]
+        for key in missing:
+            self._wanted.setdefault(key, spec)
+        if missing:
+            self._asked.set()
+        return not missing
+
+    def supplies(self, specs: Iterable[ReplicaSpec], promises: Sequence[Promise]) -> list[GroupSupply]:
+        """The supply of these replicas, the knees of all of them known; the first promise is their pool's own.
+
+        A replica whose profile cannot meet the pool's promise under any load takes no requests: it is told in its group
+        that the SLO is wrong, where a limit of 0 would hide it.
+        """
+        alike: dict[tuple[str, str, float], list[ReplicaSpec]] = {}
+        for spec in specs:
+            alike.setdefault((spec.gpu, spec.profile, spec.slowdown), []).append(spec)
+        return [self._group(of_kind, promises) for of_kind in alike.values()]
+
+    def _group(self, specs: Sequence[ReplicaSpec], promises: Sequence[Promise]) -> GroupSupply:
+        profile, slowdown = self._profiles[specs[0].profile], specs[0].slowdown
+        found = {promise: self._knees[_key(profile, promise)] for promise in promises}
+        knees = {promise: known for promise, known in found.items() if isinstance(known, Knee)}
+        own = knees.get(promises[0])
+        return GroupSupply(
             group=ReplicaGroup(
-                1, profile.step_time.slowed(spec.slowdown), profile.limits, pool.slo.slowed(spec.slowdown)
+                len(specs), profile.step_time.slowed(slowdown), profile.limits, promises[0].slo.slowed(slowdown)
             ),
-            knee=found,
+            gpu=profile.gpu,
+            gpus_per_replica=profile.gpus_per_replica,
+            profile=profile.name,
+            slowdown=slowdown,
+            knees=knees,
             provenance=_short(profile),
+            replicas=tuple(_published(spec, profile, own) for spec in specs),
+            domain_replicas=domain_replicas(profile),
+            domains=Counter(spec.domain for spec in specs if spec.domain is not None),
+            infeasible={promise: known.why for promise, known in found.items() if isinstance(known, _Infeasible)},
         )
 
     async def run(self) -> None:
@@ -88,16 +103,32 @@ class SupplyBook:
                 self._on_found()
 
 
-def _key(profile: Profile, pool: PoolPolicy) -> _KneeKey:
-    return profile.step_time, profile.limits, pool.mix, pool.slo
+def domain_replicas(profile: Profile) -> int:
+    """How many replicas of a profile fail together, where nothing labels their failure domains."""
+    facts = GPUS.get(profile.gpu)
+    return max(1, facts.failure_domain_gpus // profile.gpus_per_replica) if facts else 1
 
 
-async def _find_knee(key: _KneeKey, spec: ReplicaSpec) -> Knee | None:
+def _published(spec: ReplicaSpec, profile: Profile, own: Knee | None) -> PublishedReplica:
+    return PublishedReplica(
+        url=spec.url,
+        gpu=spec.gpu,
+        profile=profile.name,
+        slowdown=spec.slowdown,
+        requests_per_s=own.requests_per_s / spec.slowdown if own else 0.0,
+    )
+
+
+def _key(profile: Profile, promise: Promise) -> _KneeKey:
+    return profile.step_time, profile.limits, promise.mix, promise.slo
+
+
+async def _find_knee(key: _KneeKey, spec: ReplicaSpec) -> Knee | _Infeasible:
     try:
         return await asyncio.to_thread(knee, *key)
     except InfeasibleSloError as error:
         log.error("replica %s (%s) supplies nothing: %s", spec.url, spec.profile, error)
-        return None
+        return _Infeasible(str(error))
 
 
 def _short(profile: Profile) -> str:

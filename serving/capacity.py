@@ -85,11 +85,15 @@ class RequestShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cached_tokens: int = 0
 
 
-class WorkloadMix(msgspec.Struct, frozen=True):
-    """A named sample of request shapes, each equally likely."""
+class WorkloadMix(msgspec.Struct, frozen=True, cache_hash=True):
+    """A named sample of request shapes, each equally likely. Raises ``ValueError`` for an empty sample."""
 
     name: str
     shapes: tuple[RequestShape, ...]
+
+    def __post_init__(self) -> None:
+        if not self.shapes:
+            raise ValueError(f"the mix {self.name!r} is empty; give it at least one request shape")
 
     @property
     def mean_input_tokens(self) -> float:
@@ -102,7 +106,7 @@ class WorkloadMix(msgspec.Struct, frozen=True):
         return fsum(s.output_tokens for s in self.shapes) / len(self.shapes)
 
 
-class ReplicaGroup(msgspec.Struct, frozen=True):
+class ReplicaGroup(msgspec.Struct, frozen=True, cache_hash=True):
     """``count`` identical replicas, with the SLO they are held to (both already slowed, if the device is)."""
 
     count: int

@@ -28,7 +28,7 @@ PROGRESS_METRICS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total", 
 class ReplicaSpec(msgspec.Struct, frozen=True):
     """One vLLM server to watch: where it is, what it serves, on what, by which profile, and how it is slowed.
 
-    It is stuck after ``stuck_after_s`` with work and without progress.
+    It is stuck after ``stuck_after_s`` with work and without progress. ``domain`` labels what it fails together with.
     """
 
     url: str
@@ -37,6 +37,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     profile: str
     slowdown: float = 1.0
     stuck_after_s: float = 5.0
+    domain: str | None = None
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True):

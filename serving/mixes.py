@@ -32,20 +32,28 @@ class UnknownMixError(ValueError):
     """No mix has this name; the message lists those there are."""
 
 
-def load_mix(name: str, scale: float = 1.0) -> WorkloadMix:
+def load_mix(name: str, scale: float = 1.0, cached_share: float = 0.0) -> WorkloadMix:
     """The mix of that name with every length multiplied by ``scale``, rounded, and at least 1.
 
-    Raises ``UnknownMixError``, and ``ValueError`` for a scale that is not positive.
+    ``cached_share`` of every prompt, rounded down, is found in the prefix cache. Raises ``UnknownMixError``, and
+    ``ValueError`` for a scale that is not positive or a share outside [0, 1).
     """
     if name not in MIX_NAMES:
         raise UnknownMixError(f"no workload mix {name!r}; there are {', '.join(MIX_NAMES)}")
     lengths = _chat_lengths() if name == "chat" else _grid_lengths(*SYNTHETIC_MEANS[name])
-    return WorkloadMix(name, _shapes(lengths, scale))
+    return _cached(WorkloadMix(name, _shapes(lengths, scale)), cached_share)
 
 
 def trace_shapes(scale: float = 1.0) -> tuple[RequestShape, ...]:
     """Every request of the conversation trace, in order of arrival, lengths scaled as in ``load_mix``."""
     return _shapes(_trace_lengths(), scale)
+
+
+def _cached(mix: WorkloadMix, share: float) -> WorkloadMix:
+    if not 0 <= share < 1:
+        raise ValueError(f"the cached share of a mix is {share}, it must be at least 0 and below 1")
+    shapes = (RequestShape(s.input_tokens, s.output_tokens, int(s.input_tokens * share)) for s in mix.shapes)
+    return WorkloadMix(mix.name, tuple(shapes)) if share else mix
 
 
 def _shapes(lengths: tuple[tuple[int, int], ...], scale: float) -> tuple[RequestShape, ...]:

@@ -1,0 +1,145 @@
+"""What the replicas of one pool serve together of one promise, and the words and factors that say so. Pure.
+
+    usable = (Σ replicas × requests/s of one − what the ``spare_domains`` largest failure domains serve) × trim
+
+The largest domains are taken one by one, not the largest several times: then whichever of them are lost, ``usable`` is
+still served, and one more replica never makes it less. The worth of the largest replica is always given out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from heapq import nlargest
+from typing import NamedTuple
+
+import msgspec
+
+from ratelimit.explain import factor_value, factor_value_up, number
+from ratelimit.groupsupply import GroupSupply, Trim
+from ratelimit.policy import Promise
+
+#: More kinds of replica than this are printed as one sum for each GPU type.
+MOST_KINDS = 12
+_FULL = Trim(1.0, "")
+
+
+class Supply(msgspec.Struct, frozen=True):
+    """What one pool can serve, in requests/s of one promise, and how long a request may stay within its SLO.
+
+    The texts are the printed derivations: of ``usable``, and of what ``residence_s`` is made of. ``problems`` are what
+    the operator must hear: spare that cannot be kept, and replicas that cannot meet the promise.
+    """
+
+    usable: Decimal
+    text: str
+    residence_s: Decimal
+    residence_text: str
+    problems: tuple[str, ...] = ()
+
+
+class _Spare(NamedTuple):
+    requests_per_s: Decimal
+    text: str
+    kept: bool
+
+
+def supply_of(promise: Promise, groups: Sequence[GroupSupply], spare_domains: int, trim: Trim | None = None) -> Supply:
+    """The supply of these groups; those that cannot meet the promise add nothing, and are named with the reason."""
+    able = [group for group in groups if promise in group.rates and group.group.count]
+    hopeless = _hopeless(promise, groups)
+    total = sum((group.group.count * group.rates[promise] for group in able), Decimal(0))
+    spare = _spare(promise, able, spare_domains, total)
+    text = " + ".join(_kinds(promise, able)) or "no replica is healthy"
+    usable, text = _trimmed(total - spare.requests_per_s, text + spare.text, trim or _FULL)
+    slowest = max((group.slowdown for group in able), default=1.0)
+    ttft_s, tpot_s = promise.slo.ttft_s * slowest, promise.slo.tpot_s * slowest
+    mean_output = promise.mix.mean_output_tokens
+    unkept = [] if spare.kept else [f"{spare_domains} spare failure domain(s) cannot be kept: {spare.text[3:]}"]
+    return Supply(
+        usable=usable,
+        text="\n".join([*hopeless, text]),
+        residence_s=factor_value_up(ttft_s + mean_output * tpot_s),
+        residence_text=f"s residence ({ttft_s:g} s to the first of {mean_output:.4g} tokens, {tpot_s:g} s for each)",
+        problems=(*hopeless, *unkept),
+    )
+
+
+def _trimmed(supplied: Decimal, text: str, trim: Trim) -> tuple[Decimal, str]:
+    if trim.factor == 1:
+        return supplied, f"{text} = {number(supplied)} usable requests/s"
+    factor = factor_value(trim.factor)
+    usable = supplied * factor
+    return usable, (
+        f"{text} = {number(supplied)} requests/s\n{number(supplied)} requests/s × {number(factor)} trim "
+        f"({trim.reason}) = {number(usable)} usable requests/s"
+    )
+
+
+def _hopeless(promise: Promise, groups: Iterable[GroupSupply]) -> list[str]:
+    kinds: Counter[tuple[str, str, str]] = Counter()
+    for group in groups:
+        if promise not in group.rates and group.group.count:
+            reason = group.infeasible.get(promise, "its knee is not known yet")
+            kinds[group.gpu, group.profile, reason] += group.group.count
+    return [
+        f"nothing from {count:,} × {gpu} [{profile}] for {promise.mix.name}: {reason}"
+        for (gpu, profile, reason), count in sorted(kinds.items())[:MOST_KINDS]
+    ]
+
+
+def _spare(promise: Promise, able: Sequence[GroupSupply], spare_domains: int, total: Decimal) -> _Spare:
+    """What the largest failure domains serve, less what must be given out whatever the policy says."""
+    if not spare_domains or not able:
+        return _Spare(Decimal(0), "", kept=True)
+    wanted = sum(nlargest(spare_domains, _domains(promise, able, spare_domains)), Decimal(0))
+    most = total - max(group.rates[promise] for group in able)
+    said = f"spare_domains: {spare_domains}"
+    if wanted > most:
+        said += f", which serve {number(wanted)}: one replica's worth is given out all the same"
+    kept = min(wanted, most)
+    return _Spare(kept, f" − {number(kept)} kept spare ({said})", kept=wanted <= most)
+
+
+def _domains(promise: Promise, able: Iterable[GroupSupply], at_most: int) -> list[Decimal]:
+    """The requests/s of each failure domain; of those of one group that are alike, no more than ``at_most``."""
+    labelled: dict[str, Decimal] = {}
+    domains = []
+    for group in able:
+        rate = group.rates[promise]
+        for label, count in group.domains.items():
+            labelled[label] = labelled.get(label, Decimal(0)) + count * rate
+        for size, many in group.domain_sizes.items():
+            domains += [size * rate] * min(many, at_most)
+    return [*labelled.values(), *domains]
+
+
+def _kinds(promise: Promise, able: Sequence[GroupSupply]) -> list[str]:
+    """The addends of the supply: each kind of replica, or where there are many, each GPU type."""
+    counts: Counter[tuple[str, float, Decimal, str, float]] = Counter()
+    for group in able:
+        utilization = group.knees[promise].utilization
+        counts[group.gpu, group.slowdown, group.rates[promise], group.provenance, utilization] += group.group.count
+    if len(counts) > MOST_KINDS:
+        return _gpu_types(counts)
+    slo = promise.slo
+    return [
+        f"{count} × {gpu}{'' if slowdown == 1 else f' (1:{slowdown:g} speed)'} × {number(rate)} requests/s "
+        f"[{provenance}; knee at p{slo.percentile:g} TTFT ≤ {slo.ttft_s * slowdown:g} s, TPOT ≤ "
+        f"{slo.tpot_s * slowdown * 1000:g} ms; {number(factor_value(utilization))} of the closed form]"
+        for (gpu, slowdown, rate, provenance, utilization), count in sorted(counts.items())
+    ]
+
+
+def _gpu_types(counts: Counter[tuple[str, float, Decimal, str, float]]) -> list[str]:
+    sums: dict[str, list[Decimal]] = {}
+    for (gpu, _, rate, _, _), count in counts.items():
+        of_gpu = sums.setdefault(gpu, [Decimal(0), Decimal(0), Decimal(0)])
+        of_gpu[0] += count * rate
+        of_gpu[1] += count
+        of_gpu[2] += 1
+    return [
+        f"{number(rate)} requests/s by {number(count)} {gpu} [{kinds} kinds, listed by `penstock profiles`]"
+        for gpu, (rate, count, kinds) in sorted(sums.items())
+    ]

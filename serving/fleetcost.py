@@ -1,0 +1,85 @@
+"""The cost of a mix on a large mixed fleet, for all its shapes at once: ``capacity`` in NumPy.
+
+One row per kind of replica holds the rates 1/u(x) at which it alone could serve each shape x of the mix. What a fleet
+of n_g replicas of kind g charges for x is then N / Σ n_g/u_g(x): one product of a vector with a matrix. Rows and
+matrices are kept, so that a fleet that loses a replica costs only the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.capacity import USABLE_KV_SHARE, InfeasibleSloError, ReplicaGroup, WorkloadMix
+
+Vector = NDArray[np.float64]
+
+#: 2,048 rows of a mix of 1,000 shapes are 16 MB, and so are two matrices of 1,000 such rows.
+_ROWS = 2048
+_MATRICES = 2
+
+
+def fleet_costs_s(groups: Sequence[ReplicaGroup], mix: WorkloadMix) -> Vector:
+    """``capacity.fleet_cost_s`` of every shape of the mix, in their order.
+
+    Raises ``ValueError`` for an empty fleet, and ``InfeasibleSloError`` where an empty step exceeds the TPOT bound.
+    """
+    counts = np.array([group.count for group in groups], dtype=np.float64)
+    count = counts.sum()
+    if count == 0:
+        raise ValueError("an empty fleet serves nothing, so a request has no cost on it")
+    kinds = tuple(_kind(group) for group in groups)
+    costs: Vector = count / (counts @ _rate_matrix(kinds, mix))
+    return costs
+
+
+@lru_cache(maxsize=_ROWS)
+def replica_rates(kind: ReplicaGroup, mix: WorkloadMix) -> Vector:
+    """1/u of one replica for every shape of the mix, requests/s. ``capacity.replica_seconds``, vectorised."""
+    step_time, limits, tpot_s = kind.step_time, kind.limits, kind.slo.tpot_s
+    if step_time.base_s >= tpot_s:
+        raise InfeasibleSloError(
+            f"an empty step takes {step_time.base_s:.4g} s, the TPOT bound is {tpot_s:.4g} s: raise it"
+        )
+    inputs, outputs, cached = _lengths(mix)
+    base, kv_token_steps = step_time.base_s, outputs * (inputs + outputs / 2)
+    work = (
+        step_time.prompt_token_s * (inputs - cached)
+        + step_time.sequence_s * outputs
+        + step_time.kv_token_s * kv_token_steps
+    )
+    bounds = (
+        work / (1 - base / tpot_s),
+        work + base * outputs / limits.max_num_seqs,
+        work + base * kv_token_steps / (USABLE_KV_SHARE * limits.kv_tokens),
+        work + base * (inputs - cached + outputs) / limits.max_num_batched_tokens,
+    )
+    rates: Vector = 1 / np.maximum.reduce(bounds)
+    rates.setflags(write=False)
+    return rates
+
+
+@lru_cache(maxsize=_MATRICES)
+def _rate_matrix(kinds: tuple[ReplicaGroup, ...], mix: WorkloadMix) -> Vector:
+    return np.stack([replica_rates(kind, mix) for kind in kinds])
+
+
+@lru_cache(maxsize=64)
+def _lengths(mix: WorkloadMix) -> tuple[Vector, Vector, Vector]:
+    """Input, output and cached tokens of every shape."""
+    columns = [(s.input_tokens, s.output_tokens, s.cached_tokens) for s in mix.shapes]
+    inputs, outputs, cached = np.array(columns, dtype=np.float64).T
+    return inputs, outputs, cached
+
+
+@lru_cache(maxsize=8192)
+def _one(group: ReplicaGroup) -> ReplicaGroup:
+    return msgspec.structs.replace(group, count=1)
+
+
+def _kind(group: ReplicaGroup) -> ReplicaGroup:
+    return group if group.count == 1 else _one(group)
