@@ -22,6 +22,8 @@ STARTED = "1 replica, limiter off: waiting"
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_scenario_leaves_no_process(tmp_path: Path, signum: signal.Signals, status: int) -> None:
     """Ctrl-C with the stack up ends every process and says so by its status; SIGKILL ends them by their guards."""
+    # A suite that runs in a shell's background ignores Ctrl-C, and its children would too.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     told = tmp_path / "told.log"
     with told.open("w") as log:
         scenario = subprocess.Popen(
@@ -39,5 +41,6 @@ def test_a_stopped_scenario_leaves_no_process(tmp_path: Path, signum: signal.Sig
         assert scenario.wait(60) == status
         eventually(lambda: not alive(family), 30, "the end of every process of the scenario")
     finally:
+        signal.signal(signal.SIGINT, ours)
         scenario.kill()
         scenario.wait()
