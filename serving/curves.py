@@ -8,7 +8,7 @@ is a function of its arguments and neighbours differ by their load alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, inf
+from math import ceil, fsum, inf
 
 import msgspec
 
@@ -20,13 +20,18 @@ from serving.capacity import (
     WorkloadMix,
     closed_form_requests_per_s,
 )
+from serving.profile import Profile
 from serving.stepsim import Arrival, knee, percentile, poisson_arrivals, simulate
 
 #: Loads of a curve, as shares of the rate that no latency bound limits.
-LOAD_SHARES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.76, 0.82, 0.87, 0.91, 0.94, 0.97)
+LOAD_SHARES = (
+    *(0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7),
+    *(0.74, 0.78, 0.81, 0.84, 0.86, 0.88, 0.9, 0.915, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 1.0),
+)
 _LEAST_REQUESTS = 2000
 _MOST_REQUESTS = 12000
 _LIFETIMES = 8
+_LEAST_SLACK = 0.01
 _WARM_UP_SHARE = 0.2
 
 
@@ -86,6 +91,26 @@ def knee_throughput(step_time: StepTimeModel, limits: EngineLimits, mix: Workloa
     return throughput_of(mix, knee(step_time, limits, mix, slo).requests_per_s)
 
 
+def mean_context_tokens(mix: WorkloadMix) -> float:
+    """The context that a request of the mix has on the way through its answer, I + O/2, in the mean."""
+    return fsum(shape.input_tokens + shape.output_tokens / 2 for shape in mix.shapes) / len(mix.shapes)
+
+
+def step_time_around(profile: Profile, mix: WorkloadMix, slo: Slo) -> tuple[StepTimeModel, str]:
+    """The profile's step-time model for loads of the mix near the SLO, and a note where it was not measured there.
+
+    A profile with a surface has one model for each KV use. The use near the SLO is that of the linear model's knee:
+    requests in flight by Little's law, times their context. Raises ``InfeasibleSloError``.
+    """
+    context_tokens = mean_context_tokens(mix)
+    if profile.surface is None:
+        return profile.extrapolated_step_time(profile.limits.kv_tokens, context_tokens)
+    found = knee(profile.step_time, profile.limits, mix, slo)
+    in_flight = found.requests_per_s * mix.mean_output_tokens * found.tpot_s
+    kv_tokens = min(profile.limits.kv_tokens, max(1.0, in_flight * context_tokens))
+    return profile.extrapolated_step_time(kv_tokens, context_tokens)
+
+
 def _loaded(
     step_time: StepTimeModel,
     limits: EngineLimits,
@@ -107,5 +132,5 @@ def _loaded(
 
 def _requests(step_time: StepTimeModel, mix: WorkloadMix, ceiling: float, share: float) -> int:
     """Enough arrivals to last several times as long as a request does at that load, within a bound on the effort."""
-    lifetime_s = step_time.base_s / (1 - share) * mix.mean_output_tokens
+    lifetime_s = step_time.base_s / max(1 - share, _LEAST_SLACK) * mix.mean_output_tokens
     return min(_MOST_REQUESTS, max(_LEAST_REQUESTS, ceil(_LIFETIMES * ceiling * share * lifetime_s)))

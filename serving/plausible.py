@@ -21,7 +21,7 @@ BEYOND_ROOFLINE = 2.0
 #: A coefficient this many times slower than the roofline is in the wrong unit.
 BEHIND_ROOFLINE = 200.0
 #: Share of an empty step below which a measured TPOT contradicts it; what is between is an error of the fit.
-LEAST_TPOT_SHARE = 0.8
+LEAST_TPOT_SHARE = 0.7
 #: By how much the time spent in requests may exceed concurrency × duration: its means are of unlike weights.
 LITTLE_SLACK = 2.0
 

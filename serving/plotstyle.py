@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 GPU_COLOURS = {"A100": "#8d99ae", "H100": "#457b9d", "H200": "#2a9d8f", "B200": "#e76f51", "GB200": "#9b2226"}
 #: For whatever is no GPU type: colours that stay apart for colour-blind eyes.
 COLOURS = ("#264653", "#2a9d8f", "#e9a03b", "#e76f51", "#6d597a", "#457b9d", "#9b2226", "#8d99ae")
+_CAPTION_CHARACTERS_PER_IN = 13
 STYLE: dict[Any, Any] = {
     "font.size": 11,
     "text.color": INK,
@@ -62,7 +64,8 @@ def picture(path: Path, width_in: float = 10.5, height_in: float = 6.2) -> Itera
 def title(figure: Figure, text: str, caption: str) -> None:
     """The headline of a picture, and the small print under it."""
     figure.suptitle(text, x=0.012, ha="left", fontsize=16, fontweight="bold")
-    figure.supxlabel(caption, x=0.012, ha="left", fontsize=9.5, color=MUTED)
+    lines = fill(caption, width=int(figure.get_figwidth() * _CAPTION_CHARACTERS_PER_IN))
+    figure.supxlabel(lines, x=0.012, ha="left", fontsize=9.5, color=MUTED)
 
 
 def dress(axes: Axes, grid: str = "y") -> None:

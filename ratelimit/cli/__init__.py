@@ -8,6 +8,7 @@ from ratelimit.cli.check import check
 from ratelimit.cli.keys import app as keys_app
 from ratelimit.cli.limits import app as limits_app
 from ratelimit.cli.measure import measure
+from ratelimit.cli.profiles import app as profiles_app
 from ratelimit.cli.serve import controller, gateway
 from ratelimit.cli.up import up
 from ratelimit.cli.usage import app as usage_app
@@ -23,6 +24,7 @@ for command in (check, up, gateway, controller, measure):
     app.command()(command)
 app.add_typer(keys_app, name="keys")
 app.add_typer(limits_app, name="limits")
+app.add_typer(profiles_app, name="profiles")
 app.add_typer(usage_app, name="usage")
 
 
