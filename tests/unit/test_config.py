@@ -63,7 +63,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert (config.gateway.max_body_bytes, config.gateway.body_timeout_s) == (8_388_608, 20)
     pool, tier = config.pools[0], config.tiers[0]
     assert (pool.slo.ttft_ms, pool.slo.tpot_ms, pool.slo.percentile) == (1000, 50, 95)
-    assert (pool.default_max_output, pool.spare_replicas, pool.raise_after_s, pool.stuck_after_s) == (None, 0, 5, 5)
+    assert (pool.default_max_output, pool.spare_domains, pool.raise_after_s, pool.stuck_after_s) == (None, 0, 5, 5)
     assert (tier.ceiling, tier.priority, tier.burst_s) == (1.0, 0, 5)
     assert (tier.unlimited, tier.holds, tier.shadow) == ((), "learned", False)
     assert (config.limits, config.shadow_keys, config.gateway.redis_timeout_ms) == ((), (), 30)
@@ -82,7 +82,7 @@ pools:
     slo: {ttft_ms: 500, tpot_ms: 30, percentile: 99}
     mix: {name: decode-heavy, scale: 0.5}
     default_max_output: 256
-    spare_replicas: 1
+    spare_domains: 1
     raise_after_s: 0
     stuck_after_s: 2.5
     engines:

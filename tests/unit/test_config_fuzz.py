@@ -21,7 +21,7 @@ pools:
     slo: {ttft_ms: 500, tpot_ms: 30, percentile: 99}
     mix: {name: decode-heavy, scale: 0.5}
     default_max_output: 256
-    spare_replicas: 1
+    spare_domains: 1
     engines:
       - {device: virtual, profile: h100-llama-3.1-8b, count: 2, slowdown: 10, port: 8100, extra_args: [seed]}
     replicas: [{url: http://gpu1:8001, profile: ./none.json}]

@@ -15,7 +15,7 @@ def policy() -> Policy:
         slo=Slo(1.0, 0.05),
         mix=WorkloadMix("one", (RequestShape(100, 10),)),
         default_max_output=512,
-        spare_replicas=0,
+        spare_domains=0,
         max_model_len=32_768,
         tokens_per_byte=0.25,
     )
