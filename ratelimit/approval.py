@@ -80,14 +80,20 @@ def decide(
     base: I,
     changes: Sequence[Change[I]],
     derived: Callable[[I], Publication],
-    falls_above: float,
+    falls_above: float | None,
     approved: Collection[str],
 ) -> Decision[I]:
     """Take up the changes one after another, but for those by which a limit loses more than ``falls_above`` of itself.
 
+    With None nothing waits.
+
     ``base`` is what was decided so far with the fleet as it is now. A change whose digest is in ``approved`` is taken
     up whatever it does.
     """
+    if falls_above is None:
+        for change in changes:
+            base = change.applied(base)
+        return Decision(base, derived(base), (), ())
     inputs, publication = base, derived(base)
     used: list[str] = []
     held: list[tuple[Change[I], Difference]] = []

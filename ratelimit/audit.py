@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from ratelimit.approval import Approval
 from ratelimit.difference import Difference, Snapshot
 from ratelimit.statefile import StateFileError, private_folder
 
@@ -31,7 +32,7 @@ _FIRST = "00000001"
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One epoch: when it was published (ISO 8601, UTC), what caused it, who approved what, and what it did.
+    """One epoch: when it was published (ISO 8601, UTC), what caused it, who let which change through, and what it did.
 
     ``before`` is the epoch that ``does`` compares with, 0 where none was known.
     """
@@ -42,7 +43,7 @@ class Entry(msgspec.Struct, frozen=True):
     before: int
     does: Difference
     published: Snapshot
-    approved: tuple[str, ...] = ()
+    approved: tuple[Approval, ...] = ()
 
 
 class AuditLog:

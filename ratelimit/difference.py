@@ -102,13 +102,14 @@ class Setting(msgspec.Struct, frozen=True):
 class Difference(msgspec.Struct, frozen=True):
     """All that differs between two publications; empty where callers would notice nothing.
 
-    ``lost_access`` names each org and the model that it may no longer use.
+    ``lost_access`` names each org and the model that it may no longer use; ``warnings`` are those that are new.
     """
 
     limits: tuple[LimitChange, ...] = ()
     pools: tuple[PoolChange, ...] = ()
     lost_access: tuple[str, ...] = ()
     settings: tuple[Setting, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def largest_fall(self) -> float:
@@ -149,6 +150,7 @@ def difference(before: Snapshot | None, after: Snapshot) -> Difference:
         pools=tuple(pool for pool in pools if pool.before != pool.after),
         lost_access=_lost_access(was, now),
         settings=tuple(setting for setting in _settings(was, now) if setting.before != setting.after) if before else (),
+        warnings=tuple(warning for warning in now.warnings if warning not in was.warnings),
     )
 
 
@@ -183,7 +185,7 @@ def _limits_of(tier: TierLimits | None) -> dict[_Named, Limit]:
 
 def _amount(tier: TierLimits | None, named: _Named, publication: Publication) -> Amount | NoAmount:
     pool = publication.pool(tier.model) if tier else None
-    if tier is None or pool is None or not pool.budget_per_minute:
+    if tier is None or tier.note or pool is None or not pool.budget_per_minute:
         return "nothing"
     limits = _limits_of(tier)
     found = limits.get(named)

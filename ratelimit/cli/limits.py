@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ratelimit.audit import AuditLog
 from ratelimit.cli.common import DEFAULT_CONFIG, ConfigOption, JsonOption, failing_clearly, read_config, stderr
+from ratelimit.cli.governing import approve, diff, history, pending
 from ratelimit.config import Config
 from ratelimit.duration import parse_duration
 from ratelimit.explain import timestamp
@@ -21,7 +23,11 @@ from ratelimit.publication import LimitName, Publication, TierLimits
 from ratelimit.publisher import read_published
 from ratelimit.statefile import StateFileError
 
-app = typer.Typer(help="The published limits: explain, and override in an emergency.", no_args_is_help=True)
+app = typer.Typer(
+    help="The published limits: explain, compare, approve, and override in an emergency.", no_args_is_help=True
+)
+for command in (diff, pending, approve, history):
+    app.command()(command)
 
 TierOption = Annotated[str, typer.Option(help="The tier whose keys are meant.")]
 ModelOption = Annotated[str | None, typer.Option(help="One model; every model if unset.")]
@@ -32,13 +38,16 @@ ReasonOption = Annotated[str, typer.Option(help="Why; it is shown wherever the l
 @app.command()
 def explain(
     key_or_tier: Annotated[str | None, typer.Argument(help="A key's id or a tier; every tier if unset.")] = None,
+    epoch: Annotated[int | None, typer.Option(help="An epoch of the audit log instead of what is published.")] = None,
     config: ConfigOption = DEFAULT_CONFIG,
     as_json: JsonOption = False,
 ) -> None:
     """Print each limit with every factor it was derived from."""
     settings = read_config(config)
-    with failing_clearly(StateFileError):
-        published = _published(settings)
+    with failing_clearly(StateFileError, OSError):
+        published = (
+            _published(settings) if epoch is None else AuditLog(settings.state_dir).epoch(epoch).published.publication
+        )
         key = _key_named(settings, published, key_or_tier)
     tier = key_or_tier if key is None else key.tier
     chosen = [_of_key(limits, published, key) for limits in published.tiers if tier in (None, limits.tier)]

@@ -1,0 +1,206 @@
+"""What the controller asks before it publishes and tells afterwards: waiting changes, approvals, the audit log.
+
+In the state folder, ``waiting.json`` holds the changes that wait, written by the controller, ``approvals.json`` what
+people let through, written by ``penstock limits approve``, and ``audit/`` the log of epochs.
+
+No file here stops the limits: what cannot be written is said once in the log, counted in ``unkept``, and tried again at
+every round. Approvals that cannot be read approve nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import time
+from typing import TypeVar
+
+from ratelimit.approval import (
+    MOST_APPROVALS,
+    Approval,
+    ApprovalError,
+    Change,
+    Decision,
+    Waiting,
+    decide,
+    still_valid,
+    waiting_named,
+)
+from ratelimit.audit import AuditLog, Entry
+from ratelimit.difference import Snapshot, difference, snapshot
+from ratelimit.publication import Publication
+from ratelimit.publisher import read_published
+from ratelimit.statefile import StateFile, StateFileError
+
+log = logging.getLogger(__name__)
+
+I = TypeVar("I")  # noqa: E741 - the inputs, as in ``approval``
+
+#: Epochs kept in memory while the log cannot be written; of more than these the oldest are lost, and counted.
+MOST_UNKEPT = 100
+
+
+def waiting_file(state_dir: Path) -> StateFile[Waiting]:
+    """The changes that wait for approval."""
+    return StateFile(state_dir / "waiting.json", Waiting)
+
+
+class ApprovalFile:
+    """What people let through. Methods may raise ``StateFileError``."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+        self._file = StateFile(state_dir / "approvals.json", Approval)
+
+    def valid(self, now_s: float) -> tuple[Approval, ...]:
+        """Those that have not expired."""
+        return still_valid(self._file.read(), now_s)
+
+    def approve(self, digest: str | None, by: str, now_s: float, valid_s: float) -> Waiting:
+        """Let a change that waits through, the only one if ``digest`` is None. Raises ``ApprovalError``."""
+        found = waiting_named(waiting_file(self._state_dir).read(), digest)
+        with self._file.changing() as approvals:
+            others = [each for each in still_valid(approvals, now_s) if each.digest != found.digest]
+            if len(others) >= MOST_APPROVALS:
+                raise ApprovalError(f"there are {MOST_APPROVALS} approvals already; wait until some expire")
+            approvals[:] = [*others, Approval(found.digest, by, now_s, now_s + valid_s)]
+        return found
+
+    def use_up(self, used: Sequence[Approval]) -> None:
+        """Forget approvals that have let their change through."""
+        with self._file.changing() as approvals:
+            approvals[:] = [each for each in approvals if each not in used]
+
+
+class Governor:
+    """Decides which changes take effect, and keeps what was decided."""
+
+    def __init__(self, state_dir: Path, clock: Callable[[], float] = time) -> None:
+        self._state_dir = state_dir
+        self._clock = clock
+        self._audit = AuditLog(state_dir)
+        self._approvals = ApprovalFile(state_dir)
+        self._waiting: tuple[Waiting, ...] | None = None
+        self._are_unsaved = False
+        self._last: Snapshot | None = None
+        self._unkept: deque[Entry] = deque()
+        self._failures: dict[str, str] = {}
+        #: Epochs that never reached the audit log.
+        self.lost = 0
+
+    @property
+    def unkept(self) -> int:
+        """Epochs in force or past that are not in the audit log yet."""
+        return len(self._unkept)
+
+    def approvals(self) -> tuple[Approval, ...]:
+        """The approvals that count now; none while nothing waits."""
+        return self._valid() if self._waiting else ()
+
+    def decide(
+        self, base: I, changes: Sequence[Change[I]], derived: Callable[[I], Publication], falls_above: float | None
+    ) -> Decision[I]:
+        """Which of the changes take effect; those that wait are said in the log, once each, and kept."""
+        self._resume()
+        digests = {approval.digest for approval in self._valid()} if changes else set()
+        decision = decide(base, changes, derived, falls_above, digests)
+        since = {each.digest: each.since for each in self._waiting or ()}
+        waiting = tuple(
+            Waiting(change.digest, change.cause, since.get(change.digest, self._clock()), falls_above or 0.0, does)
+            for change, does in decision.held
+        )
+        for each in waiting:
+            if each.digest not in since:
+                _say(each)
+        self._are_unsaved = self._are_unsaved or waiting != self._waiting
+        self._waiting = waiting
+        self.save()
+        return decision
+
+    def published(self, publication: Publication, approved: Sequence[str] = ()) -> None:
+        """Keep an epoch that is in force now in the audit log, and use up the approvals that let it through."""
+        self._resume()
+        used = tuple(each for each in self._valid() if each.digest in approved) if approved else ()
+        self._note(publication, used)
+        if used:
+            self._trying("approvals cannot be used up", lambda: self._approvals.use_up(used))
+        self.save()
+
+    def _note(self, publication: Publication, used: tuple[Approval, ...]) -> None:
+        now = snapshot(publication)
+        before = self._last.publication.epoch if self._last else 0
+        does = difference(self._last, now)
+        if len(self._unkept) >= MOST_UNKEPT:
+            self._unkept.popleft()
+            self.lost += 1
+        entry = Entry(publication.epoch, publication.published_at, publication.reason, before, does, now, used)
+        self._unkept.append(entry)
+        self._last = now
+
+    def save(self) -> None:
+        """Write to disk what is not there yet; a failure is said once, and the next call tries again."""
+        if self._are_unsaved:
+            self._trying("waiting changes cannot be kept", self._write_waiting)
+        self._trying("epochs are in force but not in the audit log", self._append)
+
+    def _append(self) -> None:
+        while self._unkept:
+            self._audit.append(self._unkept[0])
+            self._unkept.popleft()
+
+    def _write_waiting(self) -> None:
+        with waiting_file(self._state_dir).changing() as kept:
+            kept[:] = self._waiting or ()
+        self._are_unsaved = False
+
+    def _resume(self) -> None:
+        """Take up, once, where the controller before has stopped."""
+        if self._waiting is None:
+            self._waiting = ()
+            self._trying("waiting changes cannot be read", self._read_waiting)
+            self._trying("the audit log cannot be read", self._read_last)
+
+    def _read_last(self) -> None:
+        """The last epoch that was kept; one published after it, by a controller that then died, is kept now."""
+        newest = self._audit.newest()
+        self._last = newest.published if newest else None
+        published = read_published(self._state_dir)
+        if published is not None and (newest is None or published.epoch > newest.epoch):
+            self._note(published, ())
+
+    def _read_waiting(self) -> None:
+        self._waiting = tuple(waiting_file(self._state_dir).read())
+
+    def _valid(self) -> tuple[Approval, ...]:
+        found: list[Approval] = []
+        self._trying("approvals cannot be read", lambda: found.extend(self._approvals.valid(self._clock())))
+        return tuple(found)
+
+    def _trying(self, what: str, work: Callable[[], None]) -> None:
+        """Do it, or say once why it cannot be done."""
+        try:
+            work()
+        except (StateFileError, OSError) as error:
+            if self._failures.get(what) != str(error):
+                log.error("%s: %s", what, error)
+            self._failures[what] = str(error)
+        else:
+            if self._failures.pop(what, None) is not None:
+                log.warning("no longer: %s", what)
+
+
+def _say(waiting: Waiting) -> None:
+    falls = waiting.does.falls_above(waiting.falls_above)
+    worst = f"{falls[0].limit} of {falls[0].who} on {falls[0].model}" if falls else waiting.does.lost_access[0]
+    log.warning(
+        "WAITING FOR APPROVAL: %s. By it %s loses %.0f %%, and %d limit(s) lose more than the %.0f %% that "
+        "approval.falls_above allows. What is in force stays, and follows the fleet. `penstock limits pending` shows "
+        "it, `penstock limits approve %s` lets it through.",
+        waiting.cause,
+        worst,
+        100 * waiting.does.largest_fall,
+        len(falls),
+        100 * waiting.falls_above,
+        waiting.digest,
+    )
