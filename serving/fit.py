@@ -1,34 +1,43 @@
-"""From measured points to the step-time model that explains them best, and how well it does.
+"""From measured points to the step-time model that explains them best, and how well it does. Pure.
 
-Over a steady run of D seconds, all of them spent in steps, the model says
+Each point gives one equation (``equations``), divided by its busy seconds so that it counts by its relative error.
+What is fitted (``laws``) depends on what the points can tell:
 
-    D = c0·(steps) + c_p·(prompt tokens) + c_s·(output tokens) + c_k·Σ O·(I + O/2)
+- **linear**: least squares with coefficients that are not negative, on at least 7 steady points of at least 4 mixes,
+  one of them dominated by output; with less, coefficients cannot be told apart (GPU servers measured with too few mixes
+  gave negative rates).
+- **bounded**: fewer steady points, so that every point is used, the coefficients are held within the roofline of GPU
+  and model, and drawn towards its proportions. Its provenance is ``estimated``.
+- **surface**: either of them, where it misses a point by more than 10 %: the linear model, times measured factors
+  interpolated over (KV use, context).
 
-One such equation for each point, divided by its D so that every point counts by its relative error, is solved for
-coefficients that are not negative. The points must differ in their proportions, or the coefficients cannot be told
-apart: at least four mixes, one of them dominated by output (GPU servers measured with too few gave negative rates).
+How well the fit predicts what it has not seen is its leave-one-mix-out error (``leftout``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from statistics import median
 
 import msgspec
-import numpy as np
 
 from serving.capacity import StepTimeModel
+from serving.equations import UNKNOWN_BATCH, equation
+from serving.laws import Law, bounded_fitter, linear_law, linear_law_with_surface, linear_share, rate_error
+from serving.leftout import LeftOut, left_out_errors
 from serving.points import MeasuredPoint
-from serving.profile import Fit, ModelForm, ProvenanceKind
-from serving.roofline import Roofline
+from serving.profile import ContextRange, Fit, ModelForm, ProvenanceKind
+from serving.roofline import BatchBounds, Roofline
+from serving.solve import MissingSolverError
 from serving.steady_points import steady_points
 from serving.surface import Surface
 
 LEAST_MIXES = 4
-#: With fewer steady points than this, least squares alone is not trusted.
-LEAST_STEADY = 7
 #: A mix is dominated by output where it emits at least this many tokens for each it reads.
 DECODE_HEAVY_RATIO = 2.0
+#: With fewer steady points than this, least squares alone is not trusted.
+LEAST_STEADY = 7
 
 
 class FitResult(msgspec.Struct, frozen=True):
@@ -51,60 +60,127 @@ class FitError(ValueError):
     """These points do not determine a step-time model; the message says what is missing."""
 
 
-def fit_step_time(points: Sequence[MeasuredPoint]) -> tuple[StepTimeModel, Fit]:
-    """The non-negative least-squares model of the points, and its residuals. Raises ``FitError``."""
-    _check_points(points)
-    rows = np.array([_equation(point) for point in points])
-    scale = rows.max(axis=0)
-    coefficients = _nnls(rows / scale, np.ones(len(points))) / scale
-    model = StepTimeModel(*(float(value) for value in coefficients))
-    if model.base_s == 0:
-        raise FitError("the points give an empty step no duration; measure lower concurrencies too")
-    errors = sorted(abs(residual(model, point)) for point in points)
-    return model, Fit(tuple(points), residual_median=round(median(errors), 4), residual_max=round(errors[-1], 4))
-
-
 def fit_profile(points: Sequence[MeasuredPoint], facts: Roofline | None = None) -> FitResult:
-    """The best model that the points and the facts allow. Raises ``FitError`` for senseless input."""
-    steady, _ = steady_points(points)
-    model, fit = fit_step_time(points)
-    why = f"{len(steady)} of {len(points)} points are steady" + ("" if facts is None else f"; {facts.source}")
-    return FitResult(model, fit, "linear", "measured" if len(steady) >= LEAST_STEADY else "estimated", steady, why)
+    """The best model that the points and the facts allow.
+
+    Raises ``FitError`` for points that make no sense, and where too few are steady and no facts bound the coefficients.
+    """
+    check_points(points)
+    steady, unsteady = steady_points(points)
+    shortage = _shortage(steady)
+    if shortage is not None and facts is None:
+        raise FitError(f"{shortage}; measure more, or give the facts of GPU and model that bound the coefficients")
+    try:
+        if shortage is None or facts is None:
+            return _determined(steady, len(unsteady))
+        return _bounded(points, steady, facts, shortage)
+    except MissingSolverError as error:
+        raise FitError(str(error)) from error
 
 
-def residual(model: StepTimeModel, point: MeasuredPoint) -> float:
-    """By how much the model's token rate exceeds the measured one at that point, as a share of it."""
-    coefficients = (model.base_s, model.prompt_token_s, model.sequence_s, model.kv_token_s)
-    predicted = sum(c * x for c, x in zip(coefficients, _equation(point), strict=True))
-    return 1 / predicted - 1
+def fit_step_time(points: Sequence[MeasuredPoint]) -> tuple[StepTimeModel, Fit]:
+    """The non-negative least-squares model of points that are known to be steady, and how well it holds.
+
+    Raises ``FitError``.
+    """
+    check_points(points)
+    shortage = _mix_shortage(points)
+    if shortage is not None:
+        raise FitError(shortage)
+    held = [equation(point) for point in points]
+    try:
+        law = _with_base(linear_law(held))
+        return law.model, _fit(points, law, UNKNOWN_BATCH, "linear", left_out_errors(held, linear_law))
+    except MissingSolverError as error:
+        raise FitError(str(error)) from error
 
 
-def _equation(point: MeasuredPoint) -> tuple[float, float, float, float]:
-    """What one second of the run held: steps, prompt tokens, output tokens, KV tokens read."""
-    duration_s = point.duration_s
-    return (
-        (point.steps or 0.0) / duration_s,
-        point.input_tokens / duration_s,
-        point.output_tokens / duration_s,
-        (point.kv_token_steps or 0.0) / duration_s,
+def residual(model: StepTimeModel, point: MeasuredPoint, batch: BatchBounds = UNKNOWN_BATCH) -> float:
+    """By how much the linear model's token rate exceeds the measured one at that point, as a share of it."""
+    return rate_error(linear_share(model, equation(point, batch)))
+
+
+def check_points(points: Sequence[MeasuredPoint]) -> None:
+    """Raise ``FitError`` where there is no point, or one that nothing can be reckoned from, naming it."""
+    if not points:
+        raise FitError("there is no point to fit")
+    for point in points:
+        where = f"{point.mix} at concurrency {point.concurrency:g}" if point.concurrency else point.mix
+        amounts = (point.duration_s, point.input_tokens, point.output_tokens, point.requests)
+        if not all(isfinite(amount) for amount in amounts):
+            raise FitError(f"a point that is not a number: {where}")
+        steps = 1.0 if point.steps is None else point.steps
+        if not isfinite(steps) or min(steps, point.duration_s) <= 0:
+            raise FitError(f"points without duration or steps: {where}")
+        if min(point.requests, point.output_tokens) <= 0 or not 0 <= point.cached_tokens <= point.input_tokens:
+            raise FitError(f"a point without requests or output, or with more cached tokens than it read: {where}")
+
+
+def _determined(steady: tuple[MeasuredPoint, ...], unsteady: int) -> FitResult:
+    held = [equation(point) for point in steady]
+    law = _with_base(linear_law_with_surface(held))
+    form: ModelForm = "linear" if law.surface is None else "surface"
+    fit = _fit(steady, law, UNKNOWN_BATCH, form, left_out_errors(held, linear_law_with_surface))
+    reason = f"{len(steady)} steady points determine the coefficients{_missed(fit)}"
+    if unsteady:
+        reason += f"; {unsteady} unsteady ones are left out"
+    return FitResult(law.model, fit, form, "measured", steady, reason, law.surface)
+
+
+def _bounded(
+    points: Sequence[MeasuredPoint], steady: tuple[MeasuredPoint, ...], facts: Roofline, shortage: str
+) -> FitResult:
+    fitter = bounded_fitter(facts)
+    law = fitter([equation(point, facts.batch) for point in points])
+    form: ModelForm = "bounded" if law.surface is None else "surface"
+    # A steady open loop lasts as long as its arrivals do, of which an envelope of rates knows nothing.
+    loaded = [point for point in points if point not in steady] or points
+    left_out = left_out_errors([equation(point, facts.batch) for point in loaded], fitter)
+    fit = _fit(points, law, facts.batch, form, left_out)
+    reason = f"{shortage}: bounded by the roofline of {facts.source}{_missed(fit)}"
+    return FitResult(law.model, fit, form, "estimated", steady, reason, law.surface)
+
+
+def _fit(
+    points: Sequence[MeasuredPoint], law: Law, batch: BatchBounds, form: ModelForm, left_out: LeftOut | None
+) -> Fit:
+    errors = sorted(abs(residual(law.model, point, batch)) for point in points)
+    contexts = [point.context_tokens for point in points]
+    return Fit(
+        points=tuple(points),
+        residual_median=round(median(errors), 4),
+        residual_max=round(errors[-1], 4),
+        model_form=form,
+        loo_error_median=None if left_out is None else round(left_out.median, 4),
+        loo_error_max=None if left_out is None else round(left_out.most, 4),
+        two_rate_error_median=None if left_out is None else round(left_out.two_rate_median, 4),
+        context=ContextRange(min(contexts), max(contexts)),
     )
 
 
-def _check_points(points: Sequence[MeasuredPoint]) -> None:
+def _with_base(law: Law) -> Law:
+    if law.model.base_s == 0:
+        raise FitError("the points give an empty step no duration; measure lower concurrencies too")
+    return law
+
+
+def _missed(fit: Fit) -> str:
+    if fit.model_form != "surface":
+        return ""
+    return f"; the linear model misses a point by {fit.residual_max:.0%}, so a surface of measured factors is over it"
+
+
+def _shortage(steady: Sequence[MeasuredPoint]) -> str | None:
+    """Why least squares alone is not enough; None where it is."""
+    if len(steady) < LEAST_STEADY:
+        return f"{len(steady)} steady points, {LEAST_STEADY} are needed"
+    return _mix_shortage(steady)
+
+
+def _mix_shortage(points: Sequence[MeasuredPoint]) -> str | None:
     mixes = {point.mix for point in points}
     if len(mixes) < LEAST_MIXES:
-        raise FitError(f"{len(mixes)} mixes were measured, a fit needs at least {LEAST_MIXES}")
+        return f"{len(mixes)} mixes were measured, a fit needs at least {LEAST_MIXES}"
     if not any(point.output_tokens >= DECODE_HEAVY_RATIO * point.input_tokens for point in points):
-        raise FitError("no mix is dominated by output, so decode and prefill cannot be told apart")
-    empty = [f"{p.mix} at concurrency {p.concurrency:g}" for p in points if min(p.steps or 0, p.duration_s) <= 0]
-    if empty:
-        raise FitError(f"points without duration or steps: {', '.join(empty)}")
-
-
-def _nnls(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
-    try:
-        from scipy.optimize import nnls  # noqa: PLC0415 - only the extra "measure" installs SciPy
-    except ImportError as error:
-        raise FitError("fitting needs SciPy: pip install 'penstock[measure]'") from error
-    solution, _ = nnls(rows, target)
-    return np.asarray(solution)
+        return "no mix is dominated by output, so decode and prefill cannot be told apart"
+    return None

@@ -1,8 +1,8 @@
 """The roofline of a step: between which bounds each coefficient of the step-time model must lie. Pure.
 
 Data sheets give a floor to every coefficient: no engine reads weights or KV faster than the memory's bandwidth, nor
-multiplies faster than the tensor cores. Engines reach a share of those peaks; how small a share is believable gives the
-ceiling. With too few steady points for least squares alone, the fit is held between the two.
+multiplies faster than the tensor cores. Engines reach a share of those peaks. With too few steady points for least
+squares alone, the fit is held within the bounds and drawn towards the likely proportions between the coefficients.
 """
 
 from __future__ import annotations
@@ -12,16 +12,28 @@ from typing import NamedTuple
 import msgspec
 
 from serving.capacity import StepTimeModel
-from serving.gpus import GpuFacts, WeightDtype
+from serving.gpus import KV_ELEMENT_BYTES, WEIGHT_BYTES, GpuFacts, ModelFacts, WeightDtype
 
-#: How many times slower than the data sheet's peak an engine runs: likely, and at the most believable.
-LIKELY_SLOWNESS = 2.0
-MOST_SLOWNESS = 20.0
-#: Scheduling, launching and sampling, of a step and of each sequence in it.
-LIKELY_STEP_S = 3e-3
-MOST_STEP_S = 30e-3
-LIKELY_SEQUENCE_S = 20e-6
-MOST_SEQUENCE_S = 500e-6
+#: How many times slower than the data sheets' peaks an engine runs: streaming weights, multiplying, reading KV.
+LIKELY_STREAM_SLOWNESS = 1.3
+LIKELY_MULTIPLY_SLOWNESS = 2.0
+LIKELY_READ_SLOWNESS = 1.5
+#: Bounds of each coefficient as shares of its likely value. The lower one never undercuts the data sheet.
+LEAST_SHARE = 0.05
+MOST_SHARE = 30.0
+#: Launching and scheduling a step; two all-reduces for each layer of a split model; what a sequence costs the engine
+#: and its API server in each step (detokenizing and sending a chunk: some 100 µs of CPU, shared out by overlap).
+LIKELY_STEP_S = 2e-3
+ALL_REDUCE_S = 10e-6
+LIKELY_SEQUENCE_S = 100e-6
+#: Query heads for each KV head: attention over a prompt multiplies for each of them.
+QUERY_GROUP = 8
+#: Share of a GPU's memory that vLLM takes, and what activations take of that.
+MEMORY_UTILIZATION = 0.9
+ACTIVATION_BYTES = 4e9
+#: vLLM's default of --max-num-seqs for its API server on a large GPU, and on the A100 and smaller ones.
+MAX_NUM_SEQS = 1024
+MAX_NUM_SEQS_SMALL = 256
 
 
 class Span(NamedTuple):
@@ -32,55 +44,105 @@ class Span(NamedTuple):
     most: float
 
 
+class BatchBounds(msgspec.Struct, frozen=True):
+    """What bounds a batch of the engine that was measured: scheduler slots, tokens of a step, KV-cache tokens."""
+
+    max_num_seqs: float
+    max_num_batched_tokens: float
+    kv_tokens: float
+
+    def resident(self, context_tokens: float, in_flight: float) -> float:
+        """Sequences in a full batch of that mean context, with so many requests in flight."""
+        return max(1.0, min(in_flight, self.max_num_seqs, self.kv_tokens / context_tokens))
+
+
 class Roofline(msgspec.Struct, frozen=True):
-    """The span of each coefficient, and what it was computed from."""
+    """The span of each coefficient, and what it was computed from.
+
+    ``prompt_context_s`` is what attention adds to a prompt token for each token of the context before it. ``scaled`` is
+    false where the facts give proportions only, and how fast the whole is must come from the points.
+    """
 
     base_s: Span
     prompt_token_s: Span
     sequence_s: Span
     kv_token_s: Span
+    prompt_context_s: Span
+    batch: BatchBounds
     source: str
+    scaled: bool = True
 
     @property
-    def spans(self) -> tuple[Span, Span, Span, Span]:
-        """In the order of ``StepTimeModel``."""
-        return self.base_s, self.prompt_token_s, self.sequence_s, self.kv_token_s
+    def spans(self) -> tuple[Span, ...]:
+        """In the order of ``StepTimeModel``, then the attention over prompts."""
+        return self.base_s, self.prompt_token_s, self.sequence_s, self.kv_token_s, self.prompt_context_s
 
     @property
     def likely(self) -> StepTimeModel:
         """The model with every coefficient at its most likely value."""
-        return StepTimeModel(*(span.likely for span in self.spans))
+        return StepTimeModel(*(span.likely for span in self.spans[:4]))
 
 
-class ModelWork(NamedTuple):
-    """What a step does to a model: its parameters, those used for one token, bytes of each, KV bytes of one token.
+def roofline_of(gpu: GpuFacts, gpus: int, model: ModelFacts, dtype: WeightDtype) -> Roofline:
+    """The bounds of that model on so many of these GPUs, with weights of that type and KV in BF16, as vLLM keeps it.
 
-    A dense model uses every parameter for each token. A mixture of experts multiplies with the active ones only, but a
-    large batch reads them all.
+    A mixture of experts multiplies with its active weights only; a large batch streams all of them, a small one the
+    active ones, which is the floor.
     """
-
-    parameters: float
-    active_parameters: float
-    bytes_per_parameter: float
-    kv_bytes_per_token: float
-    source: str
-
-
-def roofline_of(gpu: GpuFacts, gpus: int, dtype: WeightDtype, model: ModelWork) -> Roofline:
-    """The bounds of that model on so many of these GPUs. Raises ``ValueError`` where the GPU lacks that arithmetic."""
-    if dtype not in gpu.flops:
-        raise ValueError(f"{gpu.name} has no {dtype} arithmetic; it has {', '.join(gpu.flops)}")
-    bytes_per_s, flops = gpu.memory_bytes_per_s * gpus, gpu.flops[dtype] * gpus
-    weights_s = model.parameters * model.bytes_per_parameter / bytes_per_s
-    active_s = model.active_parameters * model.bytes_per_parameter / bytes_per_s
+    bytes_per_s, flops = gpu.memory_bytes_per_s * gpus, gpu.flops_at(dtype) * gpus
+    weights_s = model.weight_bytes(dtype) / bytes_per_s
     token_s = 2 * model.active_parameters / flops
-    kv_s = model.kv_bytes_per_token / bytes_per_s
+    kv_bytes = model.kv_elements_per_token * KV_ELEMENT_BYTES["bf16"]
+    kv_s = kv_bytes / bytes_per_s
+    all_reduces_s = 2 * model.layers * ALL_REDUCE_S if gpus > 1 else 0.0
+    # FP8 keys and values would halve what is read: the floor allows for a server that was told to keep them so.
+    fp8_kv_s = kv_s * KV_ELEMENT_BYTES["fp8"] / KV_ELEMENT_BYTES["bf16"]
     return Roofline(
-        base_s=Span(active_s, LIKELY_SLOWNESS * weights_s + LIKELY_STEP_S, MOST_SLOWNESS * weights_s + MOST_STEP_S),
-        prompt_token_s=Span(token_s, LIKELY_SLOWNESS * token_s, MOST_SLOWNESS * token_s),
-        sequence_s=Span(
-            token_s, LIKELY_SLOWNESS * token_s + LIKELY_SEQUENCE_S, MOST_SLOWNESS * token_s + MOST_SEQUENCE_S
+        base_s=_span(
+            weights_s * model.active_parameters / model.parameters,
+            LIKELY_STREAM_SLOWNESS * weights_s + LIKELY_STEP_S + all_reduces_s,
         ),
-        kv_token_s=Span(kv_s, LIKELY_SLOWNESS * kv_s, MOST_SLOWNESS * kv_s),
-        source=f"{gpus} × {gpu.name} ({gpu.source}), {dtype}; {model.source}",
+        prompt_token_s=_span(token_s, LIKELY_MULTIPLY_SLOWNESS * token_s),
+        sequence_s=_span(token_s, LIKELY_MULTIPLY_SLOWNESS * token_s + LIKELY_SEQUENCE_S),
+        kv_token_s=_span(fp8_kv_s, LIKELY_READ_SLOWNESS * kv_s),
+        prompt_context_s=_span(0.0, LIKELY_MULTIPLY_SLOWNESS * QUERY_GROUP * kv_bytes / flops),
+        batch=BatchBounds(_max_num_seqs(gpu), gpu.max_num_batched_tokens, _kv_tokens(gpu, gpus, model, dtype)),
+        source=f"{gpus} × {gpu.name} ({gpu.source}), {dtype}, {model.name} ({model.source})",
     )
+
+
+def typical_roofline(gpu: GpuFacts, gpus: int, typical: ModelFacts) -> Roofline:
+    """For a model of which no facts are known: the proportions of a typical one, whose speed the points must tell."""
+    known = roofline_of(gpu, gpus, typical, "bf16")
+    return msgspec.structs.replace(
+        known,
+        base_s=_loose(known.base_s),
+        prompt_token_s=_loose(known.prompt_token_s),
+        sequence_s=_loose(known.sequence_s),
+        kv_token_s=_loose(known.kv_token_s),
+        prompt_context_s=_loose(known.prompt_context_s),
+        source=f"no facts of this model are known: the proportions of {typical.name} on {gpus} × {gpu.name}",
+        scaled=False,
+    )
+
+
+def weight_dtype(name: str, model: ModelFacts) -> WeightDtype:
+    """The precision that a checkpoint's name or a serve command tells; else the one the model is published in."""
+    return next((dtype for dtype in WEIGHT_BYTES if dtype in name.lower()), model.weight_dtype)
+
+
+def _span(least_s: float, likely_s: float) -> Span:
+    return Span(max(least_s, LEAST_SHARE * likely_s), likely_s, MOST_SHARE * likely_s)
+
+
+def _loose(span: Span) -> Span:
+    return Span(span.likely / 1e4, span.likely, span.likely * 1e4)
+
+
+def _max_num_seqs(gpu: GpuFacts) -> int:
+    return MAX_NUM_SEQS_SMALL if gpu.name == "A100" else MAX_NUM_SEQS
+
+
+def _kv_tokens(gpu: GpuFacts, gpus: int, model: ModelFacts, dtype: WeightDtype) -> float:
+    free_bytes = (gpu.memory_bytes * MEMORY_UTILIZATION - ACTIVATION_BYTES) * gpus - model.weight_bytes(dtype)
+    return max(1.0, free_bytes / (model.kv_elements_per_token * KV_ELEMENT_BYTES["bf16"]))

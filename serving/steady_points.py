@@ -36,9 +36,9 @@ def steady_points(points: Sequence[MeasuredPoint]) -> tuple[tuple[MeasuredPoint,
 
 def unsteady_sign(point: MeasuredPoint) -> str | None:
     """What shows that the run was not steady; None where nothing does."""
-    life_s = life_of_request_s(point)
+    life_s = _life_s(point)
     if life_s is None:
-        return "it tells no latency, so nothing shows that it was steady"
+        return "it tells neither latency nor concurrency, so nothing shows that it was steady"
     if point.duration_s < LEAST_LIVES * life_s:
         return f"it lasted {point.duration_s / life_s:.1f} lives of a request, {LEAST_LIVES:g} are needed"
     if point.concurrency is not None and point.requests > 1 and point.concurrency >= BURST_SHARE * point.requests:
@@ -50,15 +50,8 @@ def unsteady_sign(point: MeasuredPoint) -> str | None:
     return None
 
 
-def life_of_request_s(point: MeasuredPoint) -> float | None:
-    """Mean time from sending a request to its last token: stated, or TTFT + TPOT·(O − 1); None where neither is known.
-
-    Medians stand in for means that a source leaves out.
-    """
-    if point.e2e_mean_s is not None:
-        return point.e2e_mean_s
-    ttft_s = point.ttft_p50_s if point.ttft_mean_s is None else point.ttft_mean_s
-    tpot_s = point.tpot_p50_s if point.tpot_mean_s is None else point.tpot_mean_s
-    if ttft_s is None or tpot_s is None:
-        return None
-    return ttft_s + tpot_s * max(0.0, point.output_tokens / point.requests - 1)
+def _life_s(point: MeasuredPoint) -> float | None:
+    """A request's life; of a closed loop that tells no latency, by Little's law from its concurrency."""
+    if point.life_s is None and point.concurrency is not None:
+        return point.concurrency * point.duration_s / point.requests
+    return point.life_s

@@ -3,7 +3,8 @@
 The linear model misses what is not linear in its counts (attention over long prompts, kernels that fill up). A surface
 holds measured ÷ modelled step time at each measured place, and interpolates between them by inverse squared distance
 (Shepard), with both axes as logarithms: kernels are tuned by powers of two. At a measured place it gives that place's
-factor back; outside the places it stays between the factors measured, and says that it was outside.
+factor back; outside the places it stays between the factors measured. What attention over a prompt costs, which grows
+with the context too, is kept apart as a coefficient of its own, since it can be followed beyond the places.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ class SurfacePoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Surface(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Factors by which a step really lasts, over (KV use, context)."""
+    """Factors by which a step really lasts, over (KV use, context).
+
+    ``prompt_context_s`` is what attention adds to a prompt token for each token of the context before it, on average
+    half of the whole; 0 where the points do not tell it.
+    """
 
     points: tuple[SurfacePoint, ...]
+    prompt_context_s: float = 0.0
 
     def factor_at(self, kv_tokens: float, context_tokens: float) -> float:
         """Measured ÷ modelled step time there. KV tokens and context in tokens, both positive."""
@@ -49,10 +55,15 @@ class Surface(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def step_time_at(self, model: StepTimeModel, kv_tokens: float, context_tokens: float) -> StepTimeModel:
         """The linear model as it holds around that place."""
-        return model.slowed(self.factor_at(kv_tokens, context_tokens))
+        return self.attentive(model, context_tokens).slowed(self.factor_at(kv_tokens, context_tokens))
+
+    def attentive(self, model: StepTimeModel, context_tokens: float) -> StepTimeModel:
+        """The linear model with attention over prompts of that context, and no factor yet."""
+        prompt_token_s = model.prompt_token_s + self.prompt_context_s * context_tokens / 2
+        return msgspec.structs.replace(model, prompt_token_s=prompt_token_s)
 
 
-def surface_of(places: Sequence[tuple[float, float, float]]) -> Surface:
+def surface_of(places: Sequence[tuple[float, float, float]], prompt_context_s: float = 0.0) -> Surface:
     """The surface through (KV tokens, context tokens, factor), places measured twice at their mean factor.
 
     Raises ``ValueError`` where there is no place, or one is not positive.
@@ -63,5 +74,6 @@ def surface_of(places: Sequence[tuple[float, float, float]]) -> Surface:
     for kv_tokens, context_tokens, factor in places:
         factors.setdefault((kv_tokens, context_tokens), []).append(factor)
     return Surface(
-        tuple(SurfacePoint(kv, context, fsum(found) / len(found)) for (kv, context), found in factors.items())
+        tuple(SurfacePoint(kv, context, fsum(found) / len(found)) for (kv, context), found in factors.items()),
+        prompt_context_s,
     )
