@@ -8,7 +8,7 @@ is a function of its arguments and neighbours differ by their load alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, fsum, inf
+from math import ceil, fsum
 
 import msgspec
 
@@ -23,6 +23,8 @@ from serving.capacity import (
 from serving.profile import Profile
 from serving.stepsim import Arrival, knee, percentile, poisson_arrivals, simulate
 
+#: An SLO that everything meets: thirty years.
+WITHOUT_BOUNDS = Slo(1e9, 1e9)
 #: Loads of a curve, as shares of the rate that no latency bound limits.
 LOAD_SHARES = (
     *(0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7),
@@ -75,8 +77,7 @@ def throughput_curve(
     Its TPOT bound ends no curve, for TPOT is the axis that a curve is read along. Percentiles are the SLO's. Raises
     ``ValueError`` where the mix holds a request that the replica can never run.
     """
-    unbounded = ReplicaGroup(1, step_time, limits, Slo(inf, inf))
-    ceiling = closed_form_requests_per_s(unbounded, mix)
+    ceiling = closed_form_requests_per_s(ReplicaGroup(1, step_time, limits, WITHOUT_BOUNDS), mix)
     points: list[CurvePoint] = []
     for share in sorted(shares):
         point = _loaded(step_time, limits, mix, slo, ceiling * share, seed, _requests(step_time, mix, ceiling, share))

@@ -19,9 +19,9 @@ hardware itself replaces an estimate.
 
 from __future__ import annotations
 
-import csv
-from importlib.resources import files
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import msgspec
 
@@ -29,16 +29,24 @@ from serving.capacity import (
     EngineLimits,
     ReplicaGroup,
     RequestShape,
-    Slo,
     StepTimeModel,
     WorkloadMix,
     closed_form_requests_per_s,
 )
-from serving.gpus import GPUS, MODELS, GpuFacts, WeightDtype
+from serving.curves import WITHOUT_BOUNDS
+from serving.gpus import GPUS, KV_ELEMENT_BYTES, MODELS, GpuFacts, WeightDtype
 from serving.profile import Profile, Provenance, dump_profile
+from serving.published import (
+    BENCH_FILE,
+    BENCH_SOURCE,
+    MLPERF_FILE,
+    BenchRow,
+    PublishedRow,
+    bench_rows,
+    published_rows,
+)
 
 ESTIMATED_ON = "2026-11-21"
-ANCHOR_FILE = "mlperf_rows.csv"
 
 #: Share of the data sheet's bandwidth that streaming weights and reading keys and values reach.
 BANDWIDTH_EFFICIENCY = 0.75
@@ -50,7 +58,6 @@ ALL_REDUCE_S = 10e-6
 #: What vLLM takes of a GPU's memory by default, and what activations and CUDA graphs take of that.
 MEMORY_UTILIZATION = 0.9
 ACTIVATION_BYTES = 4e9
-MAX_NUM_SEQS = 1024
 
 #: Mean request of the anchors' benchmarks. Outputs: the 128 at which MLPerf cuts summaries, which the reference's
 #: 611 characters a summary say is where most end; and 294.45, from the reference of llama2-70b. Inputs: assumed.
@@ -60,31 +67,35 @@ ANCHOR_SHAPES = {
 }
 
 
-class PublishedRow(msgspec.Struct, frozen=True):
-    """One MLPerf result, per GPU."""
+class MlperfAnchor(NamedTuple):
+    """One MLPerf result: its id, the benchmark's model, and the GPU type of that row."""
 
     result_id: str
-    gpu: str
     model: str
-    scenario: str
-    output_tokens_per_s: float
-    weight_dtype: str
-    software: str
-    submitter: str
-    mlperf_round: str
+    gpu: str
+
+
+class BenchAnchor(msgspec.Struct, frozen=True):
+    """Benchmark runs of a model on the deployment's GPU: those of this serve command, all started by one burst."""
+
+    model: str
+    engine: str
+    engine_version: str
+    serve_command: str
 
 
 class Deployment(msgspec.Struct, frozen=True):
     """What a profile is made for, and the published result that anchors it.
 
-    ``anchor`` is (result id, MLPerf model, GPU type of that row). ``note`` says where anchor and deployment differ.
+    ``anchor`` is one MLPerf result, or the benchmark runs whose median efficiency is taken. ``note`` says where anchor
+    and deployment differ.
     """
 
     gpu: str
     model: str
     tensor_parallel: int
     dtype: WeightDtype
-    anchor: tuple[str, str, str]
+    anchor: MlperfAnchor | BenchAnchor
     note: str = ""
 
     @property
@@ -92,49 +103,51 @@ class Deployment(msgspec.Struct, frozen=True):
         """The profile's name."""
         return f"{self.gpu.lower()}-{self.model}"
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token, in FP8 beside quantized weights and in BF16 beside those in BF16."""
+        return MODELS[self.model].kv_elements_per_token * KV_ELEMENT_BYTES["bf16" if self.dtype == "bf16" else "fp8"]
+
 
 _LLAMA_2 = "Llama 2 70B has the same layers and widths."
+#: The dense BF16 model of the A100 pages that leaves one GPU room for a batch.
+_QWEN_ON_A100 = BenchAnchor("qwen3-14b", "vLLM", "0.11.0", "vllm serve Qwen/Qwen3-14B")
 
 DEPLOYMENTS = (
-    Deployment("H100", "llama-3.1-8b", 1, "fp8", ("5.1-0083", "llama3.1-8b", "H100")),
-    Deployment("H200", "llama-3.1-8b", 1, "fp8", ("5.1-0079", "llama3.1-8b", "H200"), "The median of three SXM rows."),
-    Deployment("B200", "llama-3.1-8b", 1, "fp4", ("5.1-0069", "llama3.1-8b", "B200")),
+    Deployment("H100", "llama-3.1-8b", 1, "fp8", MlperfAnchor("5.1-0083", "llama3.1-8b", "H100")),
     Deployment(
-        "GB200", "llama-3.1-8b", 1, "fp4", ("5.1-0069", "llama3.1-8b", "B200"), "No GB200 row: B200's efficiency."
+        "H200",
+        "llama-3.1-8b",
+        1,
+        "fp8",
+        MlperfAnchor("5.1-0079", "llama3.1-8b", "H200"),
+        "The median of three SXM rows.",
     ),
-    Deployment("H100", "llama-3.1-70b", 4, "fp8", ("5.1-0015", "llama2-70b-99", "H100"), _LLAMA_2),
-    Deployment("H200", "llama-3.1-70b", 2, "fp8", ("5.1-0075", "llama2-70b-99", "H200"), _LLAMA_2),
-    Deployment("B200", "llama-3.1-70b", 2, "fp4", ("5.1-0069", "llama2-70b-99", "B200"), _LLAMA_2),
-    Deployment("GB200", "llama-3.1-70b", 2, "fp4", ("5.1-0070", "llama2-70b-99", "GB200"), _LLAMA_2),
+    Deployment("B200", "llama-3.1-8b", 1, "fp4", MlperfAnchor("5.1-0069", "llama3.1-8b", "B200")),
+    Deployment(
+        "GB200",
+        "llama-3.1-8b",
+        1,
+        "fp4",
+        MlperfAnchor("5.1-0069", "llama3.1-8b", "B200"),
+        "No GB200 row: B200's efficiency.",
+    ),
+    Deployment("H100", "llama-3.1-70b", 4, "fp8", MlperfAnchor("5.1-0015", "llama2-70b-99", "H100"), _LLAMA_2),
+    Deployment("H200", "llama-3.1-70b", 2, "fp8", MlperfAnchor("5.1-0075", "llama2-70b-99", "H200"), _LLAMA_2),
+    Deployment("B200", "llama-3.1-70b", 2, "fp4", MlperfAnchor("5.1-0069", "llama2-70b-99", "B200"), _LLAMA_2),
+    Deployment("GB200", "llama-3.1-70b", 2, "fp4", MlperfAnchor("5.1-0070", "llama2-70b-99", "GB200"), _LLAMA_2),
+    Deployment("A100", "llama-3.1-8b", 1, "bf16", _QWEN_ON_A100, "No A100 row of this model: Qwen3-14B's efficiency."),
+    Deployment("A100", "llama-3.1-70b", 4, "bf16", _QWEN_ON_A100, "No A100 row of this model: Qwen3-14B's efficiency."),
 )
 
 
-def published_rows() -> list[PublishedRow]:
-    """The MLPerf rows that come with Penstock."""
-    text = (files("serving") / "profiles" / ANCHOR_FILE).read_text(encoding="utf-8")
-    return [
-        PublishedRow(
-            result_id=row["result_id"],
-            gpu=row["gpu"],
-            model=row["model"],
-            scenario=row["scenario"],
-            output_tokens_per_s=float(row["output_tok_s_per_gpu"]),
-            weight_dtype=row["weight_dtype"],
-            software=row["software"],
-            submitter=row["submitter"],
-            mlperf_round=row["round"],
-        )
-        for row in csv.DictReader(text.splitlines())
-    ]
-
-
-def anchor_row(deployment: Deployment, rows: list[PublishedRow], scenario: str = "Offline") -> PublishedRow:
-    """The row that anchors the deployment. Raises ``LookupError`` where it is not among the rows."""
-    wanted = (*deployment.anchor, scenario)
+def anchor_row(anchor: MlperfAnchor, rows: list[PublishedRow], scenario: str = "Offline") -> PublishedRow:
+    """The row that is the anchor. Raises ``LookupError`` where it is not among the rows."""
+    wanted = (*anchor, scenario)
     for row in rows:
         if (row.result_id, row.model, row.gpu, row.scenario) == wanted:
             return row
-    raise LookupError(f"{deployment.name}: no {scenario} row {deployment.anchor} in {ANCHOR_FILE}")
+    raise LookupError(f"no {scenario} row {tuple(anchor)} in {MLPERF_FILE}")
 
 
 def roofline(deployment: Deployment, gpu: GpuFacts, compute_efficiency: float) -> StepTimeModel:
@@ -147,7 +160,7 @@ def roofline(deployment: Deployment, gpu: GpuFacts, compute_efficiency: float) -
         base_s=model.weight_bytes(deployment.dtype) / bytes_per_s + STEP_OVERHEAD_S + all_reduces_s,
         prompt_token_s=token_s,
         sequence_s=token_s + SEQUENCE_OVERHEAD_S,
-        kv_token_s=model.kv_bytes_per_token / bytes_per_s,
+        kv_token_s=deployment.kv_bytes_per_token / bytes_per_s,
     )
 
 
@@ -156,44 +169,67 @@ def engine_limits(deployment: Deployment, gpu: GpuFacts) -> EngineLimits:
     model, gpus = MODELS[deployment.model], deployment.tensor_parallel
     free_bytes = (gpu.memory_bytes * MEMORY_UTILIZATION - ACTIVATION_BYTES) * gpus
     kv_bytes = free_bytes - model.weight_bytes(deployment.dtype)
-    if kv_bytes < model.kv_bytes_per_token * model.max_model_len:
+    if kv_bytes < deployment.kv_bytes_per_token * model.max_model_len:
         raise ValueError(f"{model.name} leaves {gpus} × {gpu.name} no room for one full context")
     return EngineLimits(
-        max_num_seqs=MAX_NUM_SEQS,
+        max_num_seqs=gpu.max_num_seqs,
         max_num_batched_tokens=gpu.max_num_batched_tokens,
-        kv_tokens=int(kv_bytes / model.kv_bytes_per_token),
+        kv_tokens=int(kv_bytes / deployment.kv_bytes_per_token),
         max_model_len=model.max_model_len,
     )
 
 
 def best_output_tokens_per_s(step_time: StepTimeModel, limits: EngineLimits, shape: RequestShape) -> float:
     """Output rate with no latency bound at all, as in MLPerf's Offline scenario."""
-    group = ReplicaGroup(1, step_time, limits, Slo(float("inf"), float("inf")))
+    group = ReplicaGroup(1, step_time, limits, WITHOUT_BOUNDS)
     return closed_form_requests_per_s(group, WorkloadMix("anchor", (shape,))) * shape.output_tokens
 
 
 def compute_efficiency(deployment: Deployment, row: PublishedRow) -> float:
-    """The share of its peak arithmetic at which the anchor's GPU would give the published rate.
-
-    At that rate a request takes ``published_s`` of a replica. What of it does not depend on the arithmetic is known
-    from the roofline at full efficiency; the rest is the arithmetic. Raises ``ValueError`` for a share above 1: then
-    the assumptions contradict the result.
-    """
-    gpu, shape = GPUS[row.gpu], ANCHOR_SHAPES[row.model]
-    peak, limits = roofline(deployment, gpu, 1.0), engine_limits(deployment, gpu)
+    """The share of its peak arithmetic at which the anchor's GPU would give the published rate. Raises as below."""
+    shape = ANCHOR_SHAPES[row.model]
     published_s = shape.output_tokens / (row.output_tokens_per_s * deployment.tensor_parallel)
+    return _efficiency(deployment, GPUS[row.gpu], shape, published_s, row.result_id)
+
+
+def anchor_runs(anchor: BenchAnchor, gpu: str, rows: list[BenchRow]) -> list[BenchRow]:
+    """The runs that anchor an estimate. Raises ``LookupError`` where there are none."""
+    found = [
+        row for row in rows if (row.model, row.gpu, row.serve_command) == (anchor.model, gpu, anchor.serve_command)
+    ]
+    if not found:
+        raise LookupError(f"no run of {anchor.serve_command!r} on {gpu} in {BENCH_FILE}")
+    return found
+
+
+def run_efficiencies(anchor: BenchAnchor, gpu: str, runs: list[BenchRow]) -> list[float]:
+    """The share of its peak arithmetic that each run implies, in ascending order. Raises ``ValueError`` as below."""
+    measured = Deployment(gpu, anchor.model, 1, "bf16", anchor)
+    return sorted(
+        _efficiency(measured, GPUS[gpu], run.shape, 1 / run.requests_per_s, f"{run.page}, {run.section}")
+        for run in runs
+    )
+
+
+def _efficiency(deployment: Deployment, gpu: GpuFacts, shape: RequestShape, published_s: float, row: str) -> float:
+    """The share at which a request takes ``published_s`` of a replica.
+
+    What of it does not depend on the arithmetic is known from the roofline at full efficiency; the rest is the
+    arithmetic. Raises ``ValueError`` for a share above 1: then the assumptions contradict the result.
+    """
+    peak, limits = roofline(deployment, gpu, 1.0), engine_limits(deployment, gpu)
     arithmetic_s = peak.prompt_token_s * (shape.input_tokens + shape.output_tokens)
     other_s = shape.output_tokens / best_output_tokens_per_s(peak, limits, shape) - arithmetic_s
     efficiency = arithmetic_s / (published_s - other_s)
     if not 0 < efficiency <= 1:
-        raise ValueError(f"{deployment.name}: {row.result_id} needs {efficiency:.0%} of the peak arithmetic")
+        raise ValueError(f"{deployment.name}: {row} needs {efficiency:.0%} of the peak arithmetic")
     return efficiency
 
 
-def estimate(deployment: Deployment, rows: list[PublishedRow]) -> Profile:
+def estimate(deployment: Deployment, rows: list[PublishedRow], runs: list[BenchRow]) -> Profile:
     """The estimated profile of one deployment."""
-    gpu, row = GPUS[deployment.gpu], anchor_row(deployment, rows)
-    efficiency = compute_efficiency(deployment, row)
+    gpu = GPUS[deployment.gpu]
+    efficiency, provenance = _anchored(deployment, rows, runs)
     exact = roofline(deployment, gpu, efficiency)
     return Profile(
         name=deployment.name,
@@ -202,12 +238,34 @@ def estimate(deployment: Deployment, rows: list[PublishedRow]) -> Profile:
         gpus_per_replica=deployment.tensor_parallel,
         step_time=StepTimeModel(*(_rounded(getattr(exact, name)) for name in StepTimeModel.__struct_fields__)),
         limits=engine_limits(deployment, gpu),
-        provenance=_provenance(deployment, gpu, row, efficiency),
+        provenance=provenance,
     )
 
 
-def _provenance(deployment: Deployment, gpu: GpuFacts, row: PublishedRow, efficiency: float) -> Provenance:
+def _anchored(deployment: Deployment, rows: list[PublishedRow], runs: list[BenchRow]) -> tuple[float, Provenance]:
+    """The efficiency that the deployment's anchor implies, and where that is from."""
+    if isinstance(deployment.anchor, BenchAnchor):
+        own = anchor_runs(deployment.anchor, deployment.gpu, runs)
+        efficiencies = run_efficiencies(deployment.anchor, deployment.gpu, own)
+        how = (
+            f"the median of what {len(own)} published runs of {deployment.anchor.model} imply "
+            f"({efficiencies[0]:.0%} to {efficiencies[-1]:.0%})."
+        )
+        engine, version = deployment.anchor.engine, deployment.anchor.engine_version
+        return median(efficiencies), _provenance(
+            deployment, engine, version, median(efficiencies), how, tuple(_run_text(run) for run in own)
+        )
+    row = anchor_row(deployment.anchor, rows)
+    efficiency = compute_efficiency(deployment, row)
     engine, _, version = row.software.split(",")[0].partition(" ")
+    how = "at which it gives the anchor's output tokens/s per GPU."
+    return efficiency, _provenance(deployment, engine, version, efficiency, how, (_anchor_text(row),))
+
+
+def _provenance(
+    deployment: Deployment, engine: str, version: str, efficiency: float, how: str, anchors: tuple[str, ...]
+) -> Provenance:
+    source = GPUS[deployment.gpu].source
     return Provenance(
         kind="estimated",
         date=ESTIMATED_ON,
@@ -216,10 +274,10 @@ def _provenance(deployment: Deployment, gpu: GpuFacts, row: PublishedRow, effici
         dtype=deployment.dtype,
         parallelism=f"tp{deployment.tensor_parallel}",
         source=(
-            f"Not measured. Roofline from the {gpu.source}; arithmetic at {efficiency:.0%} of peak, at which "
-            f"it gives the anchor's output tokens/s per GPU. {deployment.note}".strip()
+            f"Not measured. Roofline from the {source}; arithmetic at {efficiency:.0%} of peak, {how} "
+            f"{deployment.note}".strip()
         ),
-        anchors=(_anchor_text(row),),
+        anchors=anchors,
     )
 
 
@@ -230,6 +288,13 @@ def _anchor_text(row: PublishedRow) -> str:
     )
 
 
+def _run_text(run: BenchRow) -> str:
+    return (
+        f"{BENCH_SOURCE} {run.page}, {run.section}: {run.serve_command}, {run.requests} requests of "
+        f"{run.shape.input_tokens} + {run.shape.output_tokens} tokens at once in {run.duration_s:g} s"
+    )
+
+
 def _rounded(value: float) -> float:
     """To five significant digits, so that the files do not differ by a platform's last bit."""
     return float(f"{value:.4e}")
@@ -237,10 +302,10 @@ def _rounded(value: float) -> float:
 
 def main() -> None:
     """Write every estimated profile into this package."""
-    rows = published_rows()
+    rows, runs = published_rows(), bench_rows()
     for deployment in DEPLOYMENTS:
         path = Path(__file__).parent / "profiles" / f"{deployment.name}.json"
-        path.write_bytes(dump_profile(estimate(deployment, rows)))
+        path.write_bytes(dump_profile(estimate(deployment, rows, runs)))
 
 
 if __name__ == "__main__":

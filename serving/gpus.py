@@ -32,6 +32,7 @@ class GpuFacts(msgspec.Struct, frozen=True):
     memory_bytes_per_s: float
     flops: dict[WeightDtype, float]
     max_num_batched_tokens: int
+    max_num_seqs: int
     failure_domain_gpus: int
     power_w: float
     source: str
@@ -81,7 +82,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
         return self.parameters * WEIGHT_BYTES[dtype]
 
 
-# max_num_batched_tokens is what vLLM 0.32 chooses by itself for its API server on such a GPU (engine/arg_utils.py).
+# The max_num_… are what vLLM 0.32 chooses by itself for its API server on such a GPU (engine/arg_utils.py).
 # Data sheets give arithmetic with 2:4 sparsity; dense is half of it. A failure domain is the board of eight GPUs that
 # share NVSwitches and a host (NVIDIA HGX and DGX), or the rack of 72 that share NVLink switches (GB200 NVL72).
 GPUS = {
@@ -93,6 +94,7 @@ GPUS = {
             memory_bytes_per_s=2.039e12,
             flops={"bf16": 0.312e15},
             max_num_batched_tokens=2048,
+            max_num_seqs=256,
             failure_domain_gpus=8,
             power_w=400,
             source="NVIDIA A100 Tensor Core GPU data sheet, A100 80GB SXM column",
@@ -103,6 +105,7 @@ GPUS = {
             memory_bytes_per_s=3.35e12,
             flops={"bf16": 0.9895e15, "fp8": 1.979e15},
             max_num_batched_tokens=8192,
+            max_num_seqs=1024,
             failure_domain_gpus=8,
             power_w=700,
             source="NVIDIA H100 Tensor Core GPU data sheet, SXM column",
@@ -113,6 +116,7 @@ GPUS = {
             memory_bytes_per_s=4.8e12,
             flops={"bf16": 0.9895e15, "fp8": 1.979e15},
             max_num_batched_tokens=8192,
+            max_num_seqs=1024,
             failure_domain_gpus=8,
             power_w=700,
             source="NVIDIA H200 Tensor Core GPU data sheet, SXM column",
@@ -123,6 +127,7 @@ GPUS = {
             memory_bytes_per_s=8e12,
             flops={"bf16": 2.25e15, "fp8": 4.5e15, "fp4": 9e15},
             max_num_batched_tokens=16384,
+            max_num_seqs=1024,
             failure_domain_gpus=8,
             power_w=1000,
             source="NVIDIA DGX B200 data sheet, an eighth of the system",
@@ -133,6 +138,7 @@ GPUS = {
             memory_bytes_per_s=8e12,
             flops={"bf16": 2.5e15, "fp8": 5e15, "fp4": 10e15},
             max_num_batched_tokens=16384,
+            max_num_seqs=1024,
             failure_domain_gpus=72,
             power_w=1200,
             source="NVIDIA GB200 NVL72 data sheet, half of a Grace Blackwell superchip",
