@@ -84,6 +84,7 @@ ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$"
 ProfileName = Annotated[str, Field(min_length=1), AfterValidator(_profile_path)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SloBound = Annotated[float, Field(gt=0, le=3_600_000)]
+TpotBound = Annotated[float, Field(gt=0, le=60_000)]
 Slowdown = Annotated[float, Field(ge=1, le=10_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 KeyId = Annotated[str, AfterValidator(_key_id)]
@@ -125,7 +126,7 @@ class SloConfig(Section):
     """The bounds on time to first token and time per output token, for a device at full speed."""
 
     ttft_ms: SloBound = 1000
-    tpot_ms: SloBound = 50
+    tpot_ms: TpotBound = 50
     percentile: float = Field(default=95, ge=50, lt=100)
 
     def slo(self) -> Slo:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from math import floor, log10
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ratelimit.finding import Finding, dotted
+from ratelimit.promisecheck import hopeless_slo, tier_problems, too_long_mix, unknown_mix
 from ratelimit.publication import MOST_BURST
-from ratelimit.yamlfile import Document, Where
-from serving.mixes import MIX_NAMES, load_mix
-from serving.profile import Profile, ProfileError, load_profile
+from ratelimit.yamlfile import Where
+from serving.profile import ProfileError, load_profile
 
 if TYPE_CHECKING:
     from ratelimit.config import Config, EngineConfig, LimitConfig, PoolConfig, TierConfig
@@ -23,23 +22,11 @@ if TYPE_CHECKING:
 _SECRET_FIELDS = frozenset({"redis", "keys", "shadow_keys"})
 _LAST_PORT = 65535
 _SHARE_TOLERANCE = 1e-9
-
-
-class Finding(NamedTuple):
-    """One mistake: where it is in the config, and what is wrong and would be right."""
-
-    where: Where
-    what: str
-
-    def text(self, path: Path, document: Document) -> str:
-        """``FILE:LINE: where: what``."""
-        return f"{path}:{document.line(self.where)}: {dotted(self.where) or 'the file'}: {self.what}"
-
-
-def dotted(where: Where) -> str:
-    """``pools[0].engines[1].profile``."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
-    return text.removeprefix(".")
+#: Fields of older versions, and what takes their place.
+_REPLACED = {
+    "spare_replicas": "is no longer there; write spare_domains: how many failure domains (nodes, racks) may be lost "
+    "with every limit still served, and label replicas that fail together with the same domain",
+}
 
 
 def invalid_fields(error: ValidationError, root: type[BaseModel]) -> list[Finding]:
@@ -70,6 +57,8 @@ def _short(value: object) -> str:
 
 
 def _unknown_field(name: str, known: list[str]) -> str:
+    if name in _REPLACED:
+        return _REPLACED[name]
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
     return f"there is no field {name!r}; {hint}"
@@ -100,6 +89,7 @@ def contradictions(config: Config) -> list[Finding]:
         *_same_urls(config),
         *_twice("tiers", "name", [tier.name for tier in config.tiers]),
         *_tiers(config.tiers),
+        *tier_problems(config.tiers, config.pools),
         *_twice("orgs", "name", [org.name for org in config.orgs]),
         *_org_models(config),
         *_rules(config),
@@ -166,8 +156,7 @@ def _port_uses(config: Config) -> Iterator[tuple[Where, list[int]]]:
 def _pool(where: Where, pool: PoolConfig) -> Iterator[Finding]:
     if not pool.engines and not pool.replicas:
         yield Finding(where, "has neither engines nor replicas; name one (count: 0 keeps a pool without running any)")
-    if pool.mix.name not in MIX_NAMES:
-        yield Finding((*where, "mix", "name"), f"no mix {pool.mix.name!r}; there are {', '.join(MIX_NAMES)}")
+    yield from unknown_mix(where, pool.mix)
     for j, engine in enumerate(pool.engines):
         at = (*where, "engines", j)
         yield from _engine(at, engine)
@@ -195,47 +184,14 @@ def _profile(where: Where, name: str, pool: PoolConfig) -> Iterator[Finding]:
     except (OSError, ValueError) as error:
         yield Finding(where, f"{_short(name)} cannot name a profile: {error}")
     else:
-        yield from _hopeless_slo(where, profile, pool)
-        yield from _too_long_mix(where, profile, pool)
+        yield from hopeless_slo(where[:2], profile, pool.slo)
+        yield from too_long_mix(where[:2], profile, pool.mix)
         if pool.default_max_output is not None and pool.default_max_output >= profile.limits.max_model_len:
             yield Finding(
                 (*where[:2], "default_max_output"),
                 f"{pool.default_max_output} leaves no room for a prompt: the context of {profile.name} has "
                 f"{profile.limits.max_model_len} tokens",
             )
-
-
-def _hopeless_slo(where: Where, profile: Profile, pool: PoolConfig) -> Iterator[Finding]:
-    """A TPOT bound below an empty step, which no load can meet."""
-    base_ms = profile.step_time.base_s * 1000
-    if base_ms >= pool.slo.tpot_ms:
-        yield Finding(
-            (*where[:2], "slo", "tpot_ms"),
-            f"{pool.slo.tpot_ms:g} ms cannot be met: an empty step of {profile.name} takes {base_ms:.3g} ms",
-        )
-
-
-def _too_long_mix(where: Where, profile: Profile, pool: PoolConfig) -> Iterator[Finding]:
-    """A mix with a request that a replica can never run: it would supply nothing."""
-    if pool.mix.name not in MIX_NAMES:
-        return
-    shapes = load_mix(pool.mix.name, pool.mix.scale).shapes
-    longest = max(shape.input_tokens + shape.output_tokens for shape in shapes)
-    limits = profile.limits
-    most = min(limits.max_model_len, limits.kv_tokens // limits.block_size * limits.block_size)
-    if longest > most:
-        yield Finding(
-            (*where[:2], "mix"),
-            f"the longest request of {pool.mix.name} at scale {pool.mix.scale:g} has {longest} tokens, {profile.name} "
-            f"holds {most} (context {limits.max_model_len}, KV cache {limits.kv_tokens}); a scale of at most "
-            f"{_cut(pool.mix.scale * most / longest)} fits",
-        )
-
-
-def _cut(value: float) -> str:
-    """Cut to two significant digits, so that what is advised is not above what is right."""
-    unit = 10.0 ** (floor(log10(value)) - 1)
-    return f"{floor(value / unit) * unit:.2g}"
 
 
 def _same_urls(config: Config) -> Iterator[Finding]:

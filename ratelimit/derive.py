@@ -20,7 +20,7 @@ bound that a request may wait, so that what is admitted late is still in time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import msgspec
@@ -84,8 +84,10 @@ def derive(
         for tier, supply, grant in zip(policy.tiers, theirs, grants, strict=True):
             limits = _tier_limits(tier, pool, keys[tier.name], supply, grant, overrides)
             shown = _published_tier(tier, pool.model, keys[tier.name], limits, thresholds[tier.name])
-            tiers.append(shown if limits or not found[own].usable else _without_promise(shown, supply))
-        warnings += _warnings(pool, policy.tiers, grants, found.values())
+            if not limits:
+                shown = msgspec.structs.replace(shown, note=f"no limits: {supply.text}")
+            tiers.append(shown if limits or not found[own].usable else _without_promise(shown))
+        warnings += _warnings(pool, policy.tiers, grants, found)
     return Publication(
         epoch,
         published_at,
@@ -107,9 +109,17 @@ def _check_counts(active_keys: Mapping[tuple[str, str], int]) -> None:
 
 
 def _warnings(
-    pool: PoolPolicy, tiers: Sequence[TierPolicy], grants: Sequence[Grant], supplies: Iterable[Supply]
+    pool: PoolPolicy, tiers: Sequence[TierPolicy], grants: Sequence[Grant], supplies: Mapping[Promise, Supply]
 ) -> list[str]:
-    said = [f"{pool.model}: {problem}" for supply in supplies for problem in supply.problems]
+    """What the operator must hear of a pool; of promises that tiers make for themselves, by the tier."""
+    own = Promise(pool.mix, pool.slo)
+    said = [f"{pool.model}: {problem}" for problem in supplies[own].problems]
+    said += [
+        f"{pool.model}, tier {tier.name}: {problem}"
+        for tier in tiers
+        if promise_of(tier, pool) != own
+        for problem in supplies[promise_of(tier, pool)].problems
+    ]
     cut = [tier.name for tier, grant in zip(tiers, grants, strict=True) if grant.kept < 1 and tier.share]
     if cut:
         said.append(
@@ -135,11 +145,9 @@ def _tier_limits(
     return (*keyed, *map(countable, tier_limits(tier, keys, supply, lengths, unset)))
 
 
-def _without_promise(tier: TierLimits, supply: Supply) -> TierLimits:
+def _without_promise(tier: TierLimits) -> TierLimits:
     """A tier whose promise no replica can keep, in a pool that serves others: it borrows what is idle, as the last."""
-    return msgspec.structs.replace(
-        tier, assured=False, borrow_up_to=tier.borrow_up_to or LEAST_BORROW, note=f"nothing is promised: {supply.text}"
-    )
+    return msgspec.structs.replace(tier, assured=False, borrow_up_to=tier.borrow_up_to or LEAST_BORROW)
 
 
 def _published_tier(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
-from math import ceil, floor
+from math import ceil
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -180,7 +180,7 @@ class _Bounds(NamedTuple):
         """The amount within the bounds, and how that is said."""
         text = ""
         if self.least is not None:
-            least = floor(self.least * Fraction(self.kept))
+            least = self.least if self.kept == 1 else shown(self.least * Fraction(self.kept))
             part = "" if self.kept == 1 else f", {number(self.kept)} of {self.least:,}"
             amount, text = max(amount, least), f", at least {least:,} (the tier's minimum{part})"
         if self.most is not None:

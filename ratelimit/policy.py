@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -88,6 +88,28 @@ class TierPolicy(msgspec.Struct, frozen=True):
     maximum: KeyAmounts = KeyAmounts()
     oversell: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for numbers that mean nothing; ``config`` says more of what is odd."""
+        problem = _tier_problem(self)
+        if problem:
+            raise ValueError(f"tier {self.name}: {problem}")
+
+
+def _tier_problem(tier: TierPolicy) -> str | None:
+    if not 0 <= tier.share <= 1:
+        return f"the share is {tier.share}, it is a part of the pool from 0 to 1"
+    if not tier.share <= tier.ceiling <= 1 or not tier.ceiling > 0:
+        return f"the ceiling is {tier.ceiling}, it is at least the share of {tier.share} and at most 1"
+    if not 0 < tier.burst_s < float("inf"):
+        return f"burst_s is {tier.burst_s}, it is a positive number of seconds"
+    if tier.oversell is not None and not (1 <= tier.oversell < float("inf") and tier.share == 0):
+        return f"oversell is {tier.oversell}, it is at least 1 and for a tier with share 0 only"
+    for name in get_args(LimitName):
+        least, most = tier.minimum.of(name), tier.maximum.of(name)
+        if least is not None and most is not None and least > most:
+            return f"the minimum of {name} is {least}, above the maximum of {most}"
+    return None
+
 
 class PoolPolicy(msgspec.Struct, frozen=True):
     """One model's promise (the SLO, as for a device at full speed) and the traffic it is sized for.
@@ -106,6 +128,10 @@ class PoolPolicy(msgspec.Struct, frozen=True):
     max_model_len: int
     tokens_per_byte: float
     priority_scheduling: bool = False
+
+    def __post_init__(self) -> None:
+        if self.spare_domains < 0:
+            raise ValueError(f"pool {self.model}: {self.spare_domains} spare failure domains; keep none or more")
 
 
 class OrgPolicy(msgspec.Struct, frozen=True):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from math import fsum
+from math import fsum, inf
 
 import msgspec
 
@@ -66,11 +66,21 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Time to first token and time per output token, each met by ``percentile`` percent of requests."""
+    """Time to first token and time per output token, each met by ``percentile`` percent of requests.
+
+    Raises ``ValueError`` for bounds that no time can be held against.
+    """
 
     ttft_s: float
     tpot_s: float
     percentile: float = 95.0
+
+    def __post_init__(self) -> None:
+        for name, bound_s in (("TTFT", self.ttft_s), ("TPOT", self.tpot_s)):
+            if not 0 < bound_s < inf:
+                raise ValueError(f"the {name} bound of an SLO is {bound_s}, it must be a positive number of seconds")
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"the percentile of an SLO is {self.percentile}, it must be above 0 and at most 100")
 
     def slowed(self, factor: float) -> Slo:
         """The bound that means the same on a device slowed by ``factor``."""
@@ -94,6 +104,11 @@ class WorkloadMix(msgspec.Struct, frozen=True, cache_hash=True):
     def __post_init__(self) -> None:
         if not self.shapes:
             raise ValueError(f"the mix {self.name!r} is empty; give it at least one request shape")
+        for shape in self.shapes:
+            if shape.output_tokens < 0 or not 0 <= shape.cached_tokens <= shape.input_tokens:
+                raise ValueError(
+                    f"the mix {self.name!r} holds {shape}; counts are positive, cached tokens are of the input"
+                )
 
     @property
     def mean_input_tokens(self) -> float:

@@ -463,7 +463,7 @@ def test_shown_numbers_have_two_significant_digits() -> None:
 ANY_LIMITS = [names for count in range(5) for names in combinations(get_args(LimitName), count)]
 tier_policies = st.builds(
     lambda share, above, priority, burst_s, unlimited: TierPolicy(
-        "pro", share, min(1.0, share + above), priority, burst_s, unlimited
+        "pro", share, min(1.0, share + above) or 0.1, priority, burst_s, unlimited
     ),
     share=st.sampled_from([0.0, 0.25, 0.6, 1.0]),
     above=st.sampled_from([0.0, 0.1, 0.4, 1.0]),
