@@ -8,6 +8,7 @@ from ratelimit.cli.check import check
 from ratelimit.cli.keys import app as keys_app
 from ratelimit.cli.limits import app as limits_app
 from ratelimit.cli.measure import measure
+from ratelimit.cli.plan import plan
 from ratelimit.cli.profiles import app as profiles_app
 from ratelimit.cli.serve import controller, gateway
 from ratelimit.cli.up import up
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (check, up, gateway, controller, measure):
+for command in (check, up, gateway, controller, measure, plan):
     app.command()(command)
 app.add_typer(keys_app, name="keys")
 app.add_typer(limits_app, name="limits")

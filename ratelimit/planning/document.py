@@ -21,7 +21,8 @@ from ratelimit.config import (
     SloConfig,
     TierConfig,
 )
-from ratelimit.configcheck import Finding, invalid_fields
+from ratelimit.configcheck import invalid_fields
+from ratelimit.finding import Finding
 from ratelimit.planning.sites import MOST_GPUS, Site
 from ratelimit.yamlfile import Document, YamlFileError, parse_document, read_document
 from serving.gpus import GPUS
@@ -133,10 +134,14 @@ def examples() -> list[str]:
 
 def load_example(name: str) -> PlanConfig:
     """A plan that comes with Penstock. Raises ``ConfigError``."""
+    return _checked(Path(f"{name}.yaml"), parse_document(example_text(name)))
+
+
+def example_text(name: str) -> str:
+    """Its file, to start one's own from. Raises ``ConfigError``."""
     if name not in examples():
         raise ConfigError([f"there is no example {name!r}; there are {', '.join(examples())}"])
-    text = (files("ratelimit.planning") / "examples" / f"{name}.yaml").read_text(encoding="utf-8")
-    return _checked(Path(f"{name}.yaml"), parse_document(text))
+    return (files("ratelimit.planning") / "examples" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def load_plan(path: Path) -> PlanConfig:
