@@ -78,8 +78,8 @@ def run_steps(point: MeasuredPoint, batch: BatchBounds = UNKNOWN_BATCH) -> float
 def _busy_s(point: MeasuredPoint) -> float:
     """Seconds of the run in which something was in flight.
 
-    An engine under Poisson arrivals with L in flight in the mean is idle for a share e^(−L) of the time. A closed loop, a
-    burst, and a run whose steps were counted are taken as busy throughout.
+    Under Poisson arrivals with L in flight in the mean an engine is idle for a share e^(−L) of the time. A closed loop,
+    a burst, and a run whose steps were counted are taken as busy throughout.
     """
     in_flight = point.in_flight
     if point.steps is not None or in_flight is None or unsteady_sign(point) is not None:

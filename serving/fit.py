@@ -28,7 +28,7 @@ from serving.laws import Law, bounded_fitter, linear_law, linear_law_with_surfac
 from serving.leftout import LeftOut, left_out_errors
 from serving.points import MeasuredPoint
 from serving.profile import ContextRange, Fit, ModelForm, ProvenanceKind
-from serving.roofline import BatchBounds, Roofline
+from serving.roofline import BatchBounds, Roofline, typical_roofline
 from serving.solve import MissingSolverError
 from serving.steady_points import steady_points
 from serving.surface import Surface
@@ -63,17 +63,16 @@ class FitError(ValueError):
 def fit_profile(points: Sequence[MeasuredPoint], facts: Roofline | None = None) -> FitResult:
     """The best model that the points and the facts allow.
 
-    Raises ``FitError`` for points that make no sense, and where too few are steady and no facts bound the coefficients.
+    Without ``facts`` a fit that needs bounds takes the proportions of a typical model on a typical GPU, and their
+    common speed from the points. Raises ``FitError`` for points that make no sense.
     """
     check_points(points)
     steady, unsteady = steady_points(points)
     shortage = _shortage(steady)
-    if shortage is not None and facts is None:
-        raise FitError(f"{shortage}; measure more, or give the facts of GPU and model that bound the coefficients")
     try:
-        if shortage is None or facts is None:
+        if shortage is None:
             return _determined(steady, len(unsteady))
-        return _bounded(points, steady, facts, shortage)
+        return _bounded(points, steady, facts or typical_roofline(), shortage)
     except MissingSolverError as error:
         raise FitError(str(error)) from error
 

@@ -12,8 +12,11 @@ from typing import NamedTuple
 import msgspec
 
 from serving.capacity import StepTimeModel
-from serving.gpus import KV_ELEMENT_BYTES, WEIGHT_BYTES, GpuFacts, ModelFacts, WeightDtype
+from serving.gpus import GPUS, KV_ELEMENT_BYTES, MODELS, WEIGHT_BYTES, GpuFacts, ModelFacts, WeightDtype
 
+#: What stands in for a GPU or a model without facts.
+TYPICAL_GPU = "H100"
+TYPICAL_MODEL = "llama-3.1-8b"
 #: How many times slower than the data sheets' peaks an engine runs: streaming weights, multiplying, reading KV.
 LIKELY_STREAM_SLOWNESS = 1.3
 LIKELY_MULTIPLY_SLOWNESS = 2.0
@@ -111,9 +114,10 @@ def roofline_of(gpu: GpuFacts, gpus: int, model: ModelFacts, dtype: WeightDtype)
     )
 
 
-def typical_roofline(gpu: GpuFacts, gpus: int, typical: ModelFacts) -> Roofline:
-    """For a model of which no facts are known: the proportions of a typical one, whose speed the points must tell."""
-    known = roofline_of(gpu, gpus, typical, "bf16")
+def typical_roofline(gpu: GpuFacts | None = None, gpus: int = 1) -> Roofline:
+    """Where facts of model or GPU are unknown: the proportions of typical ones, whose speed the points must tell."""
+    gpu = gpu or GPUS[TYPICAL_GPU]
+    known = roofline_of(gpu, gpus, MODELS[TYPICAL_MODEL], "bf16")
     return msgspec.structs.replace(
         known,
         base_s=_loose(known.base_s),
@@ -121,7 +125,7 @@ def typical_roofline(gpu: GpuFacts, gpus: int, typical: ModelFacts) -> Roofline:
         sequence_s=_loose(known.sequence_s),
         kv_token_s=_loose(known.kv_token_s),
         prompt_context_s=_loose(known.prompt_context_s),
-        source=f"no facts of this model are known: the proportions of {typical.name} on {gpus} × {gpu.name}",
+        source=f"{gpus} × {gpu.name} and {TYPICAL_MODEL}, in its proportions only: facts of GPU or model are unknown",
         scaled=False,
     )
 

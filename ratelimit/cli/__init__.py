@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from ratelimit.cli.check import check
+from ratelimit.cli.fit import fit
 from ratelimit.cli.keys import app as keys_app
 from ratelimit.cli.limits import app as limits_app
 from ratelimit.cli.measure import measure
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (check, up, gateway, controller, measure, plan):
+for command in (check, up, gateway, controller, measure, fit, plan):
     app.command()(command)
 app.add_typer(keys_app, name="keys")
 app.add_typer(limits_app, name="limits")

@@ -1,0 +1,74 @@
+"""``penstock fit``: step-time models of published or own benchmark runs, and how well each predicts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ratelimit.cli.common import JsonOption, failing_clearly, stderr
+from serving.benchgroups import GroupReport, fit_groups
+from serving.benchrows import BenchFileError
+
+
+def fit(
+    file: Annotated[Path, typer.Argument(help="CSV in the columns of serving/profiles/bench_serve_results.csv.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Fit each (model, GPU, engine, serve command) of a benchmark file, and say how well it predicts unseen mixes."""
+    with failing_clearly(BenchFileError, OSError, UnicodeDecodeError), file.open(encoding="utf-8", newline="") as lines:
+        reports = fit_groups(lines)
+    if as_json:
+        for report in reports:
+            typer.echo(msgspec.json.encode(report).decode())
+        return
+    Console().print(_table(reports))
+    for report in reports:
+        for problem in report.refused:
+            stderr.print(f"{report.model} {report.gpu}, {problem}", markup=False, highlight=False, soft_wrap=True)
+    stderr.print(_summary(reports), markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(reports: list[GroupReport]) -> Table:
+    table = Table()
+    for heading in ("model", "gpu", "engine", "serve command"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("points", "steady", "mixes", "form", "unseen mix", "worst", "two rates"):
+        table.add_column(heading, justify="right")
+    table.add_column("status", overflow="fold")
+    for report in reports:
+        table.add_row(
+            *map(escape, (report.model, report.gpu, report.engine, report.serve_command)),
+            *map(str, (report.points, report.steady_points, report.mixes, report.model_form or "-")),
+            *map(_share, (report.loo_error_median, report.loo_error_max, report.two_rate_error_median)),
+            escape(f"{report.status}: {report.reason}"),
+        )
+    return table
+
+
+def _share(error: float | None) -> str:
+    return "-" if error is None else f"{error:.0%}"
+
+
+def _summary(reports: list[GroupReport]) -> str:
+    statuses = Counter(report.status for report in reports)
+    counted = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+    compared = [
+        (report.loo_error_median, report.two_rate_error_median)
+        for report in reports
+        if report.loo_error_median is not None and report.two_rate_error_median is not None
+    ]
+    if not compared:
+        return f"{len(reports)} groups: {counted}; none has enough mixes to leave one out"
+    ours, two_rates = (median(errors) for errors in zip(*compared, strict=True))
+    return (
+        f"{len(reports)} groups: {counted}. Error at a mix left out, median of {len(compared)} groups: "
+        f"{ours:.1%}; of two plain rates {two_rates:.1%}"
+    )
