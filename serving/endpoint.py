@@ -5,13 +5,17 @@ Tokens are counted from the usage that the engine reports, never from chunks: un
 
 from __future__ import annotations
 
+import asyncio
 from time import monotonic
 from types import TracebackType
 from typing import Any, NamedTuple, Self
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
+
+from serving.enginefacts import Counters, EngineReport, cache_labels
 
 #: English prose of known length, to ask the engine how many tokens it makes of a byte.
 SAMPLE_TEXT = (
@@ -23,41 +27,57 @@ SAMPLE_TEXT = (
 
 #: vLLM closes a connection that was idle for 5 s; one reused at that very moment breaks off, and spoils a sweep.
 KEEPALIVE_S = 2.0
+#: What an engine, or a gateway before it, answers when it has too much to do.
+BUSY_STATUSES = frozenset({429, 503, 529})
+DRAIN_POLL_S = 0.1
+NVIDIA_SMI_TIMEOUT_S = 10.0
+_JSON = {"Content-Type": "application/json"}
+_COUNTED = (
+    "vllm:iteration_tokens_total_count",
+    "vllm:prefix_cache_hits_total",
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting{",
+)
 
 
 class EndpointError(RuntimeError):
     """The endpoint cannot be measured; the message says what it did and what is needed."""
 
 
-class EndpointFacts(NamedTuple):
-    """What an engine reports of itself; 0 for a KV cache that it does not report."""
-
-    model: str
-    engine_version: str
-    max_model_len: int
-    kv_tokens: int
-    block_size: int
+class EngineBusyError(EndpointError):
+    """The engine refused a request because it has too many: overload, and no fault of it."""
 
 
 class Answer(NamedTuple):
-    """One streamed answer: its moments on the monotonic clock, and the tokens that its usage states."""
+    """One streamed answer: its moments on the monotonic clock, and the tokens that its usage states.
+
+    ``cached_tokens`` of its prompt were in the prefix cache; None where the usage does not tell.
+    """
 
     start_s: float
     first_token_s: float
     finish_s: float
     input_tokens: int
     output_tokens: int
+    cached_tokens: int | None = None
+    fingerprint: str = ""
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
 
 
 class _Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
+    prompt_tokens_details: _PromptDetails | None = None
 
 
 class _Chunk(msgspec.Struct):
     choices: list[msgspec.Raw] = []
     usage: _Usage | None = None
     error: object = None
+    system_fingerprint: str | None = None
 
 
 class Endpoint:
@@ -78,33 +98,49 @@ class Endpoint:
     ) -> None:
         await self._session.close()
 
-    async def facts(self, model: str | None = None) -> EndpointFacts:
-        """Ask ``/v1/models``, ``/version`` and ``/metrics``. The last two may be missing; the first may not."""
+    async def report(self, model: str | None = None) -> EngineReport:
+        """Everything that the engine says of itself. Only ``/v1/models`` must be there, and serve that model."""
         listed = _json_or_empty((await self._get("/v1/models")).decode()).get("data", [])
         cards: dict[str, dict[str, Any]] = {card["id"]: card for card in listed}
         name = model or next(iter(cards), None)
-        if name not in cards:
+        if name is None or name not in cards:
             raise EndpointError(f"{self.url} serves {', '.join(cards) or 'no model'}, not {name!r}")
-        cache = _cache_config(await self._get_if_there("/metrics"))
-        block_size = int(cache.get("block_size", 16))
-        return EndpointFacts(
+        return EngineReport(
             model=name,
-            engine_version=str(_json_or_empty(await self._get_if_there("/version")).get("version", "unknown")),
             max_model_len=int(cards[name].get("max_model_len") or 0),
-            kv_tokens=int(cache.get("num_gpu_blocks", 0)) * block_size,
-            block_size=block_size,
+            version=str(_json_or_empty(await self._get_if_there("/version")).get("version", "")),
+            cache_config=_cache_config(await self._get_if_there("/metrics")),
+            server_info=_json_or_empty(await self._get_if_there("/server_info?config_format=json")),
+            fingerprint=(await self.complete(name, SAMPLE_TEXT, 1)).fingerprint,
+            local_gpus=await _local_gpus(self.url),
         )
 
-    async def engine_steps(self) -> float | None:
-        """Steps since the engine started, as vLLM counts them; None where it does not say."""
+    async def counters(self) -> Counters:
+        """What the engine counts, at this moment."""
+        asked_s = monotonic()
         metrics = await self._get_if_there("/metrics")
-        counts = [
-            sample.value
-            for family in text_string_to_metric_families(metrics)
-            for sample in family.samples
-            if sample.name == "vllm:iteration_tokens_total_count"
-        ]
-        return sum(counts) if counts else None
+        found: dict[str, list[float]] = {}
+        for line in metrics.splitlines():  # vLLM's exposition is long, and parsing all of it would delay the senders
+            if line.startswith(_COUNTED):
+                found.setdefault(line.partition("{")[0].partition(" ")[0], []).append(float(line.rpartition(" ")[2]))
+        running, waiting = found.get("vllm:num_requests_running"), found.get("vllm:num_requests_waiting")
+        return Counters(
+            time_s=(asked_s + monotonic()) / 2,
+            steps=_total(found.get("vllm:iteration_tokens_total_count")),
+            prefix_hit_tokens=_total(found.get("vllm:prefix_cache_hits_total")),
+            open_requests=None if running is None or waiting is None else sum(running) + sum(waiting),
+        )
+
+    async def drained(self, timeout_s: float) -> None:
+        """Wait until no request is open in the engine. Raises ``EndpointError`` after the timeout."""
+        deadline_s = monotonic() + timeout_s
+        while (left := (await self.counters()).open_requests or 0.0) > 0:
+            if monotonic() > deadline_s:
+                raise EndpointError(
+                    f"{self.url} still has {left:.0f} requests open {timeout_s:g} s after the last one was left: "
+                    "somebody else uses it, or it is stuck; measure an engine that serves nobody else"
+                )
+            await asyncio.sleep(DRAIN_POLL_S)
 
     async def tokens_per_byte(self, model: str) -> float:
         """Prompt tokens for each byte of English prose."""
@@ -123,11 +159,13 @@ class Endpoint:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        data = msgspec.json.encode(body)
         start_s = monotonic()
         try:
-            async with self._session.post(f"{self.url}/v1/completions", json=body) as response:
+            async with self._session.post(f"{self.url}/v1/completions", data=data, headers=_JSON) as response:
                 if response.status != 200:
-                    raise EndpointError(await _refusal(response))
+                    refused = EngineBusyError if response.status in BUSY_STATUSES else EndpointError
+                    raise refused(await _refusal(response))
                 return await _timed(response, start_s)
         except TimeoutError as error:
             raise EndpointError(f"{self.url} did not finish an answer in {self._timeout.total:g} s") from error
@@ -159,7 +197,7 @@ async def _refusal(response: aiohttp.ClientResponse) -> str:
 
 async def _timed(response: aiohttp.ClientResponse, start_s: float) -> Answer:
     first_token_s = last_token_s = None
-    usage = None
+    usage, fingerprint = None, ""
     async for line in response.content:
         if not line.startswith(b"data: {"):
             continue
@@ -169,21 +207,52 @@ async def _timed(response: aiohttp.ClientResponse, start_s: float) -> Answer:
         if chunk.choices:
             last_token_s = monotonic()
             first_token_s = first_token_s or last_token_s
-        usage = chunk.usage or usage
+        if chunk.usage is not None:
+            usage, fingerprint = chunk.usage, chunk.system_fingerprint or fingerprint
     if first_token_s is None or last_token_s is None:
         raise EndpointError(f"{response.url} ended an answer without a token")
     if usage is None:
         raise EndpointError(f"{response.url} reports no usage in its streams; stream_options.include_usage is needed")
-    return Answer(start_s, first_token_s, last_token_s, usage.prompt_tokens, usage.completion_tokens)
+    cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else None
+    return Answer(
+        start_s, first_token_s, last_token_s, usage.prompt_tokens, usage.completion_tokens, cached, fingerprint
+    )
+
+
+async def _local_gpus(url: str) -> tuple[str, ...]:
+    """What nvidia-smi lists, where the endpoint is on this machine; nothing where it is not, or there is none."""
+    if urlsplit(url).hostname not in {"127.0.0.1", "localhost", "::1"}:
+        return ()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+    except OSError:
+        return ()
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), NVIDIA_SMI_TIMEOUT_S)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return ()
+    return (
+        tuple(line.strip() for line in output.decode().splitlines() if line.strip()) if not process.returncode else ()
+    )
 
 
 def _cache_config(metrics: str) -> dict[str, str]:
-    """The labels of vLLM's ``cache_config_info`` that are numbers."""
+    """The labels of vLLM's ``cache_config_info``."""
     for family in text_string_to_metric_families(metrics):
         for sample in family.samples:
             if sample.name == "vllm:cache_config_info":
-                return {key: value for key, value in sample.labels.items() if value.isdigit()}
+                return cache_labels(sample.labels)
     return {}
+
+
+def _total(values: list[float] | None) -> float | None:
+    return None if values is None else sum(values)
 
 
 def _json_or_empty(text: str) -> dict[str, Any]:

@@ -1,75 +1,156 @@
-"""``penstock measure``: what a live endpoint can do, as a profile."""
+"""``penstock measure``: what a live endpoint can do under an SLO, as a profile."""
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
+import uvloop
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-from ratelimit.cli.common import failing_clearly, stderr
+from ratelimit.cli.common import JsonOption, failing_clearly, stderr
+from serving.capacity import Slo
 from serving.endpoint import EndpointError
+from serving.enginefacts import FactsError, Stated
 from serving.fit import FitError
-from serving.measure import MeasureTarget
+from serving.intervals import Interval
+from serving.journal import JournalError
+from serving.measure import MeasureSettings, MeasureTarget, Watcher, expected_left_s, longest_s
 from serving.measure import Progress as SweepProgress
 from serving.measure import measure as measure_endpoint
-from serving.profile import Profile, dump_profile
+from serving.measurement import MeasureError, Measurement, knee_text
+from serving.mixes import MIX_NAMES
+from serving.pointrules import PointSettings
+from serving.profile import dump_profile
+
+_STATED = "only where the engine does not tell, recorded as stated by you"
+_POINT, _SETTINGS = PointSettings(), MeasureSettings(Slo(1.0, 0.05))
 
 
 def measure(
-    url: Annotated[str, typer.Argument(help="The vLLM server, such as http://127.0.0.1:8000.")],
-    gpu: Annotated[str, typer.Option(help="What it runs on, such as H100; profiles are grouped by it.")],
-    out: Annotated[Path, typer.Option(help="Where to write the profile.")],
+    url: Annotated[str, typer.Argument(help="The vLLM server, such as http://127.0.0.1:8000, serving nobody else.")],
+    out: Annotated[Path, typer.Option(help="Where to write the profile; the journal is kept beside it.")],
+    ttft_ms: Annotated[float, typer.Option(help="The SLO's bound on time to first token.")] = 1000.0,
+    tpot_ms: Annotated[float, typer.Option(help="The SLO's bound on time per output token.")] = 50.0,
+    percentile: Annotated[float, typer.Option(help="The percent of requests that must meet each bound.")] = 95.0,
     name: Annotated[str | None, typer.Option(help="The profile's name; the file's if unset.")] = None,
-    model: Annotated[str | None, typer.Option(help="The served model; the only one if unset.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of one replica.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Weight precision, for the provenance.")] = "unknown",
-    parallelism: Annotated[str, typer.Option(help="Such as tp1 or tp4, for the provenance.")] = "tp1",
-    hardware: Annotated[str, typer.Option(help="What else is worth knowing of the machine, for the provenance.")] = "",
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="The server's --max-num-seqs.")] = 1024,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="The server's --max-num-batched-tokens.")] = 8192,
-    point_s: Annotated[float, typer.Option(min=1, help="Seconds that each of the 16 points is watched.")] = 12.0,
+    model: Annotated[str | None, typer.Option(help="The served model; the first one if unset.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="PENSTOCK_MEASURE_API_KEY", help="The server's key.")] = None,
+    gpu: Annotated[str | None, typer.Option(help=f"GPU type, such as H100: {_STATED}.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help=f"GPUs of one replica: {_STATED}.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Weight precision: {_STATED}.")] = None,
+    parallelism: Annotated[str | None, typer.Option(help=f"Such as tp4: {_STATED}.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help=f"The server's: {_STATED}.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help=f"The server's: {_STATED}.")] = None,
+    notes: Annotated[str, typer.Option(help="What else is worth knowing, for the provenance.")] = "",
+    warm_up_s: Annotated[float, typer.Option(help="Seconds before a point is watched, at least.")] = _POINT.warm_up_s,
+    point_s: Annotated[float, typer.Option(help="Seconds that a point is watched, at least.")] = _POINT.watch_s,
+    most_point_s: Annotated[
+        float, typer.Option(help="Seconds that a point is watched at most, to cover ten lives of its requests.")
+    ] = _POINT.most_watch_s,
+    point_requests: Annotated[
+        int, typer.Option(min=10, help="Requests that an open-loop point watches, at least.")
+    ] = _POINT.least_requests,
+    search_points: Annotated[
+        int, typer.Option(min=1, help="Rates tried for a mix, at most.")
+    ] = _SETTINGS.search_points,
+    tolerance: Annotated[float, typer.Option(help="A knee is searched to within this share.")] = _SETTINGS.tolerance,
+    lag_ms: Annotated[float, typer.Option(help="How late the client may send, at p99.")] = _POINT.lag_bound_s * 1e3,
+    seed: Annotated[int, typer.Option(help="Of arrivals and lengths.")] = 0,
+    as_json: JsonOption = False,
 ) -> None:
-    """Drive an endpoint through one fixed sweep (4 mixes, 4 concurrencies) and write its profile."""
-    target = MeasureTarget(
-        url=url.rstrip("/"),
-        name=name or out.stem,
-        gpu=gpu,
-        gpus_per_replica=gpus,
-        model=model,
-        dtype=dtype,
-        parallelism=parallelism,
-        hardware=hardware,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        point_s=point_s,
+    """Find the largest Poisson load that meets the SLO, for each of four mixes, and write the engine's profile.
+
+    Goes on where an interrupted measurement with the same settings stopped.
+    """
+    settings = MeasureSettings(
+        slo=Slo(ttft_ms / 1e3, tpot_ms / 1e3, percentile),
+        point=PointSettings(warm_up_s, point_s, most_point_s, point_requests, lag_ms / 1e3),
+        search_points=search_points,
+        tolerance=tolerance,
+        seed=seed,
+    )
+    stated = Stated(gpu, gpus, dtype, parallelism, max_num_seqs, max_num_batched_tokens)
+    target = MeasureTarget(url.rstrip("/"), name or out.stem, settings, stated, model, api_key, notes)
+    with failing_clearly(MeasureError, EndpointError, FactsError, FitError, JournalError, OSError):
+        found = uvloop.run(_measured(target, out))
+    out_text = dump_profile(found.profile)
+    with failing_clearly(OSError):
+        _replace(out, out_text)
+    _show(found, out)
+    if as_json:
+        typer.echo(msgspec.json.encode(found))
+
+
+async def _measured(target: MeasureTarget, out: Path) -> Measurement:
+    settings = target.settings
+    every = dict.fromkeys(MIX_NAMES, settings.search_points)
+    likely_s = expected_left_s(settings, {}, len(MIX_NAMES), every)
+    stderr.print(
+        f"at least {_minutes(likely_s)} if every search needs all its points; at most {_minutes(longest_s(settings))}"
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr) as bar, failing_clearly(EndpointError, FitError, OSError):
+    with Progress(*columns, console=stderr) as bar:
         task = bar.add_task("measuring")
 
         def show(progress: SweepProgress) -> None:
-            what = f"{progress.mix} × {progress.concurrency}" if progress.mix else "fitting"
-            bar.update(task, description=what, completed=progress.done, total=progress.total)
+            left = f", up to {_minutes(progress.left_s)} left" if progress.left_s else ""
+            bar.update(task, description=progress.what + left, completed=progress.done, total=progress.total)
 
-        profile = asyncio.run(measure_endpoint(target, show))
-        out.write_bytes(dump_profile(profile))
-    _say(profile, out)
+        def tell(news: str) -> None:
+            stderr.print(news, markup=False, highlight=False, soft_wrap=True)
+
+        return await measure_endpoint(target, out.with_name(out.name + ".journal.jsonl"), Watcher(show, tell))
 
 
-def _say(profile: Profile, out: Path) -> None:
-    step = profile.step_time
+def _replace(path: Path, text: bytes) -> None:
+    """Write the file whole or not at all."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_bytes(text)
+    draft.replace(path)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def _show(found: Measurement, out: Path) -> None:
+    slo = found.slo
+    table = Table(
+        "mix",
+        "load",
+        "state",
+        "output tokens/s",
+        f"TTFT p{slo.percentile:g} ms",
+        f"TPOT p{slo.percentile:g} ms",
+        "goodput",
+    )
+    for point in found.points:
+        load = "alone" if point.kind == "anchor" else f"{point.level:.3g}/s"
+        figures = (_text(point.output_per_s, 1), _text(point.ttft_s, 1e3), _text(point.tpot_s, 1e3))
+        table.add_row(point.mix, load, point.state, *figures, f"{point.goodput:.0%}")
+    stderr.print(table)
+    for knee in found.knees:
+        stderr.print(f"knee: {knee_text(knee)}", markup=False, highlight=False, soft_wrap=True)
+    step, fit = found.profile.step_time, found.profile.fit
     stderr.print(
         f"{out}: a step takes {step.base_s * 1e3:.3g} ms + {step.prompt_token_s * 1e6:.3g} µs a prompt token + "
         f"{step.sequence_s * 1e6:.3g} µs a sequence + {step.kv_token_s * 1e9:.3g} ns a KV token",
         markup=False,
         soft_wrap=True,
     )
-    if profile.fit is not None:
+    if fit is not None:
         stderr.print(
-            f"the model gives {len(profile.fit.points)} measured points back within "
-            f"{profile.fit.residual_median:.1%} in the median, {profile.fit.residual_max:.1%} at most",
+            f"the model gives {len(fit.points)} steady points back within {fit.residual_median:.1%} in the median, "
+            f"{fit.residual_max:.1%} at most",
             markup=False,
         )
+
+
+def _text(figure: Interval, factor: float) -> str:
+    if figure.low is None or figure.high is None:
+        return f"{figure.value * factor:.4g}"
+    return f"{figure.value * factor:.4g} ({figure.low * factor:.4g}-{figure.high * factor:.4g})"
