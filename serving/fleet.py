@@ -11,11 +11,14 @@ import aiohttp
 import msgspec
 
 from serving.health import Observation, ReplicaHealth, observe
+from serving.signals import Counters, read_counters
 
 log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 0.5
 PROBE_TIMEOUT_S = 2.0
+#: How often a replica's counters are read out of what its probes fetch.
+COUNTERS_INTERVAL_S = 5.0
 
 #: The gauges whose sum is the work a replica holds.
 HELD_METRICS = ("vllm:num_requests_running", "vllm:num_requests_waiting")
@@ -78,6 +81,7 @@ class Fleet:
         self._session = session
         self._on_change = on_change
         self._statuses: dict[str, ReplicaStatus] = {}
+        self._counters: dict[str, Counters] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._probed: dict[str, asyncio.Event] = {}
 
@@ -91,6 +95,7 @@ class Fleet:
         for url in (self._tasks.keys() - wanted.keys()) | replaced:
             self._tasks.pop(url).cancel()
             del self._statuses[url]
+            self._counters.pop(url, None)
             self._probed.pop(url).set()
         for url, spec in wanted.items():
             known = self._statuses.get(url)
@@ -115,6 +120,10 @@ class Fleet:
         """Every watched replica by URL."""
         return dict(self._statuses)
 
+    def counters(self) -> Mapping[str, Counters]:
+        """The newest reading of every watched replica that was ever read, by URL; it says how old it is."""
+        return dict(self._counters)
+
     async def _probe_forever(self, url: str) -> None:
         while True:
             seen = await self._probe(url)
@@ -135,12 +144,21 @@ class Fleet:
             async with self._session.get(f"{url}/metrics") as response:
                 exposition = await response.text()
             held, progress = sum_metrics(exposition, HELD_METRICS), sum_metrics(exposition, PROGRESS_METRICS)
+            self._read_counters(url, exposition)
             held = max(held, await self._server_load(url))
         except TimeoutError:
             return Observation(monotonic(), "silent")
         except (aiohttp.ClientError, OSError, ValueError):
             return Observation(monotonic(), "refused")
         return Observation(monotonic(), "healthy", held, progress)
+
+    def _read_counters(self, url: str, exposition: str) -> None:
+        last, now_s = self._counters.get(url), monotonic()
+        if last is not None and now_s - last.at_s < COUNTERS_INTERVAL_S:
+            return
+        counters = read_counters(exposition, now_s)
+        if counters is not None and url in self._statuses:
+            self._counters[url] = counters
 
     async def _server_load(self, url: str) -> float:
         """Requests the API server holds; it counts those that a frozen engine has not yet taken up.
