@@ -85,7 +85,7 @@ def fit_groups(lines: Iterable[str]) -> list[GroupReport]:
 def fit_group(served: ServedAs, rows: Sequence[BenchRow], malformed: Sequence[RefusedRow] = ()) -> GroupReport:
     """The fit of one group's rows, those that contradict themselves left out."""
     facts = server_facts(served, rows)
-    usable, refused = _sorted_out(rows, facts)
+    usable, refused = sorted_out(rows, facts)
     problems = tuple(
         f"line {each.line}: {each.problem}" for each in sorted([*malformed, *refused], key=lambda r: r.line)
     )
@@ -148,7 +148,8 @@ def _model_facts(served: ServedAs) -> ModelFacts | None:
     return MODELS[max(named, key=len)] if named else None
 
 
-def _sorted_out(rows: Sequence[BenchRow], facts: ServerFacts) -> tuple[list[BenchRow], list[RefusedRow]]:
+def sorted_out(rows: Sequence[BenchRow], facts: ServerFacts) -> tuple[list[BenchRow], list[RefusedRow]]:
+    """The rows that contradict neither themselves nor the facts, and the others, each with what is wrong."""
     usable: list[BenchRow] = []
     refused: list[RefusedRow] = []
     seen: dict[tuple[float | None, ...], int] = {}

@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from serving.benchprofiles import bench_profiles, rounded
+from serving.benchrows import BenchRow
 from serving.capacity import (
     EngineLimits,
     ReplicaGroup,
@@ -38,12 +40,13 @@ from serving.gpus import GPUS, KV_ELEMENT_BYTES, MODELS, GpuFacts, WeightDtype
 from serving.profile import Profile, Provenance, dump_profile
 from serving.published import (
     BENCH_FILE,
-    BENCH_SOURCE,
     MLPERF_FILE,
-    BenchRow,
     PublishedRow,
+    bench_lines,
     bench_rows,
+    mean_shape,
     published_rows,
+    run_text,
 )
 
 ESTIMATED_ON = "2026-11-21"
@@ -194,9 +197,8 @@ def compute_efficiency(deployment: Deployment, row: PublishedRow) -> float:
 
 def anchor_runs(anchor: BenchAnchor, gpu: str, rows: list[BenchRow]) -> list[BenchRow]:
     """The runs that anchor an estimate. Raises ``LookupError`` where there are none."""
-    found = [
-        row for row in rows if (row.model, row.gpu, row.serve_command) == (anchor.model, gpu, anchor.serve_command)
-    ]
+    wanted = (anchor.model, gpu.lower(), anchor.serve_command)
+    found = [row for row in rows if (row.served.model, row.served.gpu, row.served.serve_command) == wanted]
     if not found:
         raise LookupError(f"no run of {anchor.serve_command!r} on {gpu} in {BENCH_FILE}")
     return found
@@ -206,7 +208,9 @@ def run_efficiencies(anchor: BenchAnchor, gpu: str, runs: list[BenchRow]) -> lis
     """The share of its peak arithmetic that each run implies, in ascending order. Raises ``ValueError`` as below."""
     measured = Deployment(gpu, anchor.model, 1, "bf16", anchor)
     return sorted(
-        _efficiency(measured, GPUS[gpu], run.shape, 1 / run.requests_per_s, f"{run.page}, {run.section}")
+        _efficiency(
+            measured, GPUS[gpu], mean_shape(run), run.number("duration_s") / run.number("requests"), run_text(run)
+        )
         for run in runs
     )
 
@@ -236,7 +240,7 @@ def estimate(deployment: Deployment, rows: list[PublishedRow], runs: list[BenchR
         model=deployment.model,
         gpu=deployment.gpu,
         gpus_per_replica=deployment.tensor_parallel,
-        step_time=StepTimeModel(*(_rounded(getattr(exact, name)) for name in StepTimeModel.__struct_fields__)),
+        step_time=StepTimeModel(*(rounded(getattr(exact, name)) for name in StepTimeModel.__struct_fields__)),
         limits=engine_limits(deployment, gpu),
         provenance=provenance,
     )
@@ -253,7 +257,7 @@ def _anchored(deployment: Deployment, rows: list[PublishedRow], runs: list[Bench
         )
         engine, version = deployment.anchor.engine, deployment.anchor.engine_version
         return median(efficiencies), _provenance(
-            deployment, engine, version, median(efficiencies), how, tuple(_run_text(run) for run in own)
+            deployment, engine, version, median(efficiencies), how, tuple(run_text(run) for run in own)
         )
     row = anchor_row(deployment.anchor, rows)
     efficiency = compute_efficiency(deployment, row)
@@ -288,24 +292,17 @@ def _anchor_text(row: PublishedRow) -> str:
     )
 
 
-def _run_text(run: BenchRow) -> str:
-    return (
-        f"{BENCH_SOURCE} {run.page}, {run.section}: {run.serve_command}, {run.requests} requests of "
-        f"{run.shape.input_tokens} + {run.shape.output_tokens} tokens at once in {run.duration_s:g} s"
-    )
-
-
-def _rounded(value: float) -> float:
-    """To five significant digits, so that the files do not differ by a platform's last bit."""
-    return float(f"{value:.4e}")
+def generated_profiles() -> list[Profile]:
+    """Every profile that comes with Penstock and is computed: the estimates, and the fits of published runs."""
+    rows, runs = published_rows(), bench_rows()
+    return [*(estimate(deployment, rows, runs) for deployment in DEPLOYMENTS), *bench_profiles(bench_lines())]
 
 
 def main() -> None:
-    """Write every estimated profile into this package."""
-    rows, runs = published_rows(), bench_rows()
-    for deployment in DEPLOYMENTS:
-        path = Path(__file__).parent / "profiles" / f"{deployment.name}.json"
-        path.write_bytes(dump_profile(estimate(deployment, rows, runs)))
+    """Write them into this package."""
+    for profile in generated_profiles():
+        path = Path(__file__).parent / "profiles" / f"{profile.name}.json"
+        path.write_bytes(dump_profile(profile))
 
 
 if __name__ == "__main__":

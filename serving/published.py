@@ -7,6 +7,7 @@ from importlib.resources import files
 
 import msgspec
 
+from serving.benchrows import BenchRow, read_rows
 from serving.capacity import RequestShape
 
 MLPERF_FILE = "mlperf_rows.csv"
@@ -28,33 +29,6 @@ class PublishedRow(msgspec.Struct, frozen=True):
     mlperf_round: str
 
 
-class BenchRow(msgspec.Struct, frozen=True):
-    """One run of a serving benchmark; ``page`` and ``section`` say where it was published."""
-
-    page: str
-    section: str
-    model: str
-    gpu: str
-    engine: str
-    serve_command: str
-    requests: int
-    duration_s: float
-    input_tokens: int
-    output_tokens: int
-
-    @property
-    def shape(self) -> RequestShape:
-        """Its mean request."""
-        return RequestShape(
-            max(1, round(self.input_tokens / self.requests)), max(1, round(self.output_tokens / self.requests))
-        )
-
-    @property
-    def requests_per_s(self) -> float:
-        """Its throughput over the whole run, its start and end included."""
-        return self.requests / self.duration_s
-
-
 def published_rows() -> list[PublishedRow]:
     """The MLPerf rows that come with Penstock."""
     return [
@@ -69,29 +43,36 @@ def published_rows() -> list[PublishedRow]:
             submitter=row["submitter"],
             mlperf_round=row["round"],
         )
-        for row in _rows(MLPERF_FILE)
+        for row in csv.DictReader(_text(MLPERF_FILE).splitlines())
     ]
+
+
+def bench_lines() -> list[str]:
+    """The file of benchmark runs that comes with Penstock, line by line."""
+    return _text(BENCH_FILE).splitlines()
 
 
 def bench_rows() -> list[BenchRow]:
-    """The benchmark runs that come with Penstock."""
-    return [
-        BenchRow(
-            page=row["page"],
-            section=row["section"],
-            model=row["model"],
-            gpu=row["gpu"].upper(),
-            engine=row["engine"],
-            serve_command=row["serve_command"],
-            requests=int(row["requests"]),
-            duration_s=float(row["duration_s"]),
-            input_tokens=int(row["input_tokens"]),
-            output_tokens=int(row["output_tokens"]),
-        )
-        for row in _rows(BENCH_FILE)
-    ]
+    """Its rows."""
+    return read_rows(bench_lines())[0]
 
 
-def _rows(name: str) -> list[dict[str, str]]:
-    text = (files("serving") / "profiles" / name).read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
+def mean_shape(row: BenchRow) -> RequestShape:
+    """The mean request of a benchmark's run."""
+    requests = row.number("requests")
+    inputs, outputs = row.number("input_tokens") / requests, row.number("output_tokens") / requests
+    return RequestShape(max(1, round(inputs)), max(1, round(outputs)))
+
+
+def run_text(row: BenchRow) -> str:
+    """The run in one line: where it was published, and what it was."""
+    shape = mean_shape(row)
+    return (
+        f"{BENCH_SOURCE} {row.text['page']}, {row.text['section']} (line {row.line} of {BENCH_FILE}): "
+        f"{row.number('requests'):.0f} requests of {shape.input_tokens} + {shape.output_tokens} tokens in the mean "
+        f"in {row.number('duration_s'):g} s"
+    )
+
+
+def _text(name: str) -> str:
+    return (files("serving") / "profiles" / name).read_text(encoding="utf-8")

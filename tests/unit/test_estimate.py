@@ -19,13 +19,13 @@ from serving.estimate import (
     best_output_tokens_per_s,
     compute_efficiency,
     engine_limits,
-    estimate,
+    generated_profiles,
     roofline,
     run_efficiencies,
 )
 from serving.gpus import GPUS, MODELS
-from serving.profile import dump_profile, load_profile
-from serving.published import bench_rows, published_rows
+from serving.profile import Profile, dump_profile, load_profile, shipped_profiles
+from serving.published import bench_rows, mean_shape, published_rows
 from serving.stepsim import knee
 
 ROWS, RUNS = published_rows(), bench_rows()
@@ -41,12 +41,20 @@ every_anchored = pytest.mark.parametrize(("deployment", "anchor"), ANCHORED, ids
 every_a100 = pytest.mark.parametrize(("deployment", "anchor"), A100, ids=[d.name for d, _ in A100])
 
 
-@every_deployment
-def test_the_committed_file_is_what_the_code_generates(deployment: Deployment) -> None:
-    """Nobody edits an estimate by hand: ``python -m serving.estimate`` gives the same bytes."""
-    committed = Path(serving.__file__).parent / "profiles" / f"{deployment.name}.json"
+@pytest.mark.parametrize("profile", generated_profiles(), ids=lambda p: p.name)
+def test_the_committed_file_is_what_the_code_generates(profile: Profile) -> None:
+    """Nobody edits a computed profile by hand: ``python -m serving.estimate`` gives the same bytes."""
+    committed = Path(serving.__file__).parent / "profiles" / f"{profile.name}.json"
 
-    assert committed.read_bytes() == dump_profile(estimate(deployment, ROWS, RUNS))
+    assert committed.read_bytes() == dump_profile(profile)
+
+
+def test_every_shipped_profile_is_computed_or_measured() -> None:
+    """What the command does not write is a measurement, and says so."""
+    computed = {profile.name for profile in generated_profiles()}
+
+    for name in set(shipped_profiles()) - computed:
+        assert load_profile(name).provenance.kind == "measured"
 
 
 @every_deployment
@@ -107,8 +115,8 @@ def test_an_a100_estimate_lies_within_what_its_runs_imply(deployment: Deployment
     assert 0.3 < efficiencies[0] < efficiencies[-1] < 0.8
     assert used == pytest.approx(median(efficiencies), rel=1e-3)
     for run, named in zip(runs, load_profile(deployment.name).provenance.anchors, strict=True):
-        assert run.page in named
-        assert run.section in named
+        assert run.text["page"] in named
+        assert run.text["section"] in named
 
 
 def test_the_a100_runs_are_reproduced_to_a_third() -> None:
@@ -120,8 +128,8 @@ def test_the_a100_runs_are_reproduced_to_a_third() -> None:
     step_time, limits = roofline(measured, gpu, efficiency), engine_limits(measured, gpu)
 
     for run in runs:
-        rate = best_output_tokens_per_s(step_time, limits, run.shape) / run.shape.output_tokens
-        assert rate == pytest.approx(run.requests_per_s, rel=1 / 3)
+        rate = best_output_tokens_per_s(step_time, limits, mean_shape(run)) / mean_shape(run).output_tokens
+        assert rate == pytest.approx(run.number("requests") / run.number("duration_s"), rel=1 / 3)
 
 
 def test_missing_runs_are_named() -> None:
