@@ -166,13 +166,13 @@ def _with_base(law: Law) -> Law:
 def _missed(fit: Fit) -> str:
     if fit.model_form != "surface":
         return ""
-    return f"; the linear model misses a point by {fit.residual_max:.0%}, so a surface of measured factors is over it"
+    return f"; the linear model misses a point by {fit.residual_max:.0%}, hence a surface"
 
 
 def _shortage(steady: Sequence[MeasuredPoint]) -> str | None:
     """Why least squares alone is not enough; None where it is."""
     if len(steady) < LEAST_STEADY:
-        return f"{len(steady)} steady points, {LEAST_STEADY} are needed"
+        return f"{len(steady)} of {LEAST_STEADY} steady points"
     return _mix_shortage(steady)
 
 

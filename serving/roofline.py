@@ -60,7 +60,7 @@ class BatchBounds(msgspec.Struct, frozen=True):
 
 
 class Roofline(msgspec.Struct, frozen=True):
-    """The span of each coefficient, and what it was computed from.
+    """The span of each coefficient, and ``source``, of what it is: the facts and their sources are in ``gpus``.
 
     ``prompt_context_s`` is what attention adds to a prompt token for each token of the context before it. ``scaled`` is
     false where the facts give proportions only, and how fast the whole is must come from the points.
@@ -110,7 +110,7 @@ def roofline_of(gpu: GpuFacts, gpus: int, model: ModelFacts, dtype: WeightDtype)
         kv_token_s=_span(fp8_kv_s, LIKELY_READ_SLOWNESS * kv_s),
         prompt_context_s=_span(0.0, LIKELY_MULTIPLY_SLOWNESS * QUERY_GROUP * kv_bytes / flops),
         batch=BatchBounds(_max_num_seqs(gpu), gpu.max_num_batched_tokens, _kv_tokens(gpu, gpus, model, dtype)),
-        source=f"{gpus} × {gpu.name} ({gpu.source}), {dtype}, {model.name} ({model.source})",
+        source=f"{model.name} in {dtype} on {gpus} × {gpu.name}",
     )
 
 
@@ -125,7 +125,7 @@ def typical_roofline(gpu: GpuFacts | None = None, gpus: int = 1) -> Roofline:
         sequence_s=_loose(known.sequence_s),
         kv_token_s=_loose(known.kv_token_s),
         prompt_context_s=_loose(known.prompt_context_s),
-        source=f"{gpus} × {gpu.name} and {TYPICAL_MODEL}, in its proportions only: facts of GPU or model are unknown",
+        source=f"{TYPICAL_MODEL} on {gpus} × {gpu.name}, in proportion only since facts of GPU or model are unknown",
         scaled=False,
     )
 

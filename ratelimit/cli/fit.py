@@ -37,18 +37,17 @@ def fit(
 
 
 def _table(reports: list[GroupReport]) -> Table:
-    table = Table()
-    for heading in ("model", "gpu", "engine", "serve command"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("points", "steady", "mixes", "form", "unseen mix", "worst", "two rates"):
+    table = Table(show_lines=True)
+    table.add_column("served as", overflow="fold", ratio=3)
+    for heading in ("points\nsteady\nmixes", "error at an\nunseen mix", "worst", "two\nrates"):
         table.add_column(heading, justify="right")
-    table.add_column("status", overflow="fold")
+    table.add_column("status", overflow="fold", ratio=3)
     for report in reports:
         table.add_row(
-            *map(escape, (report.model, report.gpu, report.engine, report.serve_command)),
-            *map(str, (report.points, report.steady_points, report.mixes, report.model_form or "-")),
+            escape(f"{report.model} {report.gpu} {report.engine}\n{report.serve_command}"),
+            f"{report.points}\n{report.steady_points}\n{report.mixes}",
             *map(_share, (report.loo_error_median, report.loo_error_max, report.two_rate_error_median)),
-            escape(f"{report.status}: {report.reason}"),
+            escape(f"{report.status}, {report.model_form or 'no fit'}: {report.reason}"),
         )
     return table
 

@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from serving.capacity import StepTimeModel
-from serving.fit import FitError, fit_step_time, residual
+from serving.fit import LEAST_STEADY, FitError, fit_profile, fit_step_time, residual
+from serving.gpus import GPUS, MODELS
 from serving.points import MeasuredPoint
+from serving.roofline import Roofline, roofline_of
+from serving.solve import bounded_coefficients
 
 MODEL = StepTimeModel(base_s=4e-3, prompt_token_s=2e-5, sequence_s=2.5e-5, kv_token_s=3e-8)
 MIXES = {"chat": (1150, 210), "decode-heavy": (128, 1024), "prefill-heavy": (4096, 64), "long-context": (16384, 256)}
@@ -102,3 +105,213 @@ def test_a_missing_scipy_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(FitError, match=r"pip install 'penstock\[measure\]'"):
         fit_step_time([point(mix, c) for mix, c in SWEEP])
+
+
+def steady(mix: str, concurrency: int, model: StepTimeModel = MODEL) -> MeasuredPoint:
+    """A closed loop of 1,000 requests seen by its clients alone: no steps counted, a step lasts its time per token."""
+    counted = point(mix, concurrency, model)
+    assert counted.steps is not None
+    step_s = counted.duration_s / counted.steps
+    return replace(
+        counted,
+        steps=None,
+        kv_token_steps=None,
+        ttft_mean_s=step_s,
+        tpot_mean_s=step_s,
+        itl_mean_s=step_s,
+    )
+
+
+def burst(inputs: int, outputs: int, requests: int, model: StepTimeModel, facts: Roofline) -> MeasuredPoint:
+    """Requests sent all at once, that last what the model says of a full batch."""
+    resident = facts.batch.resident(inputs + outputs / 2, requests)
+    steps = requests * outputs / resident + requests * inputs / facts.batch.max_num_batched_tokens
+    duration_s = (
+        model.base_s * steps
+        + model.prompt_token_s * requests * inputs
+        + model.sequence_s * requests * outputs
+        + model.kv_token_s * requests * outputs * (inputs + outputs / 2)
+    )
+    return MeasuredPoint(
+        mix=f"{inputs}/{outputs}",
+        requests=requests,
+        duration_s=duration_s,
+        input_tokens=requests * inputs,
+        output_tokens=requests * outputs,
+        concurrency=requests,
+        ttft_mean_s=duration_s * 0.4,
+        tpot_mean_s=duration_s * 0.1 / outputs,
+    )
+
+
+FACTS = roofline_of(GPUS["H100"], 1, MODELS["llama-3.1-8b"], "bf16")
+BURSTS = [(200, 200, 1000), (4000, 200, 500), (2000, 100, 500), (128, 4, 1000), (1000, 2000, 100)]
+COEFFICIENTS = StepTimeModel.__struct_fields__
+
+
+@settings(max_examples=30, deadline=None)
+@given(models)
+def test_steady_runs_without_counted_steps_give_their_model_back(model: StepTimeModel) -> None:
+    """The gaps that clients see stand in for counted steps: the fit is linear, measured, and finds the coefficients."""
+    result = fit_profile([steady(mix, c, model) for mix, c in SWEEP])
+
+    assert (result.form, result.provenance, result.surface) == ("linear", "measured", None)
+    assert len(result.steady) == len(SWEEP)
+    for name in COEFFICIENTS:
+        assert getattr(result.model, name) == pytest.approx(getattr(model, name), rel=1e-3)
+    assert result.fit.loo_error_max is not None
+    assert result.fit.loo_error_max < 1e-2
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.01, 100), st.lists(st.floats(-0.04, 0.04), min_size=len(SWEEP), max_size=len(SWEEP)))
+def test_a_slower_clock_scales_the_coefficients_and_nothing_else(factor: float, errors: list[float]) -> None:
+    """A device so many times slower has so many times larger coefficients, the same form and the same errors."""
+    points = [point(mix, c, error=e) for (mix, c), e in zip(SWEEP, errors, strict=True)]
+    slowed = [replace(p, duration_s=p.duration_s * factor) for p in points]
+    once, again = fit_profile(points), fit_profile(slowed)
+
+    assert again.form == once.form
+    assert again.fit.loo_error_median == pytest.approx(once.fit.loo_error_median, abs=2e-3)
+    for name in COEFFICIENTS:
+        expected = getattr(once.model, name) * factor
+        assert getattr(again.model, name) == pytest.approx(expected, rel=1e-3, abs=1e-6 * factor * MODEL.base_s)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(len(SWEEP))))
+def test_the_order_of_points_does_not_matter(order: list[int]) -> None:
+    """The same points in another order give the same model."""
+    points = [steady(mix, c) for mix, c in SWEEP]
+    shuffled = fit_profile([points[i] for i in order]).model
+
+    for name in COEFFICIENTS:
+        assert getattr(shuffled, name) == pytest.approx(getattr(MODEL, name), rel=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-0.3, 0.3), min_size=len(BURSTS), max_size=len(BURSTS)))
+def test_few_steady_points_are_held_to_the_roofline_and_called_estimated(errors: list[float]) -> None:
+    """Whatever the noise, every coefficient stays within its bounds, and the result never passes for a measurement."""
+    points = [
+        replace(run, duration_s=run.duration_s * (1 + error))
+        for shape, error in zip(BURSTS, errors, strict=True)
+        for run in [burst(*shape, FACTS.likely, FACTS)]
+    ]
+    result = fit_profile(points, FACTS)
+
+    assert result.provenance == "estimated"
+    assert result.form in ("bounded", "surface")
+    assert result.steady == ()
+    for name, span in zip(COEFFICIENTS, FACTS.spans, strict=False):
+        assert span.least * (1 - 1e-9) <= getattr(result.model, name) <= span.most * (1 + 1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.8, 4))
+def test_bursts_tell_how_much_slower_than_the_roofline_a_server_is(slowness: float) -> None:
+    """A server in the likely proportions and slower by a factor is found to be slower by that factor."""
+    result = fit_profile([burst(*shape, FACTS.likely.slowed(slowness), FACTS) for shape in BURSTS], FACTS)
+
+    assert result.form == "bounded"
+    assert result.model.prompt_token_s == pytest.approx(FACTS.likely.prompt_token_s * slowness, rel=0.1)
+    assert result.fit.residual_max < 0.05
+    assert result.fit.loo_error_median is not None
+    assert result.fit.loo_error_median < 0.1
+
+
+def test_without_facts_the_points_alone_tell_the_speed() -> None:
+    """Of an unknown model only the proportions of a typical one are used: a server 50 times slower is still fitted."""
+    result = fit_profile([burst(*shape, FACTS.likely.slowed(50), FACTS) for shape in BURSTS])
+
+    assert result.provenance == "estimated"
+    assert "unknown" in result.reason
+    assert result.fit.residual_max < 0.05
+
+
+def test_a_line_that_misses_by_more_than_a_tenth_gets_a_surface() -> None:
+    """Where long contexts take half as long again, the line says so and the surface gives each measured place back."""
+    points = [
+        replace(p, duration_s=p.duration_s * (1.5 if p.mix == "long-context" and p.concurrency == 64 else 1))
+        for p in (point(mix, c) for mix, c in SWEEP)
+    ]
+    result = fit_profile(points)
+
+    assert result.form == result.fit.model_form == "surface"
+    assert result.fit.residual_max > 0.10
+    assert "misses a point" in result.reason
+    assert result.surface is not None
+    assert len(result.surface.points) == len(SWEEP)
+    for each, place in zip(points, result.surface.points, strict=True):
+        assert 1 / (1 + residual(result.model, each)) == pytest.approx(1 / place.factor, rel=1e-6)
+
+
+def test_unsteady_points_are_left_out_of_a_measured_fit() -> None:
+    """A burst among enough steady runs changes nothing, and the reason says that it was left out."""
+    runs = [steady(mix, c) for mix, c in SWEEP]
+    with_burst = fit_profile([*runs, burst(200, 200, 1000, MODEL.slowed(9), FACTS)])
+
+    assert with_burst.model == fit_profile(runs).model
+    assert "1 unsteady" in with_burst.reason
+    assert with_burst.fit.points == tuple(runs)
+
+
+def test_one_steady_point_fewer_is_no_measurement() -> None:
+    """Seven steady points are enough, six are not."""
+    runs = [steady(mix, c) for mix, c in SWEEP]
+
+    assert fit_profile(runs[:: len(runs) // LEAST_STEADY][:LEAST_STEADY]).provenance == "measured"
+    assert fit_profile(runs[::3][: LEAST_STEADY - 1]).provenance == "estimated"
+
+
+def test_the_measured_range_of_contexts_is_told() -> None:
+    """The least and the greatest mean context (input + half the output) of the points stand on the fit."""
+    measured = fit_profile([steady(mix, c) for mix, c in SWEEP]).fit.context
+
+    assert measured is not None
+    assert (measured.least_tokens, measured.most_tokens) == (128 + 512, 16384 + 128)
+
+
+def test_the_step_time_model_predicts_unseen_mixes_better_than_two_rates() -> None:
+    """Of a server that follows the model, an envelope of two rates misses what it has not seen by far more."""
+    fit = fit_profile([steady(mix, c) for mix, c in SWEEP]).fit
+
+    assert fit.loo_error_median is not None
+    assert fit.two_rate_error_median is not None
+    assert fit.loo_error_median < fit.two_rate_error_median / 10
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"duration_s": float("nan")}, "not a number"),
+        ({"duration_s": float("inf")}, "not a number"),
+        ({"duration_s": -1.0}, "without duration"),
+        ({"steps": -1.0}, "without duration or steps"),
+        ({"requests": 0}, "without requests"),
+        ({"output_tokens": -5}, "without requests or output"),
+        ({"cached_tokens": 10**9}, "more cached tokens"),
+    ],
+)
+def test_points_that_make_no_sense_are_refused(wrong: dict[str, float], message: str) -> None:
+    """Nothing is fitted to NaN, to negative amounts or to more cached tokens than were read."""
+    runs = [point(mix, c) for mix, c in SWEEP]
+
+    with pytest.raises(FitError, match=message):
+        fit_profile([replace(runs[0], **wrong), *runs[1:]])
+
+
+def test_no_point_at_all_is_refused() -> None:
+    """An empty list is an error, not an empty fit."""
+    with pytest.raises(FitError, match="no point"):
+        fit_profile([])
+
+
+def test_a_coefficient_that_the_rows_do_not_tell_follows_the_others() -> None:
+    """With prompts alone measured, twice as slow as likely, the rest is taken to be about twice as slow too."""
+    spans = FACTS.spans[:4]
+    rows = [(0.0, 1 / (2 * spans[1].likely), 0.0, 0.0)]
+    found = bounded_coefficients(rows, [1.0], spans, speed_known=True)
+
+    for value, span in zip(found, spans, strict=True):
+        assert value == pytest.approx(2 * span.likely, rel=0.1)
