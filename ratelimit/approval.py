@@ -4,7 +4,8 @@ What limits depend on is of two kinds. What is *observed* (which replicas serve,
 promise that the fleet can no longer keep helps nobody. What is *decided* (the config with its profiles, the overrides,
 the number of keys) is a list of changes, each of which is weighed alone: what would be published with it, against what
 would be published without it, both with the fleet as it is now. A change by which a limit falls further than the
-operator allows waits; the others take effect, and so does everything that is observed.
+operator allows waits; the others take effect, and so does everything that is observed. (Changes that fall no further
+all together take effect without being weighed one by one.)
 
 A change is known by a digest of what was decided before and after it, so that an approval lets that change through and
 no other.
@@ -87,14 +88,18 @@ def decide(
 
     With None nothing waits.
 
-    ``base`` is what was decided so far with the fleet as it is now. A change whose digest is in ``approved`` is taken
-    up whatever it does.
+    ``base`` is what was decided so far with the fleet as it is now. Changes that together lower no
+    limit too far are taken up together. A change whose digest is in ``approved`` is taken up whatever it does.
     """
-    if falls_above is None:
-        for change in changes:
-            base = change.applied(base)
-        return Decision(base, derived(base), (), ())
+    together = base
+    for change in changes:
+        together = change.applied(together)
+    wanted = derived(together)
+    if falls_above is None or not changes:
+        return Decision(together, wanted, (), ())
     inputs, publication = base, derived(base)
+    if difference(snapshot(publication), snapshot(wanted)).largest_fall <= falls_above:
+        return Decision(together, wanted, (), ())
     used: list[str] = []
     held: list[tuple[Change[I], Difference]] = []
     for change in changes:

@@ -4,6 +4,8 @@ Everything that the limits depend on (the config, the keys, the overrides, the r
 every round, so there is no path by which a change could be missed. A round runs when a replica changes phase, and
 every ``ROUND_INTERVAL_S`` for what only time or a file changes. Limits fall in the round after a replica is
 lost; they rise when a new one has been healthy for its pool's ``raise_after_s``, or at once where none served before.
+What people decide may have to wait for approval (see ``approval``): then a round goes on with what was decided before
+it, and the fleet as it is.
 No round waits for a knee: a replica whose knee is not known yet does not count, and a pool whose promise changes keeps
 the old one until its replicas' knees under the new one are known.
 If Redis is away, or a state file is damaged, a round fails, is logged once and is tried again; gateways keep the
@@ -18,21 +20,24 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from time import monotonic, time
+from typing import NamedTuple
 
 import msgspec
 from redis.exceptions import RedisError
 
 from ratelimit.config import Config, PoolConfig, policy_of
+from ratelimit.decided import Adopted, Decided, changes, held_together
 from ratelimit.derive import GroupSupply, derive
+from ratelimit.governor import Governor
 from ratelimit.keys import KeyFile, KeyRecord, active_keys, valid_records
-from ratelimit.overrides import Override, OverrideFile
+from ratelimit.overrides import Override, OverrideFile, active
 from ratelimit.policy import Policy, PoolPolicy, Promise, TierPolicy, promises_of
 from ratelimit.publication import Publication
 from ratelimit.publisher import Publisher
 from ratelimit.statefile import StateFileError
 from ratelimit.supply import SupplyBook
 from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus
-from serving.health import stuck_time_s
+from serving.health import ReplicaHealth, stuck_time_s
 from serving.profile import load_profile
 
 log = logging.getLogger(__name__)
@@ -88,6 +93,17 @@ def counted(
     )
 
 
+class _FleetNow(NamedTuple):
+    """The health of every watched replica at one moment (monotonic seconds), by URL."""
+
+    health: Mapping[str, ReplicaHealth]
+    now_s: float
+
+    def statuses(self, specs: Iterable[ReplicaSpec]) -> list[ReplicaStatus]:
+        """What these replicas' health is, where there is one at their URL."""
+        return [ReplicaStatus(spec, self.health[spec.url]) for spec in specs if spec.url in self.health]
+
+
 class _Inputs(msgspec.Struct, frozen=True):
     policy: Policy
     supplies: Mapping[str, tuple[GroupSupply, ...]]
@@ -107,12 +123,17 @@ class Controller:
         self._keys = KeyFile(config.state_dir)
         self._overrides = OverrideFile(config.state_dir)
         self._supplies = SupplyBook(self._wake.set)
+        self._governor = Governor(config.state_dir)
+        self._decided = self._governor.resumed()
+        self._seen: tuple[object, ...] | None = None
         self._published: Publication | None = None
         self._publishing = asyncio.Condition()
         self._published_keys: tuple[KeyRecord, ...] | None = None
         self._inputs_published: _Inputs | None = None
         self._failure = ""
+        self._watched: tuple[ReplicaSpec, ...] = ()
         self.adopt(config)
+        self._watch()
 
     @property
     def published(self) -> Publication | None:
@@ -120,32 +141,56 @@ class Controller:
         return self._published
 
     def adopt(self, config: Config) -> None:
-        """Take up a new config and its profiles as they are now, whole, from the next round on.
+        """Take up a new config and its profiles as they are now, whole, from the next round on, or once it is approved.
 
         Raises ``ProfileError``, and then keeps the one it has.
         """
-        policy, specs = policy_of(config), replica_specs(config)
-        self._supplies.read({spec.profile for spec in specs})
-        self._config, self._policy = config, policy
-        self._fleet.watch(specs)
+        specs = tuple(replica_specs(config))
+        self._next = Adopted(
+            policy=policy_of(config),
+            specs=specs,
+            profiles={name: load_profile(name) for name in sorted({spec.profile for spec in specs})},
+            raise_after_s={pool.model: pool.raise_after_s for pool in config.pools},
+            falls_above=config.approval.falls_above,
+        )
         self._wake.set()
+
+    def _watch(self) -> None:
+        """Watch the replicas of the newest config.
+
+        While it may wait, those that it leaves out or replaces are watched on as they are: they count until then.
+        """
+        before = self._decided.adopted.specs if self._decided and self._is_governed else ()
+        watched = tuple({spec.url: spec for spec in (*self._next.specs, *before)}.values())
+        if watched != self._watched:
+            self._watched = watched
+            self._fleet.watch(watched)
+
+    @property
+    def _is_governed(self) -> bool:
+        """Whether a change may have to wait. The config in force says so: none may allow itself."""
+        return self._decided is not None and self._decided.adopted.falls_above is not None
 
     async def published_without(self, urls: Collection[str], timeout_s: float) -> bool:
         """Wait until the limits in force count none of these replicas, so that their engines may be stopped.
 
-        False if after ``timeout_s`` they still do, or nothing has been published.
+        False if after ``timeout_s`` they still do, or nothing has been published. While the config that leaves them out
+        waits for approval, they are in use, and this waits too.
         """
 
         def gone() -> bool:
             pools = self._published.pools if self._published else None
             return pools is not None and not any(r.url in urls for pool in pools for r in pool.replicas)
 
-        try:
-            async with asyncio.timeout(timeout_s), self._publishing:
-                await self._publishing.wait_for(gone)
-        except TimeoutError:
-            return False
-        return True
+        while True:
+            try:
+                async with asyncio.timeout(timeout_s), self._publishing:
+                    await self._publishing.wait_for(gone)
+            except TimeoutError:
+                if not (self._is_governed and self._decided and self._decided.adopted != self._next):
+                    return False
+            else:
+                return True
 
     async def run(self) -> None:
         """Publish for ever; the last publication stays in force when this is cancelled."""
@@ -187,49 +232,95 @@ class Controller:
         if records != self._published_keys or lost.keys:
             await self._publisher.publish_keys(records)
             self._published_keys = records
-        if self._is_settling():
+        self._watch()
+        fleet = self._fleet_now()
+        if self._is_settling(fleet):
             return
-        inputs = self._inputs(records)
-        if inputs == self._inputs_published and not lost.publication:
+        self._governor.save()
+        base, wanted = self._base_and_wanted(records, fleet)
+        inputs = self._inputs(wanted, fleet)
+        before = inputs if base is wanted else self._inputs(base, fleet)
+        seen = (inputs, before, self._governor.approvals())
+        if seen == self._seen and not lost.publication:
             return
-        candidate = self._derive(inputs, await self._publisher.next_epoch())
+        epoch = await self._publisher.next_epoch()
+
+        def derived(decided: Decided) -> Publication:
+            found = self._derive(self._inputs(decided, fleet), epoch)
+            return held_together(found, wanted.active_keys, decided.overrides)
+
+        decision = self._governor.decide(base, changes(base, wanted), derived, base.adopted.falls_above)
+        candidate = decision.publication
         if lost.publication or not _same_limits(candidate, self._published):
             await self._publisher.publish(candidate)
             async with self._publishing:
                 self._published = candidate
                 self._publishing.notify_all()
             log.warning("epoch %d published: %s", candidate.epoch, candidate.reason)
-        self._inputs_published = inputs
+            self._governor.published(candidate, decision.approved)
+        self._inputs_published = self._inputs(decision.inputs, fleet)
+        self._decided, self._seen = decision.inputs, seen
+        self._governor.took_up(decision.inputs)
 
-    def _is_settling(self) -> bool:
+    def _base_and_wanted(self, records: Iterable[KeyRecord], fleet: _FleetNow) -> tuple[Decided, Decided]:
+        """What has been decided so far, and what is to be; the same where there is nothing yet to weigh it against.
+
+        A config is not weighed before it is known what the fleet does under it.
+        """
+        before = self._decided
+        policies = [self._next.policy, *([before.adopted.policy] if before else [])]
+        now_s = time()
+        adopted = self._next
+        if before and self._is_governed and not self._knows(self._next, fleet):
+            adopted = before.adopted
+        wanted = Decided(adopted, self._overrides.active(now_s), _key_counts(policies, records, now_s))
+        # An override that ends at its time was decided when it was set.
+        base = msgspec.structs.replace(before, overrides=active(before.overrides, now_s)) if before else wanted
+        return (wanted, wanted) if base == wanted else (base, wanted)
+
+    def _fleet_now(self) -> _FleetNow:
+        return _FleetNow({url: status.health for url, status in self._fleet.statuses().items()}, monotonic())
+
+    def _is_settling(self, fleet: _FleetNow) -> bool:
         """Whether this has just started, and the knee of a healthy replica is still being found.
 
         What is in force then is the promise of the controller before; a round without that replica would break it.
         """
         if self._published is not None:
             return False
-        promises = {pool.model: promises_of(self._policy.tiers, pool) for pool in self._policy.pools}
-        healthy = [s.spec for s in self._fleet.statuses().values() if s.health.phase == "healthy"]
-        unknown = [spec for spec in healthy if not self._supplies.knows(spec, promises[spec.model])]
+        adopted = [self._next, *([self._decided.adopted] if self._decided else [])]
+        unknown = [each for each in adopted if not self._knows(each, fleet)]
         return bool(unknown)
 
-    def _inputs(self, records: Iterable[KeyRecord]) -> _Inputs:
-        statuses = list(self._fleet.statuses().values())
-        policy = self._policy_now(statuses)
+    def _knows(self, adopted: Adopted, fleet: _FleetNow) -> bool:
+        """Whether the knees of all healthy replicas are known; those that are not are asked for."""
+        book = self._supplies.having(adopted.profiles)
+        promises = {pool.model: promises_of(adopted.policy.tiers, pool) for pool in adopted.policy.pools}
+        healthy = [s.spec for s in fleet.statuses(adopted.specs) if s.health.phase == "healthy"]
+        return not [spec for spec in healthy if not book.knows(spec, promises[spec.model])]
+
+    def _inputs(self, decided: Decided, fleet: _FleetNow) -> _Inputs:
+        statuses = fleet.statuses(decided.adopted.specs)
+        book = self._supplies.having(decided.adopted.profiles)
+        policy = self._policy_now(decided.adopted.policy, statuses, book)
         promises = {pool.model: promises_of(policy.tiers, pool) for pool in policy.pools}
-        known = [status for status in statuses if self._supplies.knows(status.spec, promises[status.spec.model])]
-        raise_after_s = {pool.model: pool.raise_after_s for pool in self._config.pools}
-        counting = counted(known, self._counted_before(statuses), raise_after_s, monotonic())
+        known = [status for status in statuses if book.knows(status.spec, promises[status.spec.model])]
+        counting = counted(known, self._counted_before(statuses), decided.adopted.raise_after_s, fleet.now_s)
+
+        def supply_of(model: str, made: Sequence[Promise]) -> tuple[GroupSupply, ...]:
+            specs = [status.spec for status in known if status.spec.url in counting]
+            return tuple(book.supplies([spec for spec in specs if spec.model == model], made))
+
         return _Inputs(
             policy=policy,
-            supplies={model: self._supply_of(model, made, known, counting) for model, made in promises.items()},
+            supplies={model: supply_of(model, made) for model, made in promises.items()},
             counted=counting,
             specs=tuple(status.spec for status in statuses),
-            active_keys=self._active_keys(records),
-            overrides=self._overrides.active(time()),
+            active_keys=decided.active_keys,
+            overrides=decided.overrides,
         )
 
-    def _policy_now(self, statuses: Iterable[ReplicaStatus]) -> Policy:
+    def _policy_now(self, policy: Policy, statuses: Iterable[ReplicaStatus], book: SupplyBook) -> Policy:
         """The policy, with each pool as it was until the knees of those that serve it are known as it is to be.
 
         The tiers stay as they were too until then, for they make promises of their own.
@@ -241,13 +332,13 @@ class Controller:
 
         def is_known(pool: PoolPolicy, tiers: Sequence[TierPolicy]) -> bool:
             made = promises_of(tiers, pool)
-            return all(self._supplies.knows(spec, made) for spec in serving if spec.model == pool.model)
+            return all(book.knows(spec, made) for spec in serving if spec.model == pool.model)
 
-        tiers = self._policy.tiers
-        if published and not all(is_known(pool, tiers) for pool in self._policy.pools):
+        tiers = policy.tiers
+        if published and not all(is_known(pool, tiers) for pool in policy.pools):
             tiers = published.policy.tiers
-        pools = tuple(pool if is_known(pool, tiers) else before.get(pool.model, pool) for pool in self._policy.pools)
-        return msgspec.structs.replace(self._policy, tiers=tiers, pools=pools)
+        pools = tuple(pool if is_known(pool, tiers) else before.get(pool.model, pool) for pool in policy.pools)
+        return msgspec.structs.replace(policy, tiers=tiers, pools=pools)
 
     def _counted_before(self, statuses: Iterable[ReplicaStatus]) -> frozenset[str]:
         """Those that count in the limits in force and are the same replicas still."""
@@ -256,25 +347,6 @@ class Controller:
         watched = {status.spec for status in statuses}
         before = self._inputs_published
         return frozenset(spec.url for spec in before.specs if spec.url in before.counted and spec in watched)
-
-    def _supply_of(
-        self,
-        model: str,
-        promises: Sequence[Promise],
-        statuses: Iterable[ReplicaStatus],
-        counting: Collection[str],
-    ) -> tuple[GroupSupply, ...]:
-        specs = [status.spec for status in statuses if status.spec.url in counting]
-        return tuple(self._supplies.supplies([spec for spec in specs if spec.model == model], promises))
-
-    def _active_keys(self, records: Iterable[KeyRecord]) -> dict[tuple[str, str], int]:
-        counts = active_keys(self._known(records), time())
-        return {(tier, pool.model): count for tier, count in counts.items() for pool in self._policy.pools}
-
-    def _known(self, records: Iterable[KeyRecord]) -> list[KeyRecord]:
-        """The keys whose org and tier the policy knows; the others reach nothing."""
-        orgs, tiers = {org.name for org in self._policy.orgs}, {tier.name for tier in self._policy.tiers}
-        return valid_records(records, orgs, tiers)
 
     def _derive(self, inputs: _Inputs, epoch: int) -> Publication:
         return derive(
@@ -286,6 +358,18 @@ class Controller:
             active_keys=inputs.active_keys,
             overrides=inputs.overrides,
         )
+
+
+def _key_counts(policies: Iterable[Policy], records: Iterable[KeyRecord], now_s: float) -> dict[tuple[str, str], int]:
+    """By tier and model, the keys that may be used, of the orgs and tiers that any of the policies knows.
+
+    The others reach nothing.
+    """
+    known = list(policies)
+    orgs, tiers = {org.name for policy in known for org in policy.orgs}, {t.name for p in known for t in p.tiers}
+    counts = active_keys(valid_records(records, orgs, tiers), now_s)
+    models = {pool.model for policy in known for pool in policy.pools}
+    return {(tier, model): count for tier, count in counts.items() for model in models}
 
 
 def _is_cancelled() -> bool:

@@ -1,7 +1,8 @@
 """What the controller asks before it publishes and tells afterwards: waiting changes, approvals, the audit log.
 
 In the state folder, ``waiting.json`` holds the changes that wait, written by the controller, ``approvals.json`` what
-people let through, written by ``penstock limits approve``, and ``audit/`` the log of epochs.
+people let through, written by ``penstock limits approve``, ``decided.json`` what is decided now, for a controller that
+starts with another config, and ``audit/`` the log of epochs.
 
 No file here stops the limits: what cannot be written is said once in the log, counted in ``unkept``, and tried again at
 every round. Approvals that cannot be read approve nothing.
@@ -28,6 +29,7 @@ from ratelimit.approval import (
     waiting_named,
 )
 from ratelimit.audit import AuditLog, Entry
+from ratelimit.decided import Decided, KeptDecided, kept, resumed
 from ratelimit.difference import Snapshot, difference, snapshot
 from ratelimit.publication import Publication
 from ratelimit.publisher import read_published
@@ -83,6 +85,9 @@ class Governor:
         self._approvals = ApprovalFile(state_dir)
         self._waiting: tuple[Waiting, ...] | None = None
         self._are_unsaved = False
+        self._decided = StateFile(state_dir / "decided.json", KeptDecided)
+        self._keep: list[KeptDecided] | None = None
+        self._kept: list[KeptDecided] = []
         self._last: Snapshot | None = None
         self._unkept: deque[Entry] = deque()
         self._failures: dict[str, str] = {}
@@ -93,6 +98,18 @@ class Governor:
     def unkept(self) -> int:
         """Epochs in force or past that are not in the audit log yet."""
         return len(self._unkept)
+
+    def resumed(self) -> Decided | None:
+        """What was decided when the controller before stopped; None where it let everything through."""
+        found: list[KeptDecided] = []
+        self._trying("what was decided before cannot be read", lambda: found.extend(self._decided.read()))
+        self._kept = list(found)
+        return resumed(found[0]) if found else None
+
+    def took_up(self, decided: Decided) -> None:
+        """Keep what is decided, for a controller that starts with another config; only where changes may wait."""
+        self._keep = [kept(decided)] if decided.adopted.falls_above is not None else []
+        self.save()
 
     def approvals(self) -> tuple[Approval, ...]:
         """The approvals that count now; none while nothing waits."""
@@ -140,6 +157,8 @@ class Governor:
 
     def save(self) -> None:
         """Write to disk what is not there yet; a failure is said once, and the next call tries again."""
+        if self._keep is not None and self._keep != self._kept:
+            self._trying("what is decided cannot be kept", self._write_decided)
         if self._are_unsaved:
             self._trying("waiting changes cannot be kept", self._write_waiting)
         self._trying("epochs are in force but not in the audit log", self._append)
@@ -148,6 +167,11 @@ class Governor:
         while self._unkept:
             self._audit.append(self._unkept[0])
             self._unkept.popleft()
+
+    def _write_decided(self) -> None:
+        with self._decided.changing() as kept_before:
+            kept_before[:] = self._keep or ()
+        self._kept = self._keep or []
 
     def _write_waiting(self) -> None:
         with waiting_file(self._state_dir).changing() as kept:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 
 import msgspec
 
@@ -48,6 +49,12 @@ class SupplyBook:
     def read(self, names: Iterable[str]) -> None:
         """Have exactly these profiles, as their files are now. Raises ``ProfileError``, and then nothing changes."""
         self._profiles = {name: load_profile(name) for name in names}
+
+    def having(self, profiles: Mapping[str, Profile]) -> SupplyBook:
+        """A book with these profiles, which shares its knees with this one."""
+        other = copy(self)
+        other._profiles = dict(profiles)  # noqa: SLF001 - it is one of these too
+        return other
 
     def knows(self, spec: ReplicaSpec, promises: Iterable[Promise]) -> bool:
         """Whether the replica's knees are known, or that it has none; those that are not are asked for."""

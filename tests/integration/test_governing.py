@@ -1,0 +1,331 @@
+"""What people decide waits for approval where it lowers limits too far; what the fleet does never waits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from time import time
+
+import pytest
+from redis.asyncio import Redis
+
+from ratelimit import audit
+from ratelimit.approval import Waiting
+from ratelimit.audit import AuditLog
+from ratelimit.config import Config
+from ratelimit.difference import difference, snapshot
+from ratelimit.governor import ApprovalFile, waiting_file
+from ratelimit.keys import KeyFile
+from ratelimit.overrides import OverrideFile, setting
+from ratelimit.publication import Publication
+from tests.integration.test_controller import A, B, Knees, Running, knees, running, urls
+from tests.support.waiting import eventually_async
+
+__all__ = ["knees"]  # a fixture that these tests ask for
+
+WAIT_S = 20.0
+
+
+def config_of(
+    state_dir: Path, share: float = 0.4, falls_above: float | None = 0.5, count: int = 2, ttft_ms: float = 1000
+) -> Config:
+    engines = [{"device": "virtual", "profile": "h100-llama-3.1-8b", "port": 8100, "count": count}]
+    return Config.model_validate(
+        {
+            "state_dir": str(state_dir),
+            "pools": [{"model": "m", "slo": {"ttft_ms": ttft_ms}, "raise_after_s": 0, "engines": engines}],
+            "tiers": [{"name": "pro", "share": share, "ceiling": 0.9}, {"name": "free", "share": 0.1, "ceiling": 0.1}],
+            "orgs": [{"name": "acme"}],
+            "approval": {"falls_above": falls_above},
+        },
+        context={"folder": state_dir},
+    )
+
+
+def assured(published: Publication, tier: str = "pro") -> int:
+    """Output tokens a minute that one key is assured."""
+    return next(x.per_minute for x in published.limits(tier, "m") if x.name == "output_tokens" and x.per == "key")
+
+
+async def one_waits(state_dir: Path, what: Callable[[Waiting], object] = bool) -> Waiting:
+    found: list[Waiting] = []
+
+    async def there() -> bool:
+        found[:] = waiting_file(state_dir).read()
+        return len(found) == 1 and bool(what(found[0]))
+
+    await eventually_async(there, WAIT_S, "a change that waits")
+    return found[0]
+
+
+async def none_waits(state_dir: Path) -> None:
+    async def gone() -> bool:
+        return waiting_file(state_dir).read() == []
+
+    await eventually_async(gone, WAIT_S, "that nothing waits")
+
+
+def approve(state_dir: Path, digest: str) -> None:
+    ApprovalFile(state_dir).approve(digest, "ada", time(), 60)
+
+
+async def first(stack: Running) -> Publication:
+    return await stack.until(lambda p: urls(p) == {A, B})
+
+
+async def test_a_large_fall_waits_until_it_is_approved(
+    redis_client: Redis, tmp_path: Path, knees: Knees, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The limits in force stay, the log says once what waits and how to let it through, and the approval does that."""
+    caplog.set_level(logging.WARNING)
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        stack.controller.adopt(config_of(tmp_path, share=0.1))
+        waiting = await one_waits(tmp_path)
+        assert await stack.publication() == before
+
+        approve(tmp_path, waiting.digest)
+        after = await stack.until(lambda p: assured(p) < assured(before) / 2)
+        await none_waits(tmp_path)
+
+    said = [r.getMessage() for r in caplog.records if "WAITING FOR APPROVAL" in r.getMessage()]
+    assert len(said) == 1
+    assert f"penstock limits approve {waiting.digest}" in said[0]
+    entry = AuditLog(tmp_path).newest()
+    assert entry is not None
+    assert (entry.epoch, [approval.by for approval in entry.approved]) == (after.epoch, ["ada"])
+    assert ApprovalFile(tmp_path).valid(time()) == ()
+
+
+async def test_a_lost_replica_is_no_decision(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """With approval for the least fall, the limits fall at once when capacity is lost."""
+    async with running(config_of(tmp_path, falls_above=0.0), redis_client) as stack:
+        await first(stack)
+        stack.fleet.turn(A, "lost")
+        await stack.until(lambda p: urls(p) == {B})
+
+    assert waiting_file(tmp_path).read() == []
+
+
+async def test_a_loss_takes_effect_while_a_change_waits(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """Of both at once the loss is published under what was decided before, also where the change is seen first."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        stack.controller.adopt(config_of(tmp_path, share=0.1))
+        stack.fleet.turn(A, "lost")
+        after = await stack.until(lambda p: urls(p) == {B})
+        waiting = await one_waits(tmp_path)
+        assert assured(after) == pytest.approx(assured(before) / 2, rel=0.1)
+
+        stack.fleet.turn(A, "healthy")
+        await stack.until(lambda p: urls(p) == {A, B} and assured(p) == assured(before))
+        assert (await one_waits(tmp_path)).digest == waiting.digest
+
+
+async def test_a_small_fall_does_not_wait(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """Only what falls further than allowed waits."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        stack.controller.adopt(config_of(tmp_path, share=0.3))
+        await stack.until(lambda p: assured(p) < assured(before))
+
+
+async def test_nothing_waits_where_nothing_says_so(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """Without approval.falls_above every change takes effect at once."""
+    async with running(config_of(tmp_path, falls_above=None), redis_client) as stack:
+        before = await first(stack)
+        stack.controller.adopt(config_of(tmp_path, share=0.01, falls_above=None))
+        await stack.until(lambda p: assured(p) < assured(before) / 10)
+
+
+async def test_a_change_cannot_allow_itself(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """A config that takes the bound away waits under the bound that is in force."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        stack.controller.adopt(config_of(tmp_path, share=0.1, falls_above=None))
+        await one_waits(tmp_path)
+        assert await stack.publication() == before
+
+
+async def test_an_approval_is_for_one_change_alone(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """A change that was made to the config after the approval waits anew."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        stack.controller.adopt(config_of(tmp_path, share=0.1))
+        waiting = await one_waits(tmp_path)
+        stack.controller.adopt(config_of(tmp_path, share=0.01))
+        other = await one_waits(tmp_path, lambda found: found.digest != waiting.digest)
+        with pytest.raises(ValueError, match="has changed since"):
+            approve(tmp_path, waiting.digest)
+        assert await stack.publication() == before
+
+        approve(tmp_path, other.digest)
+        await stack.until(lambda p: assured(p) < assured(before) / 10)
+
+
+async def test_a_change_that_is_taken_back_no_longer_waits(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """The way back needs nobody's approval."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        stack.controller.adopt(config_of(tmp_path, share=0.1))
+        await one_waits(tmp_path)
+        stack.controller.adopt(config_of(tmp_path))
+        await none_waits(tmp_path)
+        assert await stack.publication() == before
+
+
+async def test_replicas_that_a_config_leaves_out_serve_until_it_is_approved(
+    redis_client: Redis, tmp_path: Path, knees: Knees
+) -> None:
+    """They are watched and count, and whoever would stop them is not told that they are out of use."""
+    async with running(config_of(tmp_path, falls_above=0.3), redis_client) as stack:
+        before = await first(stack)
+        stack.controller.adopt(config_of(tmp_path, falls_above=0.3, count=1))
+        waiting = await one_waits(tmp_path)
+        leaving = asyncio.create_task(stack.controller.published_without([B], 0.05))
+        stack.fleet.turn(A, "lost")
+        await stack.until(lambda p: urls(p) == {B})
+        stack.fleet.turn(A, "healthy")
+        await stack.until(lambda p: urls(p) == {A, B})
+        assert not leaving.done()
+
+        approve(tmp_path, waiting.digest)
+        await stack.until(lambda p: urls(p) == {A} and p.epoch > before.epoch)
+        assert await asyncio.wait_for(leaving, WAIT_S)
+
+        async def only_the_other() -> bool:
+            return [spec.url for spec in stack.fleet.specs] == [A]
+
+        await eventually_async(only_the_other, WAIT_S, "that the one left out is no longer watched")
+
+
+async def test_an_override_does_not_wait_for_a_config(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """While a config waits an operator can still act; and an override that lowers too far waits by itself."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        stack.controller.adopt(config_of(tmp_path, share=0.1))
+        waiting = await one_waits(tmp_path)
+        OverrideFile(tmp_path).add(setting("free", "output_tokens", 10**9, time() + 600, "trial"), time())
+        await stack.until(lambda p: assured(p, "free") == 10**9 and assured(p) == assured(before))
+        OverrideFile(tmp_path).add(setting("free", "output_tokens", 1, time() + 600, "abuse"), time())
+
+        async def both() -> bool:
+            return len(waiting_file(tmp_path).read()) == 2
+
+        await eventually_async(both, WAIT_S, "two changes that wait")
+        override = next(each for each in waiting_file(tmp_path).read() if each.digest != waiting.digest)
+        assert "abuse" in override.cause
+        approve(tmp_path, override.digest)
+        await stack.until(lambda p: assured(p, "free") == 1 and assured(p) == assured(before))
+
+
+async def test_an_override_ends_at_its_time(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """Its end was decided with it, so that the fall at its end waits for nobody."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        OverrideFile(tmp_path).add(setting("free", "output_tokens", 10**9, time() + 1, "trial"), time())
+        await stack.until(lambda p: assured(p, "free") == 10**9)
+        await stack.until(lambda p: assured(p, "free") == assured(before, "free"))
+
+
+async def test_while_a_count_of_keys_waits_its_tier_is_assured_no_more_than_before(
+    redis_client: Redis, tmp_path: Path, knees: Knees
+) -> None:
+    """Each key keeps its limit, and all together have what the tier had, so that nobody else pays for it."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        for i in range(5):
+            KeyFile(tmp_path).create(org="acme", tier="free", name=f"k{i}")
+        held = await stack.until(lambda p: len(p.limits("free", "m")) > len(before.limits("free", "m")))
+        waiting = await one_waits(tmp_path)
+        assert waiting.cause == "active keys of free on m from 0 to 5"
+        assert assured(held, "free") == assured(before, "free")
+        (together,) = (x for x in held.limits("free", "m") if (x.name, x.per) == ("output_tokens", "tier"))
+        assert together.per_minute == assured(before, "free")
+        assert assured(held) == assured(before)
+
+        approve(tmp_path, waiting.digest)
+        await stack.until(lambda p: assured(p, "free") < assured(before, "free") / 4)
+
+
+async def test_a_restart_is_no_approval(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """A config that was changed while no controller ran waits as it would have, and keeps waiting over restarts."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+    for _ in range(2):
+        async with running(config_of(tmp_path, share=0.1), redis_client) as stack:
+            after = await stack.until(lambda p: p.epoch > before.epoch)
+            waiting = await one_waits(tmp_path)
+            assert assured(after) == assured(before)
+    approve(tmp_path, waiting.digest)
+    async with running(config_of(tmp_path, share=0.1), redis_client) as stack:
+        await stack.until(lambda p: assured(p) < assured(before) / 2)
+
+
+async def test_a_change_is_not_weighed_before_its_knees_are_known(
+    redis_client: Redis, tmp_path: Path, knees: Knees
+) -> None:
+    """A promise that gives less waits, though for seconds nobody can say how much less."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        knees.gate.clear()
+        stack.controller.adopt(config_of(tmp_path, ttft_ms=100))
+        stack.fleet.turn(A, "lost")
+        await stack.until(lambda p: urls(p) == {B})
+        assert waiting_file(tmp_path).read() == []
+        knees.gate.set()
+        await one_waits(tmp_path)
+        stack.fleet.turn(A, "healthy")
+        await stack.until(lambda p: urls(p) == {A, B} and assured(p) == assured(before))
+
+
+async def test_every_epoch_is_in_the_audit_log(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """Each with its cause and what it did, from the epoch before to itself; also those of a controller before."""
+    published = []
+    async with running(config_of(tmp_path, falls_above=None), redis_client) as stack:
+        published.append(await first(stack))
+        stack.fleet.turn(A, "lost")
+        published.append(await stack.until(lambda p: urls(p) == {B}))
+        stack.controller.adopt(config_of(tmp_path, share=0.2, falls_above=None))
+        published.append(await stack.until(lambda p: p.epoch > published[-1].epoch))
+    async with running(config_of(tmp_path, share=0.2, falls_above=None), redis_client) as stack:
+        published.append(await stack.until(lambda p: p.epoch > published[-1].epoch))
+
+    entries = list(reversed(list(AuditLog(tmp_path).entries())))
+    assert [entry.published for entry in entries] == [snapshot(each) for each in published]
+    assert [entry.cause for entry in entries][:3] == ["the controller started", f"{A} left", "the config changed"]
+    for before, entry in pairwise(entries):
+        assert entry.before == before.epoch
+        assert entry.does == difference(before.published, entry.published)
+
+
+async def test_an_audit_log_that_cannot_be_written_stops_no_limits(
+    redis_client: Redis, tmp_path: Path, knees: Knees, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said once, and the epochs are kept when the disk is well again."""
+    broken = True
+    write = audit._write_at
+
+    def failing(*args: object) -> None:
+        if broken:
+            raise OSError(28, "No space left on device")
+        write(*args)  # type: ignore[arg-type]  # passed on as they came
+
+    monkeypatch.setattr(audit, "_write_at", failing)
+    async with running(config_of(tmp_path), redis_client) as stack:
+        one = await first(stack)
+        stack.fleet.turn(A, "lost")
+        two = await stack.until(lambda p: urls(p) == {B})
+        assert list(AuditLog(tmp_path).entries()) == []
+        broken = False
+
+        async def kept() -> bool:
+            return [entry.epoch for entry in AuditLog(tmp_path).entries()] == [two.epoch, one.epoch]
+
+        await eventually_async(kept, WAIT_S, "both epochs in the audit log")
+
+    said = [r.getMessage() for r in caplog.records if "not in the audit log" in r.getMessage()]
+    assert len(said) == 2  # that it is so, and that it no longer is
