@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from decimal import ROUND_DOWN, ROUND_UP, Decimal
 from fractions import Fraction
+from functools import lru_cache
 from math import ceil, floor
 from typing import Literal, NamedTuple
 
@@ -47,10 +48,13 @@ def factor_value_up(value: float) -> Decimal:
 
 def product(start: Decimal, factors: Sequence[Factor]) -> Fraction:
     """``start`` times (or divided by) every factor, exactly."""
-    result = Fraction(start)
+    numerator, denominator = start.as_integer_ratio()
     for factor in factors:
-        result = result * Fraction(factor.value) if factor.sign == "×" else result / Fraction(factor.value)
-    return result
+        above, below = factor.value.as_integer_ratio()
+        if factor.sign == "÷":
+            above, below = below, above
+        numerator, denominator = numerator * above, denominator * below
+    return Fraction(numerator, denominator)
 
 
 def shown(value: Fraction) -> int:
@@ -67,9 +71,11 @@ def shown_up(value: Fraction) -> int:
     return -(-whole // unit) * unit
 
 
+@lru_cache(maxsize=4096)
 def number(value: Decimal | float) -> str:
     """The value in full, with thousands separated and no trailing zeros."""
-    return f"{Decimal(str(value)).normalize():,f}"
+    exact = value if isinstance(value, Decimal) else Decimal(str(value))
+    return f"{exact.normalize():,f}"
 
 
 def formula(start: str, factors: Sequence[Factor], result: Fraction) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from decimal import Decimal
 from functools import cached_property
@@ -62,15 +61,35 @@ class GroupSupply(msgspec.Struct, frozen=True, dict=True):
             raise SupplyError(f"the {self.gpu} replicas of {self.profile}: {problem}")
 
     @cached_property
+    def kind(self) -> ReplicaGroup:
+        """One replica of the group."""
+        return msgspec.structs.replace(self.group, count=1)
+
+    @cached_property
     def rates(self) -> Mapping[Promise, Decimal]:
         """Requests/s of one replica per promise, as printed. Promises that it cannot meet are not in it."""
         return {promise: factor_value(knee.requests_per_s / self.slowdown) for promise, knee in self.knees.items()}
 
     @cached_property
-    def domain_sizes(self) -> Counter[int]:
-        """How many unlabelled failure domains there are of each size, in replicas of this group."""
-        full, rest = divmod(self.group.count - sum(self.domains.values()), self.domain_replicas)
-        return Counter({size: many for size, many in ((self.domain_replicas, full), (rest, 1)) if size and many})
+    def totals(self) -> Mapping[Promise, Decimal]:
+        """Requests/s of all of them together, per promise that they can meet."""
+        return {promise: self.group.count * rate for promise, rate in self.rates.items()}
+
+    @cached_property
+    def largest_domains(self) -> Mapping[Promise, Decimal]:
+        """Requests/s of the largest unlabelled failure domain, per promise that they can meet."""
+        largest = min(self.domain_replicas, self._unlabelled)
+        return {promise: largest * rate for promise, rate in self.rates.items()}
+
+    def domain_rates(self, promise: Promise, at_most: int) -> list[Decimal]:
+        """Requests/s of the ``at_most`` largest unlabelled failure domains, largest first."""
+        full, rest = divmod(self._unlabelled, self.domain_replicas)
+        sizes = [self.domain_replicas] * min(full, at_most) + [rest] * (rest > 0 and full < at_most)
+        return [size * self.rates[promise] for size in sizes]
+
+    @cached_property
+    def _unlabelled(self) -> int:
+        return self.group.count - sum(self.domains.values())
 
 
 def _problem(supply: GroupSupply) -> str | None:

@@ -126,6 +126,8 @@ def tier_limits(
 
 def countable(limit: Limit) -> Limit:
     """The limit, cut to what the meter counts exactly where it is beyond, which its explanation then says."""
+    if max(limit.per_minute, limit.burst, limit.ceiling_per_minute, limit.ceiling_burst) <= MOST_BURST:
+        return limit
     most_at_once = MOST_BURST if limit.per_minute else MOST_PER_MINUTE
     cut = msgspec.structs.replace(
         limit,
@@ -152,7 +154,8 @@ def amount_text(limit: Limit) -> str:
 
 def burst_of(per_minute: Fraction, burst_s: float) -> Fraction:
     """``burst_s`` seconds of a rate per minute."""
-    return per_minute * Fraction(_decimal(burst_s)) / 60
+    above, below = _decimal(burst_s).as_integer_ratio()
+    return Fraction(per_minute.numerator * above, per_minute.denominator * below * 60)
 
 
 def _ceiling(tier: TierPolicy) -> Factor:
@@ -214,7 +217,7 @@ def _rated(name: LimitName, base: _Base, size: Factor, lengths: Lengths, burst_s
 
     ``size`` is that of a mean request in this limit's unit.
     """
-    big = shown_up(Fraction(lengths.big_requests) * Fraction(size.value))
+    big = _big(lengths.big_requests, size.value)
     factors = (*base.factors, size, Factor("×", Decimal(60), "s"))
     exact = product(base.start, factors)
     rounded = shown(exact)
@@ -229,6 +232,11 @@ def _rated(name: LimitName, base: _Base, size: Factor, lengths: Lengths, burst_s
         f"{text} → {rounded:,}/min{bounded}; burst {burst:,}: {burst_s:g} s of it, at least {big:,} "
         f"({number(lengths.big_requests)} mean requests, the p{BURST_PERCENTILE})",
     )
+
+
+@lru_cache(maxsize=256)
+def _big(requests: Decimal, size: Decimal) -> int:
+    return shown_up(Fraction(requests) * Fraction(size))
 
 
 def _plain(supply: Supply, rated: _Rated) -> Limit:

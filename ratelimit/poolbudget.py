@@ -7,10 +7,14 @@ bound that a request may wait, so that what is admitted late is still in time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
+from itertools import chain
 from math import ceil, floor
+
+import msgspec
 
 from ratelimit.explain import approximate, factor_value, number
 from ratelimit.groupsupply import GroupSupply
@@ -19,7 +23,7 @@ from ratelimit.meter import THOUSANDTHS
 from ratelimit.policy import PoolPolicy
 from ratelimit.poolsupply import Supply
 from ratelimit.publication import MOST_BUDGET_BURST, MOST_PER_MINUTE, PublishedPool
-from serving.capacity import ReplicaGroup, merged_groups
+from serving.capacity import ReplicaGroup
 from serving.fleetcost import fleet_costs_s
 
 #: The part of the TTFT bound that a request may wait behind work admitted before it. The rest is for computing its own
@@ -35,8 +39,12 @@ def published_pool(
     pool: PoolPolicy, supplies: Sequence[GroupSupply], supply: Supply, lowest_threshold: int
 ) -> PublishedPool:
     """The pool of these replicas; whoever may borrow the least of its bucket may fill ``lowest_threshold`` of it."""
-    groups = merged_groups([s.group for s in supplies if s.group.count])
-    costs_s = fleet_costs_s(groups, pool.mix).tolist() if groups else [0.0]
+    counts: Counter[ReplicaGroup] = Counter()
+    for s in supplies:
+        counts[s.kind] += s.group.count
+    counts = +counts
+    groups = tuple(msgspec.structs.replace(kind, count=count) for kind, count in counts.items())
+    costs_s = fleet_costs_s(counts, pool.mix).tolist() if counts else [0.0]
     cost_s = factor_value(sum(costs_s) / len(costs_s))
     busy = supply.usable * cost_s
     burst, burst_text = _burst(busy, costs_s, groups, lowest_threshold)
@@ -46,7 +54,7 @@ def published_pool(
     usable = float(supply.usable)
     return PublishedPool(
         model=pool.model,
-        replicas=tuple(replica for s in supplies for replica in s.replicas),
+        replicas=tuple(chain.from_iterable(s.replicas for s in supplies)),
         groups=groups,
         max_model_len=pool.max_model_len,
         tokens_per_byte=pool.tokens_per_byte,

@@ -22,6 +22,8 @@ from ratelimit.policy import Promise
 
 #: More kinds of replica than this are printed as one sum for each GPU type.
 MOST_KINDS = 12
+#: Of such a sum, this many profiles are named.
+MOST_SOURCES = 3
 _FULL = Trim(1.0, "")
 
 
@@ -48,12 +50,12 @@ class _Spare(NamedTuple):
 def supply_of(promise: Promise, groups: Sequence[GroupSupply], spare_domains: int, trim: Trim | None = None) -> Supply:
     """The supply of these groups; those that cannot meet the promise add nothing, and are named with the reason."""
     able = [group for group in groups if promise in group.rates and group.group.count]
-    hopeless = _hopeless(promise, groups)
-    total = sum((group.group.count * group.rates[promise] for group in able), Decimal(0))
+    hopeless = _hopeless(promise, groups) if len(able) < len(groups) else []
+    total = sum([group.totals[promise] for group in able], Decimal(0))
     spare = _spare(promise, able, spare_domains, total)
     text = " + ".join(_kinds(promise, able)) or "no replica is healthy"
     usable, text = _trimmed(total - spare.requests_per_s, text + spare.text, trim or _FULL)
-    slowest = max((group.slowdown for group in able), default=1.0)
+    slowest = max([group.slowdown for group in able], default=1.0)
     ttft_s, tpot_s = promise.slo.ttft_s * slowest, promise.slo.tpot_s * slowest
     mean_output = promise.mix.mean_output_tokens
     unkept = [] if spare.kept else [f"{spare_domains} spare failure domain(s) cannot be kept: {spare.text[3:]}"]
@@ -94,7 +96,7 @@ def _spare(promise: Promise, able: Sequence[GroupSupply], spare_domains: int, to
     if not spare_domains or not able:
         return _Spare(Decimal(0), "", kept=True)
     wanted = sum(nlargest(spare_domains, _domains(promise, able, spare_domains)), Decimal(0))
-    most = total - max(group.rates[promise] for group in able)
+    most = total - max([group.rates[promise] for group in able])
     said = f"spare_domains: {spare_domains}"
     if wanted > most:
         said += f", which serve {number(wanted)}: one replica's worth is given out all the same"
@@ -103,16 +105,16 @@ def _spare(promise: Promise, able: Sequence[GroupSupply], spare_domains: int, to
 
 
 def _domains(promise: Promise, able: Iterable[GroupSupply], at_most: int) -> list[Decimal]:
-    """The requests/s of each failure domain; of those of one group that are alike, no more than ``at_most``."""
+    """The requests/s of failure domains, the ``at_most`` largest among them: all that are labelled, and of the others
+    those of the groups whose own are largest.
+    """
     labelled: dict[str, Decimal] = {}
-    domains = []
     for group in able:
-        rate = group.rates[promise]
-        for label, count in group.domains.items():
-            labelled[label] = labelled.get(label, Decimal(0)) + count * rate
-        for size, many in group.domain_sizes.items():
-            domains += [size * rate] * min(many, at_most)
-    return [*labelled.values(), *domains]
+        if group.domains:
+            for label, count in group.domains.items():
+                labelled[label] = labelled.get(label, Decimal(0)) + count * group.rates[promise]
+    largest = nlargest(at_most, able, key=lambda group: group.largest_domains[promise])
+    return [*labelled.values(), *(rate for group in largest for rate in group.domain_rates(promise, at_most))]
 
 
 def _kinds(promise: Promise, able: Sequence[GroupSupply]) -> list[str]:
@@ -121,8 +123,8 @@ def _kinds(promise: Promise, able: Sequence[GroupSupply]) -> list[str]:
     for group in able:
         utilization = group.knees[promise].utilization
         counts[group.gpu, group.slowdown, group.rates[promise], group.provenance, utilization] += group.group.count
-    if len(counts) > MOST_KINDS:
-        return _gpu_types(counts)
+        if len(counts) > MOST_KINDS:
+            return _gpu_types(promise, able)
     slo = promise.slo
     return [
         f"{count} × {gpu}{'' if slowdown == 1 else f' (1:{slowdown:g} speed)'} × {number(rate)} requests/s "
@@ -132,14 +134,18 @@ def _kinds(promise: Promise, able: Sequence[GroupSupply]) -> list[str]:
     ]
 
 
-def _gpu_types(counts: Counter[tuple[str, float, Decimal, str, float]]) -> list[str]:
-    sums: dict[str, list[Decimal]] = {}
-    for (gpu, _, rate, _, _), count in counts.items():
-        of_gpu = sums.setdefault(gpu, [Decimal(0), Decimal(0), Decimal(0)])
-        of_gpu[0] += count * rate
-        of_gpu[1] += count
-        of_gpu[2] += 1
+def _gpu_types(promise: Promise, able: Sequence[GroupSupply]) -> list[str]:
+    of_gpu: dict[str, list[GroupSupply]] = {}
+    for group in able:
+        of_gpu.setdefault(group.gpu, []).append(group)
     return [
-        f"{number(rate)} requests/s by {number(count)} {gpu} [{kinds} kinds, listed by `penstock profiles`]"
-        for gpu, (rate, count, kinds) in sorted(sums.items())
+        f"{number(sum([group.totals[promise] for group in groups], Decimal(0)))} requests/s by "
+        f"{sum([group.group.count for group in groups]):,} {gpu} [{_sources(groups)} in {len(groups):,} groups]"
+        for gpu, groups in sorted(of_gpu.items())
     ]
+
+
+def _sources(groups: Sequence[GroupSupply]) -> str:
+    found = sorted({group.provenance for group in groups})
+    more = f" and {len(found) - MOST_SOURCES} more" if len(found) > MOST_SOURCES else ""
+    return "; ".join(found[:MOST_SOURCES]) + more

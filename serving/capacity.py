@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from math import fsum, inf
 
 import msgspec
@@ -65,7 +66,7 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_size: int = 16
 
 
-class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Slo(msgspec.Struct, frozen=True, cache_hash=True, forbid_unknown_fields=True):
     """Time to first token and time per output token, each met by ``percentile`` percent of requests.
 
     Raises ``ValueError`` for bounds that no time can be held against.
@@ -95,7 +96,7 @@ class RequestShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cached_tokens: int = 0
 
 
-class WorkloadMix(msgspec.Struct, frozen=True, cache_hash=True):
+class WorkloadMix(msgspec.Struct, frozen=True, cache_hash=True, dict=True):
     """A named sample of request shapes, each equally likely. Raises ``ValueError`` for an empty sample."""
 
     name: str
@@ -110,12 +111,12 @@ class WorkloadMix(msgspec.Struct, frozen=True, cache_hash=True):
                     f"the mix {self.name!r} holds {shape}; counts are positive, cached tokens are of the input"
                 )
 
-    @property
+    @cached_property
     def mean_input_tokens(self) -> float:
         """Mean uncached input tokens per request."""
         return fsum(s.input_tokens - s.cached_tokens for s in self.shapes) / len(self.shapes)
 
-    @property
+    @cached_property
     def mean_output_tokens(self) -> float:
         """Mean output tokens per request."""
         return fsum(s.output_tokens for s in self.shapes) / len(self.shapes)

@@ -7,10 +7,9 @@ matrices are kept, so that a fleet that loses a replica costs only the product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,18 +22,26 @@ _ROWS = 2048
 _MATRICES = 2
 
 
-def fleet_costs_s(groups: Sequence[ReplicaGroup], mix: WorkloadMix) -> Vector:
-    """``capacity.fleet_cost_s`` of every shape of the mix, in their order.
+def fleet_costs_s(fleet: Mapping[ReplicaGroup, int], mix: WorkloadMix) -> Vector:
+    """``capacity.fleet_cost_s`` of every shape of the mix, in their order; ``fleet`` counts replicas by their kind.
 
     Raises ``ValueError`` for an empty fleet, and ``InfeasibleSloError`` where an empty step exceeds the TPOT bound.
     """
-    counts = np.array([group.count for group in groups], dtype=np.float64)
+    counts = np.array(list(fleet.values()), dtype=np.float64)
     count = counts.sum()
     if count == 0:
         raise ValueError("an empty fleet serves nothing, so a request has no cost on it")
-    kinds = tuple(_kind(group) for group in groups)
-    costs: Vector = count / (counts @ _rate_matrix(kinds, mix))
+    # Not by BLAS: its threads would make the order of the sum, and so the last digit, depend on the machine's load.
+    served = np.einsum("g,gx->x", counts, _rate_matrix(tuple(fleet), mix))
+    costs: Vector = count / served
     return costs
+
+
+def clear_costs() -> None:
+    """Forget all rows and matrices, as in a process that has just started."""
+    replica_rates.cache_clear()
+    _rate_matrix.cache_clear()
+    _lengths.cache_clear()
 
 
 @lru_cache(maxsize=_ROWS)
@@ -74,12 +81,3 @@ def _lengths(mix: WorkloadMix) -> tuple[Vector, Vector, Vector]:
     columns = [(s.input_tokens, s.output_tokens, s.cached_tokens) for s in mix.shapes]
     inputs, outputs, cached = np.array(columns, dtype=np.float64).T
     return inputs, outputs, cached
-
-
-@lru_cache(maxsize=8192)
-def _one(group: ReplicaGroup) -> ReplicaGroup:
-    return msgspec.structs.replace(group, count=1)
-
-
-def _kind(group: ReplicaGroup) -> ReplicaGroup:
-    return group if group.count == 1 else _one(group)

@@ -1,0 +1,214 @@
+"""How long deriving takes: a fleet of 100,000 replicas in 1,000 groups, 1,000,000 keys in 20 tiers of 4 promises.
+
+``python -m tests.bench.derive [--json FILE] [--rounds 9]`` times a knee of each mix, a fit of one model on one GPU, the
+count of the keys, the first derivation, and one after a single replica is lost: alone, and with what the controller
+does around it. Profiles are the shipped H100, H200, B200 and GB200 ones; each is slowed in 250 ways, so that all groups
+are unlike and their supplies are those of no real fleet. Times are the median, and the slowest, of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TypeVar
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from ratelimit.derive import GroupSupply, derive
+from ratelimit.keys import KeyRecord, active_keys
+from ratelimit.policy import KeyAmounts, Policy, PoolPolicy, Promise, TierPolicy, promises_of
+from ratelimit.publication import Publication, PublishedReplica
+from ratelimit.supply import domain_replicas
+from serving.capacity import ReplicaGroup, Slo
+from serving.fleetcost import clear_costs
+from serving.mixes import load_mix
+from serving.profile import load_profile
+from serving.stepsim import Knee, knee
+
+MODEL = "llama-3.1-8b"
+PROFILES = tuple(f"{gpu}-{MODEL}" for gpu in ("h100", "h200", "b200", "gb200"))
+GROUPS, REPLICAS, TIERS, KEYS = 1_000, 100_000, 20, 1_000_000
+MIXES = ("chat", "decode-heavy", "prefill-heavy", "long-context")
+SLO = Slo(2.0, 0.05)
+MIB = 1024 * 1024
+
+T = TypeVar("T")
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """What was timed, and the median and slowest of the rounds, in seconds."""
+
+    what: str
+    median_s: float
+    slowest_s: float
+
+
+class Fleet(msgspec.Struct, frozen=True):
+    """Everything that a derivation needs."""
+
+    policy: Policy
+    groups: tuple[GroupSupply, ...]
+    active_keys: dict[tuple[str, str], int]
+
+    def derived(self, groups: Sequence[GroupSupply] | None = None) -> Publication:
+        """The publication of these groups, or of all."""
+        supplies = {MODEL: self.groups if groups is None else groups}
+        return derive(1, "2026-11-21T00:00:00Z", "bench", self.policy, supplies, self.active_keys, ())
+
+    def after_a_loss(self) -> tuple[GroupSupply, ...]:
+        """The groups when the first has lost a replica; the others are the same objects."""
+        first, *others = self.groups
+        group = msgspec.structs.replace(first.group, count=first.group.count - 1)
+        return msgspec.structs.replace(first, group=group, replicas=first.replicas[1:]), *others
+
+
+def bench_policy(tiers: int = TIERS) -> Policy:
+    """Half of the tiers assured, half best effort; a quarter of them on each mix."""
+    pool = PoolPolicy(MODEL, SLO, load_mix("chat"), None, 1, 32_768, 0.25)
+    mixes = [None, *(load_mix(name) for name in MIXES[1:])]
+    return Policy(
+        tiers=tuple(
+            TierPolicy(
+                name=f"tier-{i}",
+                share=0 if i % 2 else 1.8 / tiers,
+                ceiling=0.8,
+                priority=i,
+                burst_s=5.0,
+                mix=mixes[i % len(mixes)],
+                minimum=KeyAmounts() if i % 2 else KeyAmounts(output_tokens=100),
+                oversell=4.0 if i % 2 else None,
+            )
+            for i in range(tiers)
+        ),
+        pools=(pool,),
+        enforce=True,
+    )
+
+
+def bench_fleet(find: Callable[[str, Promise], Knee], groups: int = GROUPS, replicas: int = REPLICAS) -> Fleet:
+    """A fleet of unlike groups of equal size, whose knees ``find`` gives by profile and promise."""
+    policy = bench_policy()
+    promises = promises_of(policy.tiers, policy.pools[0])
+    knees = {name: {promise: find(name, promise) for promise in promises} for name in PROFILES}
+    size = replicas // groups
+    made = tuple(_group(i, size, knees[PROFILES[i % len(PROFILES)]], promises[0]) for i in range(groups))
+    return Fleet(policy, made, {(tier.name, MODEL): KEYS // TIERS for tier in policy.tiers})
+
+
+def _group(i: int, size: int, knees: dict[Promise, Knee], own: Promise) -> GroupSupply:
+    profile = load_profile(PROFILES[i % len(PROFILES)])
+    slowdown = 1 + i / 1000
+    rate = knees[own].requests_per_s / slowdown
+    return GroupSupply(
+        group=ReplicaGroup(size, profile.step_time.slowed(slowdown), profile.limits, own.slo.slowed(slowdown)),
+        gpu=profile.gpu,
+        gpus_per_replica=profile.gpus_per_replica,
+        profile=profile.name,
+        slowdown=slowdown,
+        knees=knees,
+        provenance=f"{profile.name}, {profile.provenance.kind} {profile.provenance.date}",
+        replicas=tuple(
+            PublishedReplica(f"http://10.{i >> 8}.{i & 255}.{j}:8000", profile.gpu, profile.name, slowdown, rate)
+            for j in range(size)
+        ),
+        domain_replicas=domain_replicas(profile),
+    )
+
+
+def timed(what: str, run: Callable[[], object], rounds: int, before: Callable[[], object] = lambda: None) -> Timing:
+    """Median and slowest of some rounds, ``before`` each of them not counted."""
+    taken = []
+    for _ in range(rounds):
+        before()
+        gc.collect()
+        start = perf_counter()
+        run()
+        taken.append(perf_counter() - start)
+    return Timing(what, median(taken), max(taken))
+
+
+def timed_knees() -> tuple[list[Timing], dict[tuple[str, Promise], Knee]]:
+    """Every knee that the fleet needs, each found once; and how long those of a mix took."""
+    policy = bench_policy()
+    found: dict[tuple[str, Promise], Knee] = {}
+    timings = []
+    for promise in promises_of(policy.tiers, policy.pools[0]):
+        taken = []
+        for name in PROFILES:
+            profile = load_profile(name)
+            start = perf_counter()
+            found[name, promise] = knee(profile.step_time, profile.limits, *promise)
+            taken.append(perf_counter() - start)
+        timings.append(Timing(f"a knee, {promise.mix.name} (4 GPU types)", median(taken), max(taken)))
+    return timings, found
+
+
+def timed_derivations(fleet: Fleet, rounds: int) -> list[Timing]:
+    """The first derivation of a process, one after a loss, and what a controller adds to it."""
+    after = fleet.after_a_loss()
+    before, same, now = fleet.derived(), fleet.derived(), fleet.derived(after)
+    encode = msgspec.json.Encoder().encode
+
+    cold = Fleet(fleet.policy, (), fleet.active_keys)
+
+    def forget() -> None:
+        nonlocal cold
+        clear_costs()
+        unused = tuple(msgspec.structs.replace(group) for group in fleet.groups)
+        cold = msgspec.structs.replace(fleet, groups=unused)
+
+    def forgotten() -> Publication:
+        return cold.derived()
+
+    turns = [fleet.groups, after]
+
+    def lose_or_regain() -> None:
+        turns.reverse()
+        fleet.derived(turns[0])
+
+    return [
+        timed(f"derive, {REPLICAS:,} replicas, {len(fleet.groups):,} groups, nothing cached", forgotten, 3, forget),
+        timed("derive after one replica changes", lose_or_regain, rounds),
+        timed("compare two equal publications", lambda: before == same, rounds),
+        timed(f"encode one ({len(encode(now)) / MIB:.0f} MiB of JSON)", lambda: encode(now), rounds),
+    ]
+
+
+def timed_key_count(rounds: int) -> Timing:
+    """The count of active keys by tier, from their records."""
+    records = [KeyRecord(f"k_{i:08x}", "", "", "acme", f"tier-{i % TIERS}", 0.0) for i in range(KEYS)]
+    return timed(f"count {KEYS:,} keys", lambda: active_keys(records, 1.0), rounds)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run everything and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args(arguments)
+    timings, knees = timed_knees()
+    fleet = bench_fleet(lambda name, promise: knees[name, promise])
+    timings += timed_derivations(fleet, options.rounds)
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / MIB
+    timings.append(timed_key_count(3))
+    table = Table("what", "median", "slowest", title="Deriving (virtual fleet)")
+    for timing in timings:
+        table.add_row(timing.what, f"{timing.median_s * 1000:,.1f} ms", f"{timing.slowest_s * 1000:,.1f} ms")
+    console = Console(width=120)
+    console.print(table)
+    console.print(f"peak memory with fleet, publications and JSON: {peak_mib:,.0f} MiB (before the keys' records)")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_bytes(msgspec.json.encode({"timings": timings, "peak_mib": peak_mib}))
+
+
+if __name__ == "__main__":
+    main()
