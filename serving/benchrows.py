@@ -33,6 +33,10 @@ LATENCY_COLUMNS = (
 )
 OPTIONAL_COLUMNS = (*RATE_COLUMNS, *LATENCY_COLUMNS, "peak_concurrency")
 
+#: Numbers of any column are between these.
+LEAST_NUMBER = 1e-6
+MOST_NUMBER = 1e15
+
 #: Runs whose mean lengths differ by less than these factors are of one mix. Prompts of a data set vary little between
 #: runs; answers vary more, since models stop by themselves.
 SAME_INPUT = 1.15
@@ -109,7 +113,7 @@ def points_of(rows: Iterable[BenchRow]) -> list[MeasuredPoint]:
     for row in rows:
         requests = row.number("requests")
         mean = (row.number("input_tokens") / requests, row.number("output_tokens") / requests)
-        same = next((known for known in lengths if _alike(known, mean)), None)
+        same = next((known for known in lengths if are_one_mix(known, mean)), None)
         if same is None:
             lengths.append(mean)
             same = mean
@@ -117,7 +121,8 @@ def points_of(rows: Iterable[BenchRow]) -> list[MeasuredPoint]:
     return points
 
 
-def _alike(one: tuple[float, float], other: tuple[float, float]) -> bool:
+def are_one_mix(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether runs of these mean (input, output) lengths are of one mix."""
     return all(
         1 / bound < (a + 1) / (b + 1) < bound for a, b, bound in zip(one, other, (SAME_INPUT, SAME_OUTPUT), strict=True)
     )
@@ -169,6 +174,8 @@ def _problems_of_form(record: dict[str, str | None]) -> Iterator[str]:
             yield f"{column} is {text}, it must be a finite number of at least 0; leave it blank if it is not known"
         elif value == 0 and column != "input_tokens":
             yield f"{column} is 0: nothing was measured; leave it blank if it is not known, or drop the row"
+        elif value and not LEAST_NUMBER <= value <= MOST_NUMBER:
+            yield f"{column} is {text}, beyond anything that was ever measured: is a decimal point missing?"
 
 
 def _number(text: str | None) -> float | None:

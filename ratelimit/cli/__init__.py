@@ -6,6 +6,7 @@ import typer
 
 from ratelimit.cli.check import check
 from ratelimit.cli.fit import fit
+from ratelimit.cli.importing import import_
 from ratelimit.cli.keys import app as keys_app
 from ratelimit.cli.limits import app as limits_app
 from ratelimit.cli.measure import measure
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for command in (check, up, gateway, controller, measure, fit, plan):
     app.command()(command)
+app.command("import")(import_)
 app.add_typer(keys_app, name="keys")
 app.add_typer(limits_app, name="limits")
 app.add_typer(profiles_app, name="profiles")

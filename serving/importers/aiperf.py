@@ -1,7 +1,8 @@
 """AIPerf's ``profile_export_aiperf.json`` (schema 1): one run. Pure.
 
 Every metric states its unit, which is heeded. Its ``inter_token_latency`` is (latency − TTFT) ÷ (O − 1) of each
-request, what others call TPOT; ``inter_chunk_latency`` is the gap between chunks. Tokens are those that its tokenizer counts.
+request, what others call TPOT; ``inter_chunk_latency`` is the gap between chunks. Tokens are as its
+tokenizer counts them.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ _GPU_COUNTS = ("prefill_gpu", "decode_gpu")
 _PER_GPU = ("tput_per_gpu", "tok_s_per_gpu", "throughput_per_gpu")
 
 _REASON = (
-    "prefill and decode ran on GPUs of their own (disaggregated), where input is divided by the prefill GPUs and output "
-    "by the decode GPUs; that is no rate of one replica. Benchmark a replica that does both, or each half by itself"
+    "prefill and decode ran on GPUs of their own (disaggregated), where input is divided by the prefill GPUs and "
+    "output by the decode GPUs; that is no rate of one replica. Benchmark a replica that does both, or each "
+    "half by itself"
 )
 
 

@@ -116,7 +116,7 @@ def _of_aiperf(export: Fields, file: str) -> Imported:
 
 
 def _of_columns(text: str, file: str) -> Imported:
-    runs, refused = _kept(columns.run_of, ((row, f"{file} line {line}") for line, row in rows_of(text, file)))
+    runs, refused = _kept(columns.run_of, columns.rows_of(text, file))
     return _whole(Imported(file, columns.TOOL, "", "", "published", with_common_mixes(runs), refused=refused))
 
 

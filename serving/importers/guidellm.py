@@ -1,9 +1,10 @@
 """GuideLLM's JSON report (0.8, document version 2): one run for each benchmark of its profile. Pure.
 
 Three things differ from ``vllm bench serve``. Its ``time_per_output_token_ms`` is the whole latency ÷ output tokens,
-the first included; what others call TPOT, (latency − TTFT) ÷ (O − 1), is its ``inter_token_latency_ms``, in which a request
-weighs by its tokens. A report holds all requests unless ``sample_size`` cut them; with all of them, prompt tokens found
-in a cache are known. And a benchmark that ends by time leaves ``incomplete`` requests, which count nowhere.
+the first included; what others call TPOT, (latency − TTFT) ÷ (O − 1), is its ``inter_token_latency_ms``, in which a
+request weighs by its tokens. A report holds all requests unless ``sample_size`` cut them; with all of them, prompt
+tokens found in a cache are known. And a benchmark that ends by time leaves ``incomplete`` requests, which do not
+count.
 """
 
 from __future__ import annotations

@@ -7,12 +7,9 @@ from typing import Literal
 
 import msgspec
 
+from serving.benchrows import are_one_mix
 from serving.points import MeasuredPoint
 
-#: Mean lengths that differ by no more than this are the same mix: samples of one workload do.
-SAME_LENGTH = 0.1
-#: Nor does a difference of so many tokens make another mix: special tokens and templates add some.
-SAME_TOKENS = 8.0
 #: So many refusals are quoted where nothing else is left of a file.
 _QUOTED_REFUSALS = 3
 
@@ -88,7 +85,7 @@ def with_common_mixes(runs: Iterable[Run]) -> tuple[Run, ...]:
     result = []
     for run in runs:
         own = run.point.mean_input_tokens, run.point.mean_output_tokens
-        lengths = next((known for known in named if _alike(own[0], known[0]) and _alike(own[1], known[1])), None)
+        lengths = next((known for known in named if are_one_mix(known, own)), None)
         if lengths is None:
             named.append(lengths := own)
         point = msgspec.structs.replace(run.point, mix=mix_name(*lengths))
@@ -99,7 +96,3 @@ def with_common_mixes(runs: Iterable[Run]) -> tuple[Run, ...]:
 def mix_name(input_tokens: float, output_tokens: float) -> str:
     """A workload called by its mean lengths."""
     return f"{input_tokens:.0f} in, {output_tokens:.0f} out"
-
-
-def _alike(tokens: float, others: float) -> bool:
-    return abs(tokens - others) <= max(SAME_TOKENS, SAME_LENGTH * others)

@@ -1,0 +1,199 @@
+"""From imported runs to a profile, with everything that it stands on in its provenance. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from math import floor
+
+import msgspec
+
+from serving.capacity import EngineLimits
+from serving.fit import FitResult, fit_profile
+from serving.gpus import find_gpu, find_model
+from serving.importers.results import Anchor, Imported, ImporterError, Run, Subject, with_common_mixes
+from serving.plausible import contradictions
+from serving.points import MeasuredPoint
+from serving.profile import Profile, Provenance, ProvenanceKind
+from serving.roofline import BatchBounds, Roofline, roofline_of, typical_roofline, weight_dtype
+
+#: MLPerf names a model with the accuracy that it had to reach.
+_ACCURACY = re.compile(r"-99(\.9)?$")
+_UNKNOWN = "unknown"
+
+
+class Stated(msgspec.Struct, frozen=True):
+    """What the user says of the replica that was measured; empty, or None, where the files or data sheets are to tell.
+
+    ``only`` chooses the runs whose model, GPU, engine or serve command holds this text. ``date`` is when they were
+    imported, for files without one of their own.
+    """
+
+    name: str
+    date: str
+    only: str = ""
+    model: str = ""
+    gpu: str = ""
+    gpus: int = 1
+    dtype: str = ""
+    parallelism: str = ""
+    engine_version: str = ""
+    kv_tokens: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+
+
+def profile_of(files: Sequence[Imported], stated: Stated) -> Profile:
+    """The profile of the one subject that the files' runs are of; a run that stands in two files counts once.
+
+    Raises ``ImporterError`` for anchors alone, for runs of several subjects, for what nobody states and no data sheet
+    tells, and for what cannot be true; ``FitError`` for points that determine no model.
+    """
+    runs = _chosen(files, stated)
+    subject = _one_subject([run.subject for run in runs])
+    subject = Subject(
+        model=stated.model or subject.model,
+        gpu=stated.gpu or subject.gpu,
+        engine=subject.engine or "vLLM",
+        engine_version=stated.engine_version or subject.engine_version or _UNKNOWN,
+        serve_command=subject.serve_command,
+    )
+    for option, value in (("--model", subject.model), ("--gpu", subject.gpu)):
+        if not value:
+            raise ImporterError(f"the files do not say it; give {option}")
+    limits, roofline = _bounds(subject, stated)
+    result = fit_profile([run.point for run in runs], roofline)
+    gpu_facts = find_gpu(subject.gpu)
+    profile = Profile(
+        name=stated.name,
+        model=subject.model,
+        gpu=gpu_facts.name if gpu_facts else subject.gpu,
+        gpus_per_replica=stated.gpus,
+        step_time=result.model,
+        limits=limits,
+        provenance=_provenance(files, runs, subject, stated, result),
+        fit=result.fit,
+        surface=result.surface,
+    )
+    problems = contradictions(profile)
+    if problems:
+        raise ImporterError(f"the profile would contradict itself: {'; '.join(problems)}")
+    return profile
+
+
+def _chosen(files: Sequence[Imported], stated: Stated) -> tuple[Run, ...]:
+    everything = [run for imported in files for run in imported.runs]
+    if not everything:
+        raise ImporterError(
+            "there are only published output rates, without latencies and steps, from which no step time follows; add "
+            "runs of a benchmark on that GPU, and these rows become the profile's anchors"
+        )
+    found = [run for run in everything if stated.only.lower() in " ".join(_texts(run.subject)).lower()]
+    if not found:
+        raise ImporterError(f"no run's model, GPU, engine or serve command holds {stated.only!r}; give another --only")
+    once = {msgspec.structs.replace(run.point, source="", mix=""): run for run in reversed(found)}
+    return with_common_mixes(reversed(once.values()))
+
+
+def _texts(subject: Subject) -> tuple[str, ...]:
+    return subject.model, subject.gpu, subject.engine, subject.serve_command
+
+
+def _one_subject(subjects: Iterable[Subject]) -> Subject:
+    """What they are all of, field by field. Raises ``ImporterError`` where two state unlike ones."""
+    merged = {}
+    for field in Subject.__struct_fields__:
+        values = sorted({value for subject in subjects if (value := getattr(subject, field))})
+        if len(values) > 1:
+            listed = ", ".join(map(repr, values[:5])) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+            raise ImporterError(
+                f"a profile is of one model on one GPU type, served in one way, but {field} is {listed}; choose with "
+                f"--only TEXT, or give fewer files"
+            )
+        merged[field] = values[0] if values else ""
+    return Subject(**merged)
+
+
+def _bounds(subject: Subject, stated: Stated) -> tuple[EngineLimits, Roofline]:
+    """The engine's limits, as stated or else as data sheets and vLLM's defaults have them, and the fit's bounds."""
+    gpu, model = find_gpu(subject.gpu), find_model(subject.model)
+    known = gpu is not None and model is not None
+    if gpu is not None and model is not None:
+        roofline = roofline_of(gpu, stated.gpus, model, weight_dtype(stated.dtype or subject.model, model))
+    else:
+        roofline = typical_roofline(gpu, stated.gpus)
+    required = {"--kv-tokens": stated.kv_tokens, "--max-model-len": stated.max_model_len}
+    missing = [option for option, value in required.items() if value is None]
+    if missing and not known:
+        raise ImporterError(
+            f"benchmark files do not state the engine's limits, and there are no facts of {subject.model} on "
+            f'{subject.gpu} to reckon them from; give {" and ".join(missing)}, as vLLM logs them ("GPU KV cache size: ... tokens")'
+        )
+    batch = BatchBounds(
+        max_num_seqs=stated.max_num_seqs or roofline.batch.max_num_seqs,
+        max_num_batched_tokens=stated.max_num_batched_tokens or roofline.batch.max_num_batched_tokens,
+        kv_tokens=stated.kv_tokens or roofline.batch.kv_tokens,
+    )
+    limits = EngineLimits(
+        max_num_seqs=floor(batch.max_num_seqs),
+        max_num_batched_tokens=floor(batch.max_num_batched_tokens),
+        kv_tokens=floor(batch.kv_tokens),
+        max_model_len=stated.max_model_len or (model.max_model_len if model else 0),
+    )
+    return limits, msgspec.structs.replace(roofline, batch=batch)
+
+
+def _provenance(
+    files: Sequence[Imported], runs: Sequence[Run], subject: Subject, stated: Stated, result: FitResult
+) -> Provenance:
+    origins = {imported.origin for imported in files if imported.runs}
+    kind: ProvenanceKind = "published" if "published" in origins else "measured"
+    used = [_named(imported) for imported in files if imported.runs]
+    assumed = [
+        option
+        for option, value in (
+            ("KV tokens", stated.kv_tokens),
+            ("context", stated.max_model_len),
+            ("sequences", stated.max_num_seqs),
+            ("tokens of a step", stated.max_num_batched_tokens),
+        )
+        if value is None
+    ]
+    parts = (
+        f"penstock import of {len(runs)} runs from {', '.join(used)}",
+        result.reason,
+        f"{', '.join(assumed)}: not measured, from data sheets and vLLM's defaults" if assumed else "",
+        f"served by `{subject.serve_command}`" if subject.serve_command else "",
+    )
+    return Provenance(
+        kind="estimated" if result.provenance == "estimated" else kind,
+        date=max((imported.date for imported in files if imported.runs and imported.date), default=stated.date),
+        engine=subject.engine,
+        engine_version=subject.engine_version,
+        dtype=stated.dtype or _UNKNOWN,
+        parallelism=stated.parallelism or f"tp{stated.gpus}",
+        source="; ".join(filter(None, parts)),
+        anchors=tuple(anchor.text for imported in files for anchor in imported.anchors if _is_of(anchor, subject)),
+    )
+
+
+def _named(imported: Imported) -> str:
+    tool = f"{imported.tool} {imported.tool_version}".strip()
+    return f"{imported.file} ({', '.join(filter(None, (tool, imported.date)))})"
+
+
+def _is_of(anchor: Anchor, subject: Subject) -> bool:
+    gpu, model = _letters(anchor.gpu), _letters(_ACCURACY.sub("", anchor.model))
+    return gpu == _letters(subject.gpu) and model in _letters(subject.model)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def load_of(point: MeasuredPoint) -> str:
+    """The load of a run in words."""
+    if point.offered_per_s is not None:
+        return f"{point.offered_per_s:g} requests/s"
+    return "unknown" if point.concurrency is None else f"{point.concurrency:g} in flight"
