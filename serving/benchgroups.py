@@ -15,6 +15,7 @@ from serving.leftout import LEAST_MIXES
 from serving.profile import ModelForm
 from serving.roofline import BatchBounds, Roofline, roofline_of, typical_roofline, weight_dtype
 from serving.rowchecks import beyond_peak, row_problem
+from serving.solve import MissingSolverError
 
 Status = Literal["fitted", "estimated", "refused"]
 
@@ -69,7 +70,10 @@ class ServerFacts(NamedTuple):
 
 
 def fit_groups(lines: Iterable[str]) -> list[GroupReport]:
-    """A report for each group of the file, in the order of their first rows. Raises ``BenchFileError``."""
+    """A report for each group of the file, in the order of their first rows.
+
+    Raises ``BenchFileError``, and ``MissingSolverError`` where SciPy is not installed.
+    """
     rows, malformed = read_rows(lines)
     groups: dict[ServedAs, tuple[list[BenchRow], list[RefusedRow]]] = {}
     places = [(row.line, row.served) for row in rows] + [(row.line, row.served) for row in malformed]
@@ -95,6 +99,8 @@ def fit_group(served: ServedAs, rows: Sequence[BenchRow], malformed: Sequence[Re
     mixes = len({point.mix for point in points})
     try:
         result = fit_profile(points, server_roofline(served, facts))
+    except MissingSolverError:
+        raise
     except FitError as error:
         return _without_fit(served, len(points), mixes, str(error), problems)
     return _report(served, result, len(points), mixes, problems)

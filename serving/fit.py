@@ -29,9 +29,11 @@ from serving.leftout import LeftOut, left_out_errors
 from serving.points import MeasuredPoint
 from serving.profile import ContextRange, Fit, ModelForm, ProvenanceKind
 from serving.roofline import BatchBounds, Roofline, typical_roofline
-from serving.solve import MissingSolverError
+from serving.solve import FitError
 from serving.steady_points import steady_points
 from serving.surface import Surface
+
+__all__ = ["FitError", "FitResult", "fit_profile", "fit_step_time", "residual"]
 
 LEAST_MIXES = 4
 #: A mix is dominated by output where it emits at least this many tokens for each it reads.
@@ -56,10 +58,6 @@ class FitResult(msgspec.Struct, frozen=True):
     surface: Surface | None = None
 
 
-class FitError(ValueError):
-    """These points do not determine a step-time model; the message says what is missing."""
-
-
 def fit_profile(points: Sequence[MeasuredPoint], facts: Roofline | None = None) -> FitResult:
     """The best model that the points and the facts allow.
 
@@ -69,12 +67,9 @@ def fit_profile(points: Sequence[MeasuredPoint], facts: Roofline | None = None) 
     check_points(points)
     steady, unsteady = steady_points(points)
     shortage = _shortage(steady)
-    try:
-        if shortage is None:
-            return _determined(steady, len(unsteady))
-        return _bounded(points, steady, facts or typical_roofline(), shortage)
-    except MissingSolverError as error:
-        raise FitError(str(error)) from error
+    if shortage is None:
+        return _determined(steady, len(unsteady))
+    return _bounded(points, steady, facts or typical_roofline(), shortage)
 
 
 def fit_step_time(points: Sequence[MeasuredPoint]) -> tuple[StepTimeModel, Fit]:
@@ -87,11 +82,8 @@ def fit_step_time(points: Sequence[MeasuredPoint]) -> tuple[StepTimeModel, Fit]:
     if shortage is not None:
         raise FitError(shortage)
     held = [equation(point) for point in points]
-    try:
-        law = _with_base(linear_law(held))
-        return law.model, _fit(points, law, UNKNOWN_BATCH, "linear", left_out_errors(held, linear_law))
-    except MissingSolverError as error:
-        raise FitError(str(error)) from error
+    law = _with_base(linear_law(held))
+    return law.model, _fit(points, law, UNKNOWN_BATCH, "linear", left_out_errors(held, linear_law))
 
 
 def residual(model: StepTimeModel, point: MeasuredPoint, batch: BatchBounds = UNKNOWN_BATCH) -> float:
@@ -179,7 +171,7 @@ def _shortage(steady: Sequence[MeasuredPoint]) -> str | None:
 def _mix_shortage(points: Sequence[MeasuredPoint]) -> str | None:
     mixes = {point.mix for point in points}
     if len(mixes) < LEAST_MIXES:
-        return f"{len(mixes)} mixes were measured, a fit needs at least {LEAST_MIXES}"
+        return f"{len(mixes)} of at least {LEAST_MIXES} mixes were measured"
     if not any(point.output_tokens >= DECODE_HEAVY_RATIO * point.input_tokens for point in points):
         return "no mix is dominated by output, so decode and prefill cannot be told apart"
     return None

@@ -164,4 +164,17 @@ def _problem(profile: Profile) -> str | None:
             return f"limits.{field} is {value}, it must be at least 1"
     if not 0 < profile.tokens_per_byte <= 4:
         return f"tokens_per_byte is {profile.tokens_per_byte}, it must be above 0 and at most 4"
+    return _range_problem(profile)
+
+
+def _range_problem(profile: Profile) -> str | None:
+    """What is wrong with the surface, or with the measured range."""
+    for number, point in enumerate(profile.surface.points if profile.surface else ()):
+        if min(point.kv_tokens, point.context_tokens, point.factor) <= 0:
+            return f"surface.points[{number}] is {point}, its numbers must be positive"
+    if profile.surface is not None and not profile.surface.points:
+        return "surface.points is empty; leave the surface out where the linear model holds"
+    measured = None if profile.fit is None else profile.fit.context
+    if measured is not None and not 0 < measured.least_tokens <= measured.most_tokens:
+        return f"fit.context is {measured}, it must run from a positive number of tokens upwards"
     return None

@@ -19,7 +19,11 @@ PROPORTION_PULL = 0.3
 SPEED_PULL = 0.05
 
 
-class MissingSolverError(RuntimeError):
+class FitError(ValueError):
+    """These points do not determine a step-time model; the message says what is missing."""
+
+
+class MissingSolverError(FitError):
     """SciPy is not installed; the message says which extra brings it."""
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from ratelimit.cli.common import JsonOption, failing_clearly, stderr
 from serving.benchgroups import GroupReport, fit_groups
 from serving.benchrows import BenchFileError
+from serving.solve import MissingSolverError
 
 
 def fit(
@@ -23,8 +24,8 @@ def fit(
     as_json: JsonOption = False,
 ) -> None:
     """Fit each (model, GPU, engine, serve command) of a benchmark file, and say how well it predicts unseen mixes."""
-    with failing_clearly(BenchFileError, OSError, UnicodeDecodeError), file.open(encoding="utf-8", newline="") as lines:
-        reports = fit_groups(lines)
+    with failing_clearly(BenchFileError, MissingSolverError, OSError, UnicodeDecodeError):
+        reports = _reports(file)
     if as_json:
         for report in reports:
             typer.echo(msgspec.json.encode(report).decode())
@@ -34,6 +35,11 @@ def fit(
         for problem in report.refused:
             stderr.print(f"{report.model} {report.gpu}, {problem}", markup=False, highlight=False, soft_wrap=True)
     stderr.print(_summary(reports), markup=False, highlight=False, soft_wrap=True)
+
+
+def _reports(file: Path) -> list[GroupReport]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return fit_groups(lines)
 
 
 def _table(reports: list[GroupReport]) -> Table:

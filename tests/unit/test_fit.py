@@ -78,7 +78,7 @@ def test_the_residual_is_the_error_of_the_token_rate() -> None:
 
 def test_too_few_mixes_are_refused() -> None:
     """Three mixes do not determine four coefficients."""
-    with pytest.raises(FitError, match="3 mixes were measured, a fit needs at least 4"):
+    with pytest.raises(FitError, match="3 of at least 4 mixes were measured"):
         fit_step_time([point(mix, c) for mix, c in SWEEP if mix != "chat"])
 
 

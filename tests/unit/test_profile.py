@@ -5,8 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from serving.profile import ProfileError, dump_profile, load_profile, parse_profile, shipped_profiles
+from serving.profile import (
+    ContextRange,
+    Fit,
+    OutOfRangeError,
+    Profile,
+    ProfileError,
+    dump_profile,
+    load_profile,
+    parse_profile,
+    shipped_profiles,
+)
+from serving.surface import surface_of
 
 
 def document() -> dict[str, Any]:
@@ -79,3 +91,74 @@ def test_what_is_no_document_is_refused() -> None:
         parse_profile(b"{")
     with pytest.raises(ProfileError, match="Expected `object`, got `array`"):
         parse_profile(b"[]")
+
+
+def measured_from(least: float, most: float) -> Profile:
+    """A profile of which only the measured range of contexts matters."""
+    fit = Fit((), residual_median=0.0, residual_max=0.0, context=ContextRange(least, most))
+    return replace(load_profile("h100-llama-3.1-8b"), fit=fit, surface=None)
+
+
+def test_a_fit_of_an_earlier_version_still_loads() -> None:
+    """Points and fits written before there were forms, ranges and errors at unseen mixes load with defaults."""
+    broken = document()
+    point = {"mix": "chat", "concurrency": 4, "duration_s": 9.0, "requests": 8, "input_tokens": 80, "output_tokens": 80}
+    broken["fit"] = {"points": [point], "residual_median": 0.01, "residual_max": 0.02}
+    fit = parse_profile(json.dumps(broken)).fit
+
+    assert fit is not None
+    assert (fit.model_form, fit.loo_error_median, fit.context) == ("linear", None, None)
+    assert fit.points[0].concurrency == 4
+
+
+def test_within_the_measured_range_the_model_is_given_plainly() -> None:
+    """No note stands beside what was measured."""
+    profile = measured_from(100, 5000)
+
+    assert profile.step_time_for(1e4, 100) == profile.step_time
+    assert profile.extrapolated_step_time(1e4, 5000) == (profile.step_time, "")
+
+
+@pytest.mark.parametrize("context", [99, 5001])
+def test_beyond_the_measured_range_the_model_is_given_on_request_only(context: float) -> None:
+    """Asked plainly, the profile refuses and names its range; asked to extrapolate, it marks what it gives."""
+    profile = measured_from(100, 5000)
+
+    with pytest.raises(OutOfRangeError, match="outside the measured range of 100 to 5000 tokens"):
+        profile.step_time_for(1e4, context)
+    step_time, note = profile.extrapolated_step_time(1e4, context)
+    assert step_time == profile.step_time
+    assert note.startswith("extrapolated: ")
+
+
+def test_an_estimate_without_a_range_claims_none() -> None:
+    """Where no range was measured, there is none to leave."""
+    assert replace(load_profile("h100-llama-3.1-8b"), fit=None).covers_context(10**6)
+
+
+def test_a_surface_scales_the_model_around_each_place() -> None:
+    """The step-time model for a place is the linear one, times the factor measured there."""
+    profile = replace(measured_from(100, 5000), surface=surface_of([(1e4, 1000, 1.5), (1e6, 4000, 0.8)]))
+
+    assert profile.step_time_for(1e4, 1000) == profile.step_time.slowed(1.5)
+    assert profile.step_time_for(1e6, 4000) == profile.step_time.slowed(0.8)
+    assert parse_profile(dump_profile(profile)) == profile
+
+
+@pytest.mark.parametrize(
+    ("surface", "message"),
+    [
+        ({"points": []}, "surface.points is empty"),
+        ({"points": [{"kv_tokens": 10, "context_tokens": 10, "factor": -1}]}, r"surface.points\[0\]"),
+    ],
+)
+def test_a_bad_surface_is_refused(surface: dict[str, Any], message: str) -> None:
+    """A negative factor and a surface of nothing are named."""
+    with pytest.raises(ProfileError, match=message):
+        parse_profile(json.dumps(document() | {"surface": surface}))
+
+
+def test_a_range_upside_down_is_refused() -> None:
+    """The least context is not above the greatest."""
+    with pytest.raises(ProfileError, match=r"fit\.context"):
+        parse_profile(dump_profile(measured_from(5000, 100)))
