@@ -4,6 +4,7 @@ Everything that the limits depend on (the config, the keys, the overrides, the r
 every round, so there is no path by which a change could be missed. A round runs when a replica changes phase, and
 every ``ROUND_INTERVAL_S`` for what only time or a file changes. Limits fall in the round after a replica is
 lost; they rise when a new one has been healthy for its pool's ``raise_after_s``, or at once where none served before.
+One that flaps must stay healthy for longer each time. What live signals say of a supply trims it (see ``feedback``).
 What people decide may have to wait for approval (see ``approval``): then a round goes on with what was decided before
 it, and the fleet as it is.
 No round waits for a knee: a replica whose knee is not known yet does not count, and a pool whose promise changes keeps
@@ -27,9 +28,10 @@ from redis.exceptions import RedisError
 
 from ratelimit.config import Config, PoolConfig, policy_of
 from ratelimit.decided import Adopted, Decided, changes, held_together
-from ratelimit.derive import GroupSupply, derive
+from ratelimit.derive import GroupSupply, Trim, derive
 from ratelimit.governor import Governor
 from ratelimit.keys import KeyFile, KeyRecord, active_keys, valid_records
+from ratelimit.livefeedback import LiveFeedback
 from ratelimit.overrides import Override, OverrideFile, active
 from ratelimit.policy import Policy, PoolPolicy, Promise, TierPolicy, promises_of
 from ratelimit.publication import Publication
@@ -89,15 +91,16 @@ def counted(
         for status in healthy
         if status.spec.url in kept
         or status.spec.model not in served
-        or status.health.healthy_for_s(now_s) >= raise_after_s[status.spec.model]
+        or status.health.has_stayed(raise_after_s[status.spec.model], now_s)
     )
 
 
 class _FleetNow(NamedTuple):
-    """The health of every watched replica at one moment (monotonic seconds), by URL."""
+    """The health of every watched replica at one moment (monotonic seconds), by URL, and the trims, by model."""
 
     health: Mapping[str, ReplicaHealth]
     now_s: float
+    trims: Mapping[str, Trim]
 
     def statuses(self, specs: Iterable[ReplicaSpec]) -> list[ReplicaStatus]:
         """What these replicas' health is, where there is one at their URL."""
@@ -111,6 +114,7 @@ class _Inputs(msgspec.Struct, frozen=True):
     specs: tuple[ReplicaSpec, ...]
     active_keys: Mapping[tuple[str, str], int]
     overrides: tuple[Override, ...]
+    trims: Mapping[str, Trim]
 
 
 class Controller:
@@ -123,6 +127,7 @@ class Controller:
         self._keys = KeyFile(config.state_dir)
         self._overrides = OverrideFile(config.state_dir)
         self._supplies = SupplyBook(self._wake.set)
+        self._feedback = LiveFeedback(config.state_dir)
         self._governor = Governor(config.state_dir)
         self._decided = self._governor.resumed()
         self._seen: tuple[object, ...] | None = None
@@ -233,6 +238,7 @@ class Controller:
             await self._publisher.publish_keys(records)
             self._published_keys = records
         self._watch()
+        self._look_at_signals()
         fleet = self._fleet_now()
         if self._is_settling(fleet):
             return
@@ -279,7 +285,13 @@ class Controller:
         return (wanted, wanted) if base == wanted else (base, wanted)
 
     def _fleet_now(self) -> _FleetNow:
-        return _FleetNow({url: status.health for url, status in self._fleet.statuses().items()}, monotonic())
+        health = {url: status.health for url, status in self._fleet.statuses().items()}
+        return _FleetNow(health, monotonic(), self._feedback.trims())
+
+    def _look_at_signals(self) -> None:
+        published = self._inputs_published
+        if published is not None:
+            self._feedback.look(published.policy.pools, published.supplies, self._fleet.counters(), monotonic())
 
     def _is_settling(self, fleet: _FleetNow) -> bool:
         """Whether this has just started, and the knee of a healthy replica is still being found.
@@ -318,6 +330,7 @@ class Controller:
             specs=tuple(status.spec for status in statuses),
             active_keys=decided.active_keys,
             overrides=decided.overrides,
+            trims={model: trim for model, trim in fleet.trims.items() if model in promises},
         )
 
     def _policy_now(self, policy: Policy, statuses: Iterable[ReplicaStatus], book: SupplyBook) -> Policy:
@@ -357,6 +370,7 @@ class Controller:
             supplies=inputs.supplies,
             active_keys=inputs.active_keys,
             overrides=inputs.overrides,
+            trims=inputs.trims,
         )
 
 
@@ -385,9 +399,20 @@ def what_changed(before: _Inputs | None, now: _Inputs) -> str:
     changes += [f"{url} left" for url in sorted(before.counted - now.counted)]
     changes += ["the config changed"] if (now.policy, now.specs) != (before.policy, before.specs) else []
     changes += ["supplies changed"] if not changes and now.supplies != before.supplies else []
+    changes += [
+        _trim_text(model, now.trims) for model in now.supplies if now.trims.get(model) != before.trims.get(model)
+    ]
     changes += ["active keys changed"] if now.active_keys != before.active_keys else []
     changes += ["overrides changed"] if now.overrides != before.overrides else []
     return ", ".join(changes) or "Redis had lost the limits"
+
+
+def _trim_text(model: str, trims: Mapping[str, Trim]) -> str:
+    return (
+        f"the supply of {model} is trimmed to {trims[model].factor:g}"
+        if model in trims
+        else f"{model} is trimmed no more"
+    )
 
 
 def _same_limits(one: Publication, other: Publication | None) -> bool:

@@ -7,7 +7,7 @@ predecessor has seen to be missed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -37,27 +37,23 @@ class LiveFeedback:
 
     def __init__(self, state_dir: Path) -> None:
         self._file = StateFile(state_dir / "feedback.json", PoolFeedback)
-        self._known: dict[str, PoolFeedback] | None = None
+        self._known = self._kept()
         self._window: Mapping[str, Counters] = {}
         self._began_s = float("-inf")
 
     def trims(self) -> dict[str, Trim]:
         """What is in force of each pool's supply, where that is not all."""
-        known = (self._known or {}).values()
-        return {
-            pool.model: Trim(pool.feedback.factor, pool.feedback.reason) for pool in known if pool.feedback.factor < 1
-        }
+        trimmed = [known for known in self._known.values() if known.feedback.factor < 1]
+        return {known.model: Trim(known.feedback.factor, known.feedback.reason) for known in trimmed}
 
     def look(
         self,
-        pools: Iterable[PoolPolicy],
+        pools: Sequence[PoolPolicy],
         supplies: Mapping[str, Sequence[GroupSupply]],
         counters: Mapping[str, Counters],
         now_s: float,
     ) -> None:
-        """Judge the window that has ended, if one has. Raises ``StateFileError`` where what is kept cannot be read."""
-        if self._known is None:
-            self._known = {known.model: known for known in self._file.read()}
+        """Judge the window that has ended, if one has."""
         if now_s - self._began_s < WINDOW_S:
             return
         done = {
@@ -66,23 +62,25 @@ class LiveFeedback:
             if (before := self._window.get(url)) and (activity := between(before, reading))
         }
         self._window, self._began_s = counters, now_s
-        kept, self._known = (
-            self._known,
-            {
-                pool.model: _judged(
-                    self._known.get(pool.model, PoolFeedback(pool.model)), pool, supplies[pool.model], done
-                )
-                for pool in pools
-            },
-        )
-        if _factors(kept) != _factors(self._known):
+        fresh = {pool.model: self._known.get(pool.model, PoolFeedback(pool.model)) for pool in pools}
+        before = _factors(self._known)
+        self._known = {pool.model: _judged(fresh[pool.model], pool, supplies[pool.model], done) for pool in pools}
+        if _factors(self._known) != before:
             self._save()
+
+    def _kept(self) -> dict[str, PoolFeedback]:
+        """What the controller before knew; nothing, which is said, where that cannot be read."""
+        try:
+            return {known.model: known for known in self._file.read()}
+        except StateFileError as error:
+            log.error("supplies begin untrimmed: %s", error)
+            return {}
 
     def _save(self) -> None:
         """A failure is logged: the trims hold while this controller lives, and are written with the next change."""
         try:
             with self._file.changing() as kept:
-                kept[:] = (self._known or {}).values()
+                kept[:] = self._known.values()
         except (StateFileError, OSError) as error:
             log.error("the trims of supplies are in force but not on disk: %s", error)
 

@@ -28,6 +28,12 @@ SILENT_PROBES_ALLOWED = 1
 #: for the other when it was last seen to move, and the step-time model is a mean.
 STEPS_BEFORE_STUCK = 2
 
+#: A replica that was lost again is flapping, unless it had been healthy for this long before. Its delay until it counts
+#: again doubles with each loss, up to the bound, from the configured one or the least where that is less.
+FLAP_QUIET_S = 600.0
+LEAST_FLAP_DELAY_S, MOST_FLAP_DELAY_S = 1.0, 600.0
+_MOST_FLAPS = 32
+
 
 class Observation(msgspec.Struct, frozen=True):
     """What one probe saw at ``at_s``: how the replica answered, the work it holds, and its progress.
@@ -42,17 +48,33 @@ class Observation(msgspec.Struct, frozen=True):
 
 
 class ReplicaHealth(msgspec.Struct, frozen=True):
-    """The phase a replica is in since ``since_s``, and what the next observation is compared with."""
+    """The phase a replica is in since ``since_s``, and what the next observation is compared with.
+
+    ``losses`` counts how often it was lost without a quiet time in between.
+    """
 
     phase: ReplicaPhase = "starting"
     since_s: float = 0.0
     silent_probes: int = 0
     progress: float = -1.0
     progress_at_s: float = 0.0
+    losses: int = 0
 
     def healthy_for_s(self, now_s: float) -> float:
         """How long the replica has been healthy without a break; 0 if it is not."""
         return now_s - self.since_s if self.phase == "healthy" else 0.0
+
+    def has_stayed(self, raise_after_s: float, now_s: float) -> bool:
+        """Whether it has been healthy for so long, or if it flaps for as much longer, that it may count."""
+        return self.phase == "healthy" and self.healthy_for_s(now_s) >= raise_delay_s(raise_after_s, self.losses)
+
+
+def raise_delay_s(raise_after_s: float, losses: int) -> float:
+    """How long a replica must be healthy before it counts: as configured, doubled by each loss after the first."""
+    if losses < 2:
+        return raise_after_s
+    doubled = max(raise_after_s, LEAST_FLAP_DELAY_S) * 2 ** min(losses - 1, _MOST_FLAPS)
+    return max(raise_after_s, min(doubled, MOST_FLAP_DELAY_S))
 
 
 def observe(health: ReplicaHealth, seen: Observation, stuck_after_s: float) -> ReplicaHealth:
@@ -78,4 +100,7 @@ def stuck_time_s(configured_s: float, step_time: StepTimeModel, limits: EngineLi
 
 def _enter(health: ReplicaHealth, phase: ReplicaPhase, now_s: float, silent_probes: int) -> ReplicaHealth:
     since_s = health.since_s if phase == health.phase else now_s
-    return msgspec.structs.replace(health, phase=phase, since_s=since_s, silent_probes=silent_probes)
+    losses = health.losses
+    if health.phase == "healthy" and phase != "healthy":
+        losses = 1 if health.healthy_for_s(now_s) >= FLAP_QUIET_S else losses + 1
+    return msgspec.structs.replace(health, phase=phase, since_s=since_s, silent_probes=silent_probes, losses=losses)

@@ -94,7 +94,7 @@ class Activity(msgspec.Struct, frozen=True):
 def read_counters(exposition: str, at_s: float) -> Counters | None:
     """The reading in a Prometheus text exposition; None where nothing is known by it.
 
-    That is where it has no histogram of TTFT, or a value that is not finite. Raises ``ValueError`` for no number at all.
+    That is where it has no histogram of TTFT, or a value is not finite. Raises ``ValueError`` where one is no number.
     """
     sums: dict[str, float] = defaultdict(float)
     buckets: dict[str, dict[float, float]] = {field: defaultdict(float) for field in _HISTOGRAMS.values()}

@@ -14,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from ratelimit import controller as controller_module
-from ratelimit import supply
+from ratelimit import livefeedback, supply
 from ratelimit.config import Config
 from ratelimit.controller import Controller, OnChange
 from ratelimit.keys import KeyFile
@@ -24,6 +24,7 @@ from serving.capacity import EngineLimits, Slo, StepTimeModel, WorkloadMix
 from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus
 from serving.health import ReplicaHealth, ReplicaPhase
 from serving.profile import Profile, ProfileError, dump_profile, load_profile
+from serving.signals import Counters, Histogram
 from serving.stepsim import Knee
 
 A, B = "http://127.0.0.1:8100", "http://127.0.0.1:8101"
@@ -37,6 +38,7 @@ class FakeFleet(Fleet):
         self.wake = on_change
         self.specs: tuple[ReplicaSpec, ...] = ()
         self.phases: dict[str, ReplicaPhase] = {}
+        self.reading: Callable[[], Counters | None] = lambda: None
 
     def watch(self, specs: Iterable[ReplicaSpec]) -> None:
         self.specs = tuple(specs)
@@ -46,6 +48,10 @@ class FakeFleet(Fleet):
 
     def statuses(self) -> Mapping[str, ReplicaStatus]:
         return {s.url: ReplicaStatus(s, ReplicaHealth(self.phases.get(s.url, "healthy"))) for s in self.specs}
+
+    def counters(self) -> Mapping[str, Counters]:
+        reading = self.reading()
+        return {spec.url: reading for spec in self.specs} if reading else {}
 
     def turn(self, url: str, phase: ReplicaPhase) -> None:
         self.phases[url] = phase
@@ -276,6 +282,50 @@ async def test_knees_are_no_longer_sought_when_the_controller_has_ended(
 
     names = {task.get_name() for task in asyncio.all_tasks()}
     assert not names & {"find knees", "controller rounds"}
+
+
+class Queueing:
+    """Readings of a replica whose queue grows though little is asked of it: each is 15 s after the one before."""
+
+    def __init__(self) -> None:
+        self.windows = 0
+
+    def __call__(self) -> Counters:
+        self.windows += 1
+        n = float(self.windows)
+        started = Histogram((1.0, float("inf")), (20 * n, 20 * n))
+        return Counters(15 * n, finished=20 * n, prompt_tokens=1.0, waiting=20 * n, ttft=started)
+
+
+async def test_what_a_fleet_is_seen_to_do_less_trims_its_limits_and_says_so(
+    redis_client: Redis, tmp_path: Path, knees: Knees, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue that grows under little load cuts the published supply; lost signals, and a restart, leave it so."""
+    monkeypatch.setattr(livefeedback, "WINDOW_S", 0.0)
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await stack.until(lambda seen: urls(seen) == {A, B})
+        stack.fleet.reading = Queueing()
+        cut = await stack.until(lambda seen: seen.pools[0].budget_per_minute < before.pools[0].budget_per_minute)
+        assert "the supply of m is trimmed to" in cut.reason
+        assert "what waits needs" in cut.pools[0].explanation
+        await stack.until(lambda seen: "0.5 trim" in seen.pools[0].explanation)
+        stack.fleet.reading = lambda: None
+
+    async with running(config_of(tmp_path), redis_client) as stack:
+        again = await stack.until(lambda seen: seen.reason == "the controller started" and seen.epoch > cut.epoch)
+        assert "0.5 trim" in again.pools[0].explanation
+
+
+async def test_trims_that_cannot_be_read_do_not_stop_the_limits(
+    redis_client: Redis, tmp_path: Path, knees: Knees, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A damaged file is said, and supplies begin untrimmed."""
+    (tmp_path / "feedback.json").write_text("{")
+
+    async with running(config_of(tmp_path), redis_client) as stack:
+        await stack.until(lambda seen: urls(seen) == {A, B})
+
+    assert "supplies begin untrimmed" in caplog.text
 
 
 def twice_as_slow(profile: Profile) -> Profile:

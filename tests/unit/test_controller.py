@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Literal
+
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit.controller import counted
 from serving.fleet import ReplicaSpec, ReplicaStatus
-from serving.health import ReplicaHealth, ReplicaPhase
+from serving.health import Observation, ReplicaHealth, ReplicaPhase, observe
 
 RAISE_AFTER_S = {"m": 5.0}
 
@@ -34,6 +37,22 @@ def test_a_lost_replica_stops_counting_at_once() -> None:
 def test_the_first_replica_of_a_model_counts_at_once() -> None:
     """Where nothing was promised there is nothing to take back, so nobody waits for raise_after_s."""
     assert counted([status("a", "healthy", 10.0)], frozenset(), RAISE_AFTER_S, now_s=10.0) == {"a"}
+
+
+def test_a_flapping_replica_raises_limits_once_and_not_at_each_return() -> None:
+    """One replica of two that comes and goes every 8 s counts again only when it has stayed."""
+    steady = status("steady", "healthy", 0.0)
+    flapping, before, changes = ReplicaHealth("healthy", 0.0), frozenset({"steady", "flapping"}), 0
+    for tick in range(1, 400):
+        answer: Literal["healthy", "refused"] = "refused" if tick % 16 in (0, 1) else "healthy"
+        flapping = observe(flapping, Observation(tick / 2, answer), 60.0)
+        fleet = [steady, ReplicaStatus(msgspec.structs.replace(steady.spec, url="flapping"), flapping)]
+        now = counted(fleet, before, RAISE_AFTER_S, now_s=tick / 2)
+        changes += now != before
+        before = now
+
+    assert before == {"steady"}
+    assert changes <= 3
 
 
 @given(

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.fleet import HELD_METRICS, sum_metrics
-from serving.health import Observation, ReplicaHealth, observe, stuck_time_s
+from serving.health import (
+    FLAP_QUIET_S,
+    MOST_FLAP_DELAY_S,
+    Observation,
+    ReplicaHealth,
+    observe,
+    raise_delay_s,
+    stuck_time_s,
+)
 from serving.profile import load_profile
 
 STUCK_AFTER_S = 5.0
@@ -100,3 +108,45 @@ def test_the_time_until_stuck_is_longer_than_any_step() -> None:
 
     assert stuck_time_s(5.0, profile.step_time.slowed(10), profile.limits) == 5.0
     assert stuck_time_s(5.0, profile.step_time.slowed(100), profile.limits) > 100 * full_step_s
+
+
+def lost_and_back(health: ReplicaHealth, at_s: float) -> ReplicaHealth:
+    """Refused at ``at_s``, and answering again a second later."""
+    down = observe(health, Observation(at_s, "refused"), STUCK_AFTER_S)
+    return observe(down, Observation(at_s + 1, "healthy"), STUCK_AFTER_S)
+
+
+def test_a_flapping_replica_must_stay_for_twice_as_long_each_time() -> None:
+    """The first loss costs the configured delay; the next ones double it, so that limits do not oscillate."""
+    health, delays = after([working(0.0, 1.0)]), []
+    for n in range(4):
+        health = lost_and_back(health, 10.0 * (n + 1))
+        delays.append(next(t for t in range(1000) if health.has_stayed(5.0, health.since_s + t)))
+
+    assert delays == [5, 10, 20, 40]
+
+
+def test_the_delay_of_a_flapping_replica_is_bounded() -> None:
+    """However often it was lost, a replica that has come back for good counts in the end; a longer own delay holds."""
+    assert raise_delay_s(5.0, losses=10_000) == MOST_FLAP_DELAY_S
+    assert raise_delay_s(0.0, losses=3) == 4.0
+    assert raise_delay_s(3600.0, losses=3) == 3600.0
+
+
+def test_a_quiet_time_forgives_earlier_losses() -> None:
+    """A replica that was lost, and then healthy for long, is no flapping one when it is lost again."""
+    health = after([working(0.0, 1.0)])
+    for n in range(5):
+        health = lost_and_back(health, 10.0 * (n + 1))
+
+    quiet = lost_and_back(health, health.since_s + FLAP_QUIET_S)
+
+    assert quiet.losses == 1
+    assert lost_and_back(health, health.since_s + FLAP_QUIET_S - 1).losses == 6
+
+
+def test_a_replica_that_freezes_and_moves_again_flaps_too() -> None:
+    """Stuck and free by turns is as unsteady as down and up."""
+    health = after([working(0.0, 1.0), working(5.0, 1.0), working(5.5, 2.0), working(10.5, 2.0), working(11.0, 3.0)])
+
+    assert (health.phase, health.losses) == ("healthy", 2)
