@@ -23,8 +23,8 @@ from statistics import median
 import msgspec
 
 from serving.capacity import StepTimeModel
-from serving.equations import UNKNOWN_BATCH, equation
-from serving.laws import Law, bounded_fitter, linear_law, linear_law_with_surface, linear_share, rate_error
+from serving.equations import UNKNOWN_BATCH, Equation, equation
+from serving.laws import Law, bounded_fitter, linear_law_with_surface, linear_share, rate_error
 from serving.leftout import LeftOut, left_out_errors
 from serving.points import MeasuredPoint
 from serving.profile import ContextRange, Fit, ModelForm, ProvenanceKind
@@ -33,7 +33,7 @@ from serving.solve import FitError
 from serving.steady_points import steady_points
 from serving.surface import Surface
 
-__all__ = ["FitError", "FitResult", "fit_profile", "fit_step_time", "residual"]
+__all__ = ["FitError", "FitResult", "fit_profile", "residual"]
 
 LEAST_MIXES = 4
 #: A mix is dominated by output where it emits at least this many tokens for each it reads.
@@ -68,22 +68,12 @@ def fit_profile(points: Sequence[MeasuredPoint], facts: Roofline | None = None) 
     steady, unsteady = steady_points(points)
     shortage = _shortage(steady)
     if shortage is None:
-        return _determined(steady, len(unsteady))
+        held = [equation(point) for point in steady]
+        law = linear_law_with_surface(held)
+        if law.model.base_s > 0:
+            return _determined(steady, held, law, len(unsteady))
+        shortage = "the points give an empty step no duration, lower concurrencies would"
     return _bounded(points, steady, facts or typical_roofline(), shortage)
-
-
-def fit_step_time(points: Sequence[MeasuredPoint]) -> tuple[StepTimeModel, Fit]:
-    """The non-negative least-squares model of points that are known to be steady, and how well it holds.
-
-    Raises ``FitError``.
-    """
-    check_points(points)
-    shortage = _mix_shortage(points)
-    if shortage is not None:
-        raise FitError(shortage)
-    held = [equation(point) for point in points]
-    law = _with_base(linear_law(held))
-    return law.model, _fit(points, law, UNKNOWN_BATCH, "linear", left_out_errors(held, linear_law))
 
 
 def residual(model: StepTimeModel, point: MeasuredPoint, batch: BatchBounds = UNKNOWN_BATCH) -> float:
@@ -107,9 +97,7 @@ def check_points(points: Sequence[MeasuredPoint]) -> None:
             raise FitError(f"a point without requests or output, or with more cached tokens than it read: {where}")
 
 
-def _determined(steady: tuple[MeasuredPoint, ...], unsteady: int) -> FitResult:
-    held = [equation(point) for point in steady]
-    law = _with_base(linear_law_with_surface(held))
+def _determined(steady: tuple[MeasuredPoint, ...], held: Sequence[Equation], law: Law, unsteady: int) -> FitResult:
     form: ModelForm = "linear" if law.surface is None else "surface"
     fit = _fit(steady, law, UNKNOWN_BATCH, form, left_out_errors(held, linear_law_with_surface))
     reason = f"{len(steady)} steady points determine the coefficients{_missed(fit)}"
@@ -147,12 +135,6 @@ def _fit(
         two_rate_error_median=None if left_out is None else round(left_out.two_rate_median, 4),
         context=ContextRange(min(contexts), max(contexts)),
     )
-
-
-def _with_base(law: Law) -> Law:
-    if law.model.base_s == 0:
-        raise FitError("the points give an empty step no duration; measure lower concurrencies too")
-    return law
 
 
 def _missed(fit: Fit) -> str:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from serving.capacity import StepTimeModel
-from serving.fit import LEAST_STEADY, FitError, fit_profile, fit_step_time, residual
+from serving.fit import LEAST_STEADY, FitError, fit_profile, residual
 from serving.gpus import GPUS, MODELS
 from serving.points import MeasuredPoint
 from serving.roofline import Roofline, roofline_of
@@ -52,8 +52,10 @@ models = st.builds(
 @given(models)
 def test_exact_points_give_their_model_back(model: StepTimeModel) -> None:
     """Without noise the fit finds the coefficients that made the points, and no residual."""
-    found, fit = fit_step_time([point(mix, c, model) for mix, c in SWEEP])
+    result = fit_profile([point(mix, c, model) for mix, c in SWEEP])
+    found, fit = result.model, result.fit
 
+    assert (result.form, result.provenance) == ("linear", "measured")
     for name in StepTimeModel.__struct_fields__:
         assert getattr(found, name) == pytest.approx(getattr(model, name), rel=1e-3)
     assert fit.residual_max < 1e-3
@@ -63,8 +65,10 @@ def test_exact_points_give_their_model_back(model: StepTimeModel) -> None:
 @given(st.lists(st.floats(-0.05, 0.05), min_size=len(SWEEP), max_size=len(SWEEP)))
 def test_noise_shows_as_residuals_and_never_as_negative_times(errors: list[float]) -> None:
     """With up to 5 % of noise every coefficient stays physical and no point is missed by more than three times that."""
-    found, fit = fit_step_time([point(mix, c, error=e) for (mix, c), e in zip(SWEEP, errors, strict=True)])
+    result = fit_profile([point(mix, c, error=e) for (mix, c), e in zip(SWEEP, errors, strict=True)])
+    found, fit = result.model, result.fit
 
+    assert result.provenance == "measured"
     assert found.base_s > 0
     assert min(found.prompt_token_s, found.sequence_s, found.kv_token_s) >= 0
     assert fit.residual_median <= fit.residual_max < 0.15
@@ -76,19 +80,32 @@ def test_the_residual_is_the_error_of_the_token_rate() -> None:
     assert residual(MODEL, point("chat", 4, error=0.25)) == pytest.approx(0.25)
 
 
-def test_too_few_mixes_are_refused() -> None:
-    """Three mixes do not determine four coefficients."""
-    with pytest.raises(FitError, match="3 of at least 4 mixes were measured"):
-        fit_step_time([point(mix, c) for mix, c in SWEEP if mix != "chat"])
+def test_too_few_mixes_are_no_measurement() -> None:
+    """Three mixes do not determine four coefficients: the rest comes from proportions, and the reason says so."""
+    result = fit_profile([point(mix, c) for mix, c in SWEEP if mix != "chat"])
+
+    assert result.provenance == "estimated"
+    assert result.reason.startswith("3 of at least 4 mixes were measured")
 
 
-def test_a_decode_heavy_mix_is_required() -> None:
+def test_without_a_decode_heavy_mix_there_is_no_measurement() -> None:
     """Without it decode cannot be told from prefill, whatever the number of mixes."""
     points = [point(mix, c) for mix, c in SWEEP if mix != "decode-heavy"]
     relabelled = [replace(p, mix="other") for p in points[:2]]
+    result = fit_profile([*points, *relabelled])
 
-    with pytest.raises(FitError, match="no mix is dominated by output"):
-        fit_step_time([*points, *relabelled])
+    assert result.provenance == "estimated"
+    assert result.reason.startswith("no mix is dominated by output")
+
+
+def test_a_step_never_takes_nothing() -> None:
+    """Where least squares would give an empty step no duration, bounds give it one, and the fit is an estimate."""
+    free = StepTimeModel(0.0, 2e-5, 2.5e-5, 3e-8)
+    result = fit_profile([point(mix, c, free, error=-0.03 * (c == 1)) for mix, c in SWEEP])
+
+    assert result.model.base_s > 0
+    assert result.provenance == "estimated"
+    assert "empty step" in result.reason
 
 
 def test_points_without_steps_are_named() -> None:
@@ -96,7 +113,7 @@ def test_points_without_steps_are_named() -> None:
     empty = replace(point("chat", 1), steps=0.0)
 
     with pytest.raises(FitError, match="without duration or steps: chat at concurrency 1"):
-        fit_step_time([empty, *(point(mix, c) for mix, c in SWEEP)])
+        fit_profile([empty, *(point(mix, c) for mix, c in SWEEP)])
 
 
 def test_a_missing_scipy_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +121,7 @@ def test_a_missing_scipy_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
 
     with pytest.raises(FitError, match=r"pip install 'penstock\[measure\]'"):
-        fit_step_time([point(mix, c) for mix, c in SWEEP])
+        fit_profile([point(mix, c) for mix, c in SWEEP])
 
 
 def steady(mix: str, concurrency: int, model: StepTimeModel = MODEL) -> MeasuredPoint:
