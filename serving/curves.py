@@ -8,7 +8,7 @@ is a function of its arguments and neighbours differ by their load alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, fsum
+from math import fsum
 
 import msgspec
 
@@ -21,19 +21,15 @@ from serving.capacity import (
     closed_form_requests_per_s,
 )
 from serving.profile import Profile
-from serving.stepsim import Arrival, knee, percentile, poisson_arrivals, simulate
+from serving.stepsim import Arrival, Outcome, horizon_requests, knee, percentile, simulate, unit_arrivals
 
 #: An SLO that everything meets: thirty years.
 WITHOUT_BOUNDS = Slo(1e9, 1e9)
 #: Loads of a curve, as shares of the rate that no latency bound limits.
 LOAD_SHARES = (
     *(0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7),
-    *(0.74, 0.78, 0.81, 0.84, 0.86, 0.88, 0.9, 0.915, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 1.0),
+    *(0.74, 0.78, 0.81, 0.84, 0.86, 0.88, 0.9, 0.915, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99),
 )
-_LEAST_REQUESTS = 2000
-_MOST_REQUESTS = 12000
-_LIFETIMES = 8
-_LEAST_SLACK = 0.01
 _WARM_UP_SHARE = 0.2
 
 
@@ -78,9 +74,11 @@ def throughput_curve(
     ``ValueError`` where the mix holds a request that the replica can never run.
     """
     ceiling = closed_form_requests_per_s(ReplicaGroup(1, step_time, limits, WITHOUT_BOUNDS), mix)
+    at_one_a_second = unit_arrivals(mix, horizon_requests(ceiling, mix, slo), seed)
     points: list[CurvePoint] = []
-    for share in sorted(shares):
-        point = _loaded(step_time, limits, mix, slo, ceiling * share, seed, _requests(step_time, mix, ceiling, share))
+    for rate in sorted(ceiling * share for share in shares):
+        arrivals = [Arrival(arrival.time_s / rate, arrival.shape) for arrival in at_one_a_second]
+        point = _point(simulate(step_time, limits, arrivals), throughput_of(mix, rate), slo.percentile)
         if point.ttft_s > slo.ttft_s:
             break
         points.append(point)
@@ -112,26 +110,10 @@ def step_time_around(profile: Profile, mix: WorkloadMix, slo: Slo) -> tuple[Step
     return profile.extrapolated_step_time(kv_tokens, context_tokens)
 
 
-def _loaded(
-    step_time: StepTimeModel,
-    limits: EngineLimits,
-    mix: WorkloadMix,
-    slo: Slo,
-    requests_per_s: float,
-    seed: int,
-    requests: int,
-) -> CurvePoint:
-    arrivals: list[Arrival] = poisson_arrivals(mix, requests_per_s, requests / requests_per_s, seed)
-    outcomes = simulate(step_time, limits, arrivals)
+def _point(outcomes: Sequence[Outcome], rate: Throughput, percent: float) -> CurvePoint:
     steady = outcomes[int(len(outcomes) * _WARM_UP_SHARE) :]
     return CurvePoint(
-        throughput_of(mix, requests_per_s),
-        ttft_s=percentile([o.ttft_s for o in steady], slo.percentile),
-        tpot_s=percentile([o.tpot_s for o in steady if o.shape.output_tokens > 1], slo.percentile),
+        rate,
+        ttft_s=percentile([o.ttft_s for o in steady], percent),
+        tpot_s=percentile([o.tpot_s for o in steady if o.shape.output_tokens > 1], percent),
     )
-
-
-def _requests(step_time: StepTimeModel, mix: WorkloadMix, ceiling: float, share: float) -> int:
-    """Enough arrivals to last several times as long as a request does at that load, within a bound on the effort."""
-    lifetime_s = step_time.base_s / max(1 - share, _LEAST_SLACK) * mix.mean_output_tokens
-    return min(_MOST_REQUESTS, max(_LEAST_REQUESTS, ceil(_LIFETIMES * ceiling * share * lifetime_s)))

@@ -76,5 +76,5 @@ def dress(axes: Axes, grid: str = "y") -> None:
 
 
 def thousands(value: float, _: object = None) -> str:
-    """A tick's label: 12,000."""
-    return f"{value:,.0f}"
+    """A tick's label: 12,000, or 0.5."""
+    return f"{value:,.0f}" if value >= 1 else f"{value:g}"

@@ -56,7 +56,7 @@ def draw_comparison(curves: Sequence[Drawn], headline: str, mix: WorkloadMix, sl
         axes.set_xlim(0, slo.tpot_s * 1e3 * _BEYOND_BOUND)
         axes.set_ylim(0, _highest(ordered, slo.tpot_s * _BEYOND_BOUND) * 1.08)
         axes.annotate(
-            f"TPOT bound {slo.tpot_s * 1e3:g} ms", (slo.tpot_s * 1e3, 0.015), (6, 0), textcoords="offset points",
+            f"TPOT bound {slo.tpot_s * 1e3:g} ms", (slo.tpot_s * 1e3, 0.97), (6, 0), textcoords="offset points",
             xycoords=("data", "axes fraction"), color=MUTED, fontsize=9.5,
         )  # fmt: skip
         _label(axes, f"p{slo.percentile:g} time per output token, ms", "output tokens/s per GPU")
@@ -64,8 +64,10 @@ def draw_comparison(curves: Sequence[Drawn], headline: str, mix: WorkloadMix, sl
         title(figure, headline, _caption(ordered, mix, slo))
 
 
-def draw_profile(curves: Sequence[Drawn], headline: str, caption: str, percentile: float, path: Path) -> None:
-    """One profile, a curve for each mix, and what was measured of it. Raises as ``picture``."""
+def draw_profile(
+    curves: Sequence[Drawn], headline: str, caption: str, percentile: float, seen_label: str, path: Path
+) -> None:
+    """One profile, a curve for each mix, and what was seen of it, called ``seen_label``. Raises as ``picture``."""
     with picture(path) as figure:
         axes = figure.subplots()
         axes.set_xscale("log")
@@ -76,7 +78,7 @@ def draw_profile(curves: Sequence[Drawn], headline: str, caption: str, percentil
                 times_ms = [tpot_s * 1e3 for tpot_s, _ in curve.seen]
                 axes.plot(times_ms, [rate for _, rate in curve.seen], "o", color=colour, markersize=6, zorder=4)
         if any(curve.seen for curve in curves):
-            axes.plot([], [], "o", color=INK, label="measured")
+            axes.plot([], [], "o", color=INK, label=seen_label)
         from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: PLC0415 - picture() imports it
 
         for axis in (axes.xaxis, axes.yaxis):
@@ -100,7 +102,7 @@ def _name(curve: Drawn) -> str:
     if curve.knee_tokens_per_s is None:
         return f"{curve.label}{f' {ESTIMATED_MARK}' if curve.estimated else ''}"
     mark = f"{ESTIMATED_MARK} " if curve.estimated else ""
-    return f"{curve.label}: {mark}{thousands(float(f'{curve.knee_tokens_per_s:.2g}'))}"
+    return f"{curve.label}: {mark}{thousands(float(f'{curve.knee_tokens_per_s:.2g}'))} tok/s"
 
 
 def _colours(curves: Sequence[Drawn]) -> list[str]:
@@ -127,9 +129,7 @@ def _label(axes: Axes, x: str, y: str) -> None:
 
 
 def _legend_title(slo: Slo) -> str:
-    return (
-        f"output tokens/s per GPU at p{slo.percentile:g} TTFT ≤ {slo.ttft_s * 1e3:g} ms, TPOT ≤ {slo.tpot_s * 1e3:g} ms"
-    )
+    return f"at p{slo.percentile:g} TTFT ≤ {slo.ttft_s * 1e3:g} ms\nand TPOT ≤ {slo.tpot_s * 1e3:g} ms:"
 
 
 def _caption(curves: Sequence[Drawn], mix: WorkloadMix, slo: Slo) -> str:

@@ -113,10 +113,10 @@ def knee(step_time: StepTimeModel, limits: EngineLimits, mix: WorkloadMix, slo: 
     """
     _check_lone_requests(step_time, limits, mix, slo)
     ceiling = closed_form_requests_per_s(ReplicaGroup(1, step_time, limits, slo), mix)
-    unit_arrivals = _unit_arrivals(mix, _horizon_requests(ceiling, mix, slo), seed)
+    at_one_a_second = unit_arrivals(mix, horizon_requests(ceiling, mix, slo), seed)
 
     def judge(requests_per_s: float) -> _Verdict:
-        arrivals = [Arrival(arrival.time_s / requests_per_s, arrival.shape) for arrival in unit_arrivals]
+        arrivals = [Arrival(arrival.time_s / requests_per_s, arrival.shape) for arrival in at_one_a_second]
         return _judge(simulate(step_time, limits, arrivals), slo)
 
     rate, at_knee, beyond = _bisect(judge, ceiling)
@@ -186,7 +186,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return sorted(values)[max(0, ceil(len(values) * percent / 100 - 1e-9) - 1)]
 
 
-def _unit_arrivals(mix: WorkloadMix, count: int, seed: int) -> list[Arrival]:
+def unit_arrivals(mix: WorkloadMix, count: int, seed: int) -> list[Arrival]:
     """Poisson arrivals at one a second, in whole shuffled rounds of the mix, so that no shape is over-represented."""
     rng = Random(seed)  # noqa: S311 - simulation, not security
     shapes: list[RequestShape] = []
@@ -200,7 +200,7 @@ def _unit_arrivals(mix: WorkloadMix, count: int, seed: int) -> list[Arrival]:
     return arrivals
 
 
-def _horizon_requests(ceiling: float, mix: WorkloadMix, slo: Slo) -> int:
+def horizon_requests(ceiling: float, mix: WorkloadMix, slo: Slo) -> int:
     """Enough arrivals for the replica to be in its steady state most of the time, within a bound on the effort."""
     lifetime_s = slo.ttft_s + slo.tpot_s * mix.mean_output_tokens
     return min(_MAX_REQUESTS, max(_MIN_REQUESTS, ceil(_HORIZON_LIFETIMES * ceiling * lifetime_s)))

@@ -24,7 +24,7 @@ from serving.profileplot import Drawn, draw_comparison, draw_profile
 app = typer.Typer(help="What replicas can do: the shipped profiles and your own.", no_args_is_help=True)
 
 PlotOption = Annotated[Path | None, typer.Option(help="Also draw throughput against TPOT into this file (.png, .svg).")]
-_WHOLE_CURVE = Slo(ttft_s=10.0, tpot_s=1.0, percentile=50.0)
+_WHOLE_CURVE = Slo(ttft_s=10.0, tpot_s=0.1, percentile=50.0)
 
 
 @app.command("list")
@@ -150,7 +150,8 @@ def _draw_profile(profile: Profile, path: Path) -> None:
         f"{profile.provenance.date}: {how}. Curves are simulated from the fitted step-time model."
     )
     headline = f"{profile.name}: throughput against latency"
-    draw_profile([curve for curve in curves if curve.points], headline, caption, _WHOLE_CURVE.percentile, path)
+    seen = "measured" if profile.provenance.kind == "measured" else "published run"
+    draw_profile(curves, headline, caption, _WHOLE_CURVE.percentile, seen, path)
 
 
 def _measured_mixes(profile: Profile) -> list[tuple[WorkloadMix, tuple[tuple[float, float], ...]]]:

@@ -17,9 +17,10 @@ from serving.gpus import find_gpu, find_model
 from serving.points import MeasuredPoint
 from serving.profile import Fit, Profile
 from serving.profileplot import ESTIMATED_MARK
+from serving.roofline import BatchBounds
 
 ESTIMATED_NOTE = (
-    f"{ESTIMATED_MARK} estimated from data sheets and a published result, not measured; "
+    f"{ESTIMATED_MARK} estimated from data sheets and published results, not measured; "
     "`penstock measure` on the hardware itself replaces it"
 )
 _PROVENANCE_STYLE = {"measured": "green", "published": "cyan", "estimated": "yellow"}
@@ -48,6 +49,7 @@ def summary(profile: Profile) -> dict[str, Any]:
         "residual_median": fit.residual_median if fit else None,
         "residual_max": fit.residual_max if fit else None,
         "loo_error_median": fit.loo_error_median if fit else None,
+        "model_form": fit.model_form if fit else None,
     }
 
 
@@ -56,7 +58,7 @@ def profile_table(profiles: Sequence[Profile]) -> Table:
     table = Table()
     for column in ("profile", "model", "GPUs", "provenance", "engine", "date"):
         table.add_column(column, no_wrap=column == "profile")
-    for column in ("c0 ms", "c_p µs", "c_s µs", "c_k ns", "fit error", "left out"):
+    for column in ("c0 ms", "c_p µs", "c_s µs", "c_k ns", "line off by", "unseen mix", "form"):
         table.add_column(column, justify="right", no_wrap=True)
     for profile in profiles:
         table.add_row(*map(escape, _identity(profile)[:3]), _provenance(profile.provenance.kind), *_known(profile))
@@ -132,6 +134,7 @@ def _known(profile: Profile) -> tuple[str, ...]:
         *coefficients,
         f"{fit.residual_median:.1%} / {fit.residual_max:.1%}" if fit else "-",
         f"{fit.loo_error_median:.1%}" if fit and fit.loo_error_median is not None else "-",
+        fit.model_form if fit else "roofline",
     )
 
 
@@ -187,7 +190,8 @@ def _fit_text(fit: Fit) -> str:
 
 
 def _point_table(profile: Profile, fit: Fit) -> Table:
-    table = Table(title="measured points", title_justify="left")
+    line = "" if profile.surface is None else "; residuals are the line's, which a surface of measured factors corrects"
+    table = Table(title=f"points{line}", title_justify="left")
     table.add_column("mix")
     columns = (
         "load",
@@ -210,6 +214,8 @@ def _point_table(profile: Profile, fit: Fit) -> Table:
 
 
 def _point_row(profile: Profile, point: MeasuredPoint) -> tuple[str, ...]:
+    limits = profile.limits
+    batch = BatchBounds(limits.max_num_seqs, limits.max_num_batched_tokens, limits.kv_tokens)
     load = "-"
     if point.concurrency is not None:
         load = f"{point.concurrency:g} at once"
@@ -223,13 +229,15 @@ def _point_row(profile: Profile, point: MeasuredPoint) -> tuple[str, ...]:
         f"{point.input_tokens:,}",
         f"{point.output_tokens:,}",
         f"{point.output_tokens / point.duration_s:,.0f}",
-        *(_ms(getattr(point, field)) for field in ("ttft_p50_s", "ttft_p95_s", "tpot_p50_s", "tpot_p95_s")),
-        f"{residual(profile.step_time, point):+.1%}",
+        *(_time(getattr(point, field)) for field in ("ttft_p50_s", "ttft_p95_s", "tpot_p50_s", "tpot_p95_s")),
+        f"{residual(profile.step_time, point, batch):+.1%}",
     )
 
 
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:,.3g} ms"
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:,.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _plain_table() -> Table:
