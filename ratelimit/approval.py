@@ -2,10 +2,10 @@
 
 What limits depend on is of two kinds. What is *observed* (which replicas serve, and how well) takes effect at once: a
 promise that the fleet can no longer keep helps nobody. What is *decided* (the config with its profiles, the overrides,
-the number of keys) is a list of changes, each of which is weighed alone: what would be published with it, against what
-would be published without it, both with the fleet as it is now. A change by which a limit falls further than the
-operator allows waits; the others take effect, and so does everything that is observed. (Changes that fall no further
-all together take effect without being weighed one by one.)
+the number of keys) is a list of changes. What would be published with all of them is weighed against what would be
+published with none, both with the fleet as it is now. Where a limit falls further than the operator allows, each change
+is weighed alone, against what would be published without it: one that lowers a limit further than that waits, the others
+take effect. So what is bounded is each change, as if they were made one after the other, and not their sum.
 
 A change is known by a digest of what was decided before and after it, so that an approval lets that change through and
 no other.
@@ -86,10 +86,8 @@ def decide(
 ) -> Decision[I]:
     """Take up the changes one after another, but for those by which a limit loses more than ``falls_above`` of itself.
 
-    With None nothing waits.
-
-    ``base`` is what was decided so far with the fleet as it is now. Changes that together lower no
-    limit too far are taken up together. A change whose digest is in ``approved`` is taken up whatever it does.
+    ``base`` is what was decided so far with the fleet as it is now. A change whose digest is in ``approved`` is taken
+    up whatever it does. With ``falls_above`` None nothing waits.
     """
     together = base
     for change in changes:
@@ -97,20 +95,21 @@ def decide(
     wanted = derived(together)
     if falls_above is None or not changes:
         return Decision(together, wanted, (), ())
-    inputs, publication = base, derived(base)
-    if difference(snapshot(publication), snapshot(wanted)).largest_fall <= falls_above:
+    standing = derived(base)
+    if difference(snapshot(standing), snapshot(wanted)).largest_fall <= falls_above:
         return Decision(together, wanted, (), ())
     used: list[str] = []
     held: list[tuple[Change[I], Difference]] = []
+    inputs, publication = base, standing
     for change in changes:
         tried = change.applied(inputs)
         candidate = derived(tried)
         does = difference(snapshot(publication), snapshot(candidate))
-        if does.largest_fall > falls_above and change.digest not in approved:
+        falls = does.largest_fall > falls_above
+        if falls and change.digest not in approved:
             held.append((change, does))
             continue
-        if does.largest_fall > falls_above:
-            used.append(change.digest)
+        used += [change.digest] if falls else []
         inputs, publication = tried, candidate
     return Decision(inputs, publication, tuple(used), tuple(held))
 

@@ -104,7 +104,7 @@ async def test_a_lost_replica_is_no_decision(redis_client: Redis, tmp_path: Path
     """With approval for the least fall, the limits fall at once when capacity is lost."""
     async with running(config_of(tmp_path, falls_above=0.0), redis_client) as stack:
         await first(stack)
-        stack.fleet.turn(A, "lost")
+        stack.fleet.turn(A, "down")
         await stack.until(lambda p: urls(p) == {B})
 
     assert waiting_file(tmp_path).read() == []
@@ -115,7 +115,7 @@ async def test_a_loss_takes_effect_while_a_change_waits(redis_client: Redis, tmp
     async with running(config_of(tmp_path), redis_client) as stack:
         before = await first(stack)
         stack.controller.adopt(config_of(tmp_path, share=0.1))
-        stack.fleet.turn(A, "lost")
+        stack.fleet.turn(A, "down")
         after = await stack.until(lambda p: urls(p) == {B})
         waiting = await one_waits(tmp_path)
         assert assured(after) == pytest.approx(assured(before) / 2, rel=0.1)
@@ -186,7 +186,7 @@ async def test_replicas_that_a_config_leaves_out_serve_until_it_is_approved(
         stack.controller.adopt(config_of(tmp_path, falls_above=0.3, count=1))
         waiting = await one_waits(tmp_path)
         leaving = asyncio.create_task(stack.controller.published_without([B], 0.05))
-        stack.fleet.turn(A, "lost")
+        stack.fleet.turn(A, "down")
         await stack.until(lambda p: urls(p) == {B})
         stack.fleet.turn(A, "healthy")
         await stack.until(lambda p: urls(p) == {A, B})
@@ -273,7 +273,7 @@ async def test_a_change_is_not_weighed_before_its_knees_are_known(
         before = await first(stack)
         knees.gate.clear()
         stack.controller.adopt(config_of(tmp_path, ttft_ms=100))
-        stack.fleet.turn(A, "lost")
+        stack.fleet.turn(A, "down")
         await stack.until(lambda p: urls(p) == {B})
         assert waiting_file(tmp_path).read() == []
         knees.gate.set()
@@ -287,7 +287,7 @@ async def test_every_epoch_is_in_the_audit_log(redis_client: Redis, tmp_path: Pa
     published = []
     async with running(config_of(tmp_path, falls_above=None), redis_client) as stack:
         published.append(await first(stack))
-        stack.fleet.turn(A, "lost")
+        stack.fleet.turn(A, "down")
         published.append(await stack.until(lambda p: urls(p) == {B}))
         stack.controller.adopt(config_of(tmp_path, share=0.2, falls_above=None))
         published.append(await stack.until(lambda p: p.epoch > published[-1].epoch))
@@ -317,7 +317,7 @@ async def test_an_audit_log_that_cannot_be_written_stops_no_limits(
     monkeypatch.setattr(audit, "_write_at", failing)
     async with running(config_of(tmp_path), redis_client) as stack:
         one = await first(stack)
-        stack.fleet.turn(A, "lost")
+        stack.fleet.turn(A, "down")
         two = await stack.until(lambda p: urls(p) == {B})
         assert list(AuditLog(tmp_path).entries()) == []
         broken = False

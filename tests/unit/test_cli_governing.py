@@ -64,10 +64,10 @@ def publication(epoch: int, per_minute: int = 1000, keys: int = 2) -> Publicatio
 
 def keep(state: Path, *amounts: int) -> None:
     """Epochs from 1 on with these amounts; the last is published."""
-    before = None
+    before: Publication | None = None
     for epoch, amount in enumerate(amounts, start=1):
         now = publication(epoch, amount)
-        does = difference(before and snapshot(before), snapshot(now))
+        does = difference(snapshot(before) if before else None, snapshot(now))
         kept = Entry(epoch, now.published_at, now.reason, before.epoch if before else 0, does, snapshot(now))
         AuditLog(state).append(kept)
         before = now
