@@ -122,6 +122,17 @@ class GatewayConfig(Section):
         return list(range(self.admin_port, self.admin_port + self.workers))
 
 
+class ControllerConfig(Section):
+    """The controller's own metrics, where a port is named, and how it counts keys.
+
+    A key takes part in its tier's share on a model until it has been idle there for ``key_idle_s``.
+    """
+
+    metrics_host: str = Field(default="127.0.0.1", min_length=1)
+    metrics_port: Port | None = None
+    key_idle_s: float = Field(default=900.0, ge=60, le=7 * 86_400)
+
+
 class SloConfig(Section):
     """The bounds on time to first token and time per output token, for a device at full speed."""
 
@@ -292,6 +303,7 @@ class Config(Section):
     state_dir: LocalPath = Path(".penstock")
     redis: Annotated[str, AfterValidator(_redis_url), Field(repr=False)] = "embedded"
     gateway: GatewayConfig = GatewayConfig()
+    controller: ControllerConfig = ControllerConfig()
     pools: tuple[PoolConfig, ...]
     tiers: tuple[TierConfig, ...]
     orgs: tuple[OrgConfig, ...]

@@ -107,12 +107,17 @@ def live_change_problems(old: Config, new: Config) -> list[str]:
 
 
 def changes_at_restart(old: Config, new: Config) -> list[str]:
-    """What ``new`` changes that takes effect only at the next start: the gateways' settings other than enforce."""
+    """What ``new`` changes that takes effect only at the next start: settings of processes, enforce aside."""
+    sections: dict[str, tuple[BaseModel, BaseModel]] = {
+        "gateway": (old.gateway, new.gateway),
+        "controller": (old.controller, new.controller),
+    }
     return [
-        f"gateway.{name}: changed from {getattr(old.gateway, name)} to {getattr(new.gateway, name)}, "
+        f"{section}.{name}: changed from {getattr(before, name)} to {getattr(after, name)}, "
         "which takes effect at the next start"
-        for name in type(new.gateway).model_fields
-        if name != "enforce" and getattr(old.gateway, name) != getattr(new.gateway, name)
+        for section, (before, after) in sections.items()
+        for name in type(after).model_fields
+        if name != "enforce" and getattr(before, name) != getattr(after, name)
     ]
 
 
@@ -148,6 +153,8 @@ def _ports(config: Config) -> Iterator[Finding]:
 def _port_uses(config: Config) -> Iterator[tuple[Where, list[int]]]:
     yield ("gateway", "port"), [config.gateway.port]
     yield ("gateway", "admin_port"), config.gateway.admin_ports()
+    if config.controller.metrics_port is not None:
+        yield ("controller", "metrics_port"), [config.controller.metrics_port]
     for i, pool in enumerate(config.pools):
         for j, engine in enumerate(pool.engines):
             yield ("pools", i, "engines", j, "port"), engine.ports()

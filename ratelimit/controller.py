@@ -27,6 +27,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from ratelimit.config import Config, PoolConfig, policy_of
+from ratelimit.controllermetrics import ControllerMetrics
 from ratelimit.decided import Adopted, Decided, changes, held_together
 from ratelimit.derive import GroupSupply, Trim, derive
 from ratelimit.governor import Governor
@@ -121,6 +122,7 @@ class Controller:
     """Rounds of watch, derive and publish, until cancelled."""
 
     def __init__(self, config: Config, fleet: Callable[[OnChange], Fleet], publisher: Publisher) -> None:
+        self.metrics = ControllerMetrics()
         self._wake = asyncio.Event()
         self._fleet = fleet(lambda _status: self._wake.set())
         self._publisher = publisher
@@ -224,6 +226,7 @@ class Controller:
             if str(error) != self._failure:
                 log.error("limits cannot be published, the last ones stay in force: %s", error)
             self._failure = str(error)
+            self.metrics.failed_rounds.inc()
         else:
             if self._failure:
                 log.warning("limits are published again")
@@ -265,6 +268,7 @@ class Controller:
             log.warning("epoch %d published: %s", candidate.epoch, candidate.reason)
             self._governor.published(candidate, decision.approved)
         self._inputs_published = self._inputs(decision.inputs, fleet)
+        self.metrics.published(candidate, self._inputs_published.trims)
         self._decided, self._seen = decision.inputs, seen
         self._governor.took_up(decision.inputs)
 

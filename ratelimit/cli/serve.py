@@ -14,6 +14,7 @@ from ratelimit.admintoken import AdminTokenError, admin_token
 from ratelimit.cli.common import DEFAULT_CONFIG, ConfigOption, failing_clearly, log_to_stderr, read_config
 from ratelimit.config import Config
 from ratelimit.controller import Controller
+from ratelimit.controllermetrics import serve_metrics
 from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.gateway.server import GatewayStartError, run_gateway
 from ratelimit.housekeeping import housekeeping
@@ -61,7 +62,10 @@ async def _control(watch: ConfigWatch, redis_url: str) -> None:
     async with contextlib.aclosing(redis), probe_session() as session:
         publisher = Publisher(redis, watch.config.state_dir)
         running = Controller(watch.config, lambda changed: Fleet(session, changed), publisher)
-        async with background(running.run(), follow(watch, running.adopt), *housekeeping(redis, watch)) as tasks:
+        shown = watch.config.controller
+        metrics = serve_metrics(running.metrics, shown.metrics_host, shown.metrics_port)
+        work = (running.run(), follow(watch, running.adopt), metrics, *housekeeping(redis, watch))
+        async with background(*work) as tasks:
             await until_stopped(tasks, stop)
 
 

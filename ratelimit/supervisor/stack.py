@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 from ratelimit.admintoken import AdminTokenError, admin_token, token_file
 from ratelimit.config import Config, EngineConfig, PoolConfig
 from ratelimit.controller import Controller
+from ratelimit.controllermetrics import serve_metrics
 from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.housekeeping import housekeeping
 from ratelimit.keys import KeyFile
@@ -188,8 +189,13 @@ class _Starting:
             controller.adopt(config)
             departures.add(engines.want(specs))
 
+        shown = self._config.controller
         await self._beside(
-            controller.run(), departures.run(), follow(self._watch, adopt), *housekeeping(redis, self._watch)
+            controller.run(),
+            departures.run(),
+            follow(self._watch, adopt),
+            serve_metrics(controller.metrics, shown.metrics_host, shown.metrics_port),
+            *housekeeping(redis, self._watch),
         )
         await or_stop(_first_limits(controller, self._config), self._stop, self._tasks)
         return controller

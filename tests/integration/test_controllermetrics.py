@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import closing
+
+import aiohttp
+import pytest
+
+from ratelimit import controllermetrics
+from ratelimit.controllermetrics import ControllerMetrics, serve_metrics
+from ratelimit.groupsupply import Trim
+from ratelimit.publication import Publication, PublishedPool
+from tests.support.waiting import eventually
+
+WAIT_S = 20.0
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+async def fetched(port: int) -> str:
+    """The metrics, as soon as the port answers."""
+    async with asyncio.timeout(WAIT_S), aiohttp.ClientSession() as session:
+        while True:
+            try:
+                async with session.get(f"http://127.0.0.1:{port}/metrics") as response:
+                    return await response.text()
+            except aiohttp.ClientConnectionError:
+                await asyncio.sleep(0.01)
+
+
+async def test_the_metrics_are_served_on_their_port_until_cancelled() -> None:
+    """Prometheus finds the epoch there; the port is free again afterwards."""
+    metrics, port = ControllerMetrics(), free_port()
+    metrics.published(Publication(7, "", "", True, (), ()), {})
+    serving = asyncio.create_task(serve_metrics(metrics, "127.0.0.1", port))
+    try:
+        assert "penstock_epoch 7.0" in await fetched(port)
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+    with closing(socket.socket()) as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", port))
+
+
+async def test_a_port_that_is_taken_does_not_end_the_controller(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once, and the metrics are there as soon as the port is free."""
+    monkeypatch.setattr(controllermetrics, "RETRY_S", 0.01)
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        serving = asyncio.create_task(serve_metrics(ControllerMetrics(), "127.0.0.1", port))
+        await asyncio.to_thread(eventually, lambda: "cannot listen" in caplog.text, WAIT_S, "the word in the log")
+    try:
+        assert "penstock_failed_rounds_total 0.0" in await fetched(port)
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+    assert caplog.text.count("cannot listen") == 1
+
+
+async def test_nothing_is_served_without_a_port() -> None:
+    """The default: the controller listens nowhere."""
+    serving = asyncio.create_task(serve_metrics(ControllerMetrics(), "127.0.0.1", None))
+    await asyncio.sleep(0)
+    assert not serving.done()
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+
+
+def test_a_trim_is_shown_by_model(publication_of_one_pool: Publication) -> None:
+    """The gauge is the factor; 1 where nothing is trimmed, so that an alert can compare it."""
+    metrics = ControllerMetrics()
+
+    metrics.published(publication_of_one_pool, {"m": Trim(0.75, "slow")})
+    assert metrics.registry.get_sample_value("penstock_supply_trim", {"model": "m"}) == 0.75
+
+    metrics.published(publication_of_one_pool, {})
+    assert metrics.registry.get_sample_value("penstock_supply_trim", {"model": "m"}) == 1
+
+
+@pytest.fixture
+def publication_of_one_pool() -> Publication:
+    """A pool without replicas."""
+    pool = PublishedPool("m", (), (), 4096, 1.0, 100, 0, 0, 0.0, 0.0, 0.0, "")
+    return Publication(1, "", "", True, (pool,), ())
