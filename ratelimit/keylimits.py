@@ -112,16 +112,16 @@ def tier_limits(
     if active_keys < 2 or not tier.share < tier.ceiling < 1:
         return ()
     carried = [limit for limit in keyed if limit.name in promise_carriers(tier)]
-    if tier.oversell is None:
-        return tuple(_together(tier, active_keys, limit) for limit in carried)
     sizes = _sizes(lengths, promise_carriers(tier))
-    ceiling = _Base(supply.usable, f"{number(supply.usable)} requests/s", (_ceiling(tier),))
-    rated = [_rated(limit.name, ceiling, sizes[limit.name], lengths, tier.burst_s, _NO_BOUNDS) for limit in carried]
-    said = f"all keys of {tier.name} together, without the oversell"
-    return tuple(
-        Limit(each.name, each.per_minute, each.burst, f"{supply.text}\n{said}: {each.text}", per="tier")
-        for each in rated
-    )
+    whole = _Base(supply.usable, f"{number(supply.usable)} requests/s", (_ceiling(tier),))
+    together = []
+    for limit in carried:
+        if tier.oversell is not None or tier.maximum.of(limit.name) is not None:
+            rated = _rated(limit.name, whole, sizes[limit.name], lengths, tier.burst_s, _NO_BOUNDS)
+            together.append(_lifted(tier, active_keys, supply, limit, rated))
+        else:
+            together.append(_together(tier, active_keys, limit))
+    return tuple(together)
 
 
 def countable(limit: Limit) -> Limit:
@@ -190,6 +190,11 @@ class _Bounds(NamedTuple):
             amount, text = min(amount, self.most), f"{text}, at most {self.most:,} (the tier's maximum)"
         return amount, f"{text} → {amount:,}" if text else ""
 
+    def clamp(self, exact: Fraction) -> Fraction:
+        """The exact value within the same bounds."""
+        least = Fraction(0) if self.least is None else self.least * Fraction(self.kept)
+        return max(exact, least) if self.most is None else min(max(exact, least), Fraction(self.most))
+
 
 _NO_BOUNDS = _Bounds(None, Decimal(1), None)
 
@@ -222,14 +227,13 @@ def _rated(name: LimitName, base: _Base, size: Factor, lengths: Lengths, burst_s
     exact = product(base.start, factors)
     rounded = shown(exact)
     per_minute, bounded = bounds.apply(rounded)
-    rate = exact if per_minute == rounded else Fraction(per_minute)
-    burst = max(shown(burst_of(rate, burst_s)), big)
+    burst = max(shown(burst_of(bounds.clamp(exact), burst_s)), big)
     text = formula(base.said, factors, exact)
     return _Rated(
         name,
         per_minute,
         burst,
-        f"{text} → {rounded:,}/min{bounded}; burst {burst:,}: {burst_s:g} s of it, at least {big:,} "
+        f"{text} → {rounded:,}/min{bounded}; burst {burst:,}: {number(_decimal(burst_s))} s of it, at least {big:,} "
         f"({number(lengths.big_requests)} mean requests, the p{BURST_PERCENTILE})",
     )
 
@@ -253,6 +257,17 @@ def _in_two_colours(supply: Supply, assured: _Rated, ceiling: _Rated) -> Limit:
         ceiling_per_minute=max(ceiling.per_minute, assured.per_minute),
         ceiling_burst=max(ceiling.burst, assured.burst),
     )
+
+
+def _lifted(tier: TierPolicy, active_keys: int, supply: Supply, limit: Limit, ceiling: _Rated) -> Limit:
+    """As ``_together``, where one key alone may take only a part of the tier's ceiling."""
+    if not limit.ceiling_per_minute:
+        text = f"{supply.text}\nall keys of {tier.name} together: {ceiling.text}"
+        return Limit(ceiling.name, ceiling.per_minute, ceiling.burst, text, per="tier")
+    whole = msgspec.structs.replace(limit, ceiling_per_minute=ceiling.per_minute, ceiling_burst=ceiling.burst)
+    together = _together(tier, active_keys, whole)
+    text = f"{together.explanation}\nwithout bounds that ceiling is: {ceiling.text}"
+    return msgspec.structs.replace(together, explanation=f"{supply.text}\n{text}")
 
 
 def _together(tier: TierPolicy, active_keys: int, limit: Limit) -> Limit:

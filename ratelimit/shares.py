@@ -22,10 +22,14 @@ _WHOLE = Decimal(1)
 
 
 class Claim(NamedTuple):
-    """A tier's claim on a pool: its share and what its minima take, both as parts of what it could serve of it."""
+    """A tier's claim on a pool: its share and what its minima take, both as parts of what it could serve of it.
+
+    ``said`` is how the requests/s of the minimum follow from it.
+    """
 
     share: Fraction
     minimum: Fraction
+    said: str = ""
 
 
 class Levels(NamedTuple):
@@ -65,9 +69,13 @@ def _claim(tier: TierPolicy, pool: PoolPolicy, keys: int, supply: Supply) -> Cla
     if not (tier.share and supply.usable):
         return Claim(Fraction(0), Fraction(0))
     sizes = carrier_sizes(tier, lengths_of(promise_of(tier, pool).mix))
-    needed = [Fraction(tier.minimum.of(name) or 0) / 60 / Fraction(size) for name, size in sizes.items()]
-    minimum = keys * max(needed, default=Fraction(0)) / Fraction(supply.usable)
-    return Claim(Fraction(Decimal(str(tier.share))), minimum)
+    needed = [
+        (Fraction(least) / 60 / Fraction(size), f"{keys} active keys × {least:,} {name} ÷ {number(size)} ÷ 60 s")
+        for name, size in sizes.items()
+        if (least := tier.minimum.of(name))
+    ]
+    of_one, said = max(needed, default=(Fraction(0), ""))
+    return Claim(Fraction(Decimal(str(tier.share))), keys * of_one / Fraction(supply.usable), said)
 
 
 def _grant(tier: TierPolicy, claim: Claim, levels: Levels, supply: Supply) -> Grant:
@@ -75,7 +83,9 @@ def _grant(tier: TierPolicy, claim: Claim, levels: Levels, supply: Supply) -> Gr
     if claim.minimum > claim.share * Fraction(levels.share):
         start = factor_down(claim.minimum * Fraction(supply.usable))
         factors = (kept,) if levels.minimum < 1 else ()
-        return Grant(start, f"{number(start)} requests/s for the tier's minimum", factors, levels.minimum)
+        return Grant(
+            start, f"{number(start)} requests/s for the tier's minimum ({claim.said})", factors, levels.minimum
+        )
     share = Factor("×", Decimal(str(tier.share)), "tier share")
     left = Factor("×", levels.share, "left by the minima of other tiers")
     return Grant(
