@@ -6,6 +6,7 @@ Tokens are counted from the usage that the engine reports, never from chunks: un
 from __future__ import annotations
 
 import asyncio
+from statistics import median
 from time import monotonic
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -31,6 +32,9 @@ KEEPALIVE_S = 2.0
 BUSY_STATUSES = frozenset({429, 503, 529})
 DRAIN_POLL_S = 0.1
 NVIDIA_SMI_TIMEOUT_S = 10.0
+#: Token ids from here on are ordinary even in a tiny vocabulary: the special ones come first or last.
+FIRST_TOKEN_ID = 300
+WAY_REQUESTS, WAY_TOKENS = 15, 8
 _JSON = {"Content-Type": "application/json"}
 _COUNTED = (
     "vllm:iteration_tokens_total_count",
@@ -146,6 +150,18 @@ class Endpoint:
         """Prompt tokens for each byte of English prose."""
         answer = await self.complete(model, SAMPLE_TEXT, 1)
         return answer.input_tokens / len(SAMPLE_TEXT.encode())
+
+    async def turnaround_s(self, model: str) -> float:
+        """Seconds that a lone request is on its way while the engine computes nothing, as the median of a few.
+
+        A prompt of one token costs a step like the later ones, so what its first token takes longer is the way.
+        """
+        answers = [await self.complete(model, [FIRST_TOKEN_ID + k], WAY_TOKENS) for k in range(WAY_REQUESTS)]
+        first = median(answer.first_token_s - answer.start_s for answer in answers)
+        later = median(
+            (answer.finish_s - answer.first_token_s) / max(1, answer.output_tokens - 1) for answer in answers
+        )
+        return max(0.0, first - later)
 
     async def complete(self, model: str, prompt: str | list[int], output_tokens: int) -> Answer:
         """Stream exactly so many output tokens. Raises ``EndpointError`` for anything but a full, counted answer."""

@@ -81,6 +81,8 @@ def _busy_s(point: MeasuredPoint) -> float:
     Under Poisson arrivals with L in flight in the mean an engine is idle for a share e^(−L) of the time. A closed loop,
     a burst, and a run whose steps were counted are taken as busy throughout.
     """
+    if point.busy_s is not None:
+        return point.busy_s
     in_flight = point.in_flight
     if point.steps is not None or in_flight is None or unsteady_sign(point) is not None:
         return point.duration_s

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from serving.capacity import EngineLimits, WorkloadMix
+from serving.equations import equation
 from serving.points import MeasuredPoint
 
 COEFFICIENTS = ("base_s", "prompt_token_s", "sequence_s", "kv_token_s")
@@ -65,17 +66,8 @@ def identifiability(rows: Sequence[Row]) -> Identifiability:
 
 
 def measured_rows(points: Sequence[MeasuredPoint]) -> list[Row]:
-    """What one second of each run held; runs that lack a term are left out."""
-    return [
-        (
-            point.steps / point.duration_s,
-            point.input_tokens / point.duration_s,
-            point.output_tokens / point.duration_s,
-            point.kv_token_steps / point.duration_s,
-        )
-        for point in points
-        if point.steps is not None and point.kv_token_steps is not None and point.duration_s > 0
-    ]
+    """What one busy second of each run held, as the fit sees it."""
+    return [equation(point).linear for point in points]
 
 
 def planned_rows(mixes: Sequence[WorkloadMix], limits: EngineLimits) -> list[Row]:

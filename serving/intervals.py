@@ -7,7 +7,7 @@ replacement (a block bootstrap), a rate's from the means of equal slices of time
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from math import sqrt
+from math import ceil, sqrt
 from statistics import fmean, stdev
 
 import msgspec
@@ -39,7 +39,10 @@ def resampled(count: int, seed: int, replicates: int = REPLICATES) -> Iterator[n
 
 def percentile_of(values: np.ndarray, percent: float) -> float:
     """The smallest value that at least ``percent`` percent do not exceed, as ``stepsim.percentile``; 0 for none."""
-    return float(np.percentile(values, percent, method="inverted_cdf")) if len(values) else 0.0
+    if not len(values):
+        return 0.0
+    rank = max(0, ceil(len(values) * percent / 100 - 1e-9) - 1)
+    return float(np.partition(values, rank)[rank])
 
 
 def interval(values: Sequence[float], statistic: Callable[[np.ndarray], float], seed: int) -> Interval:

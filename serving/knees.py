@@ -29,8 +29,8 @@ from serving.records import Record
 from serving.search import Tried, bracket
 from serving.stepsim import percentile
 
-#: A fit takes a run as a sum of steps; an engine that idled for more than this share of it did something else too.
-LEAST_BUSY_SHARE = 0.98
+#: A fit takes a run as a sum of steps; where the engine worked for a smaller share, what it did else weighs too much.
+LEAST_BUSY_SHARE = 0.7
 
 
 class PointReport(msgspec.Struct, frozen=True):
@@ -78,8 +78,9 @@ def due_in(record: Record) -> list[RequestOutcome]:
 
 
 def is_fitted(record: Record) -> bool:
-    """Whether a run can be fitted: steady, and the engine never idle."""
-    return record.run.state == "steady" and record.run.busy_share >= LEAST_BUSY_SHARE
+    """Whether a run can be fitted: steady, and the engine seldom idle."""
+    point = record.run.point
+    return record.run.state == "steady" and (point.busy_s or 0.0) >= LEAST_BUSY_SHARE * point.duration_s
 
 
 def verdicts(records: Sequence[Record], mix: str, slo: Slo) -> list[Tried]:

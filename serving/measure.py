@@ -1,8 +1,9 @@
 """``penstock measure``: find what a live endpoint can do under an SLO, and write it down as a profile.
 
 For each mix one anchor (a lone request at a time: the empty step) and a search for the largest Poisson rate that meets
-the SLO (``search``). The steady runs of both, in which the engine never idled, are what the step-time model is fitted
-from. Every finished run goes to the journal, from which an interrupted measurement goes on.
+the SLO (``search``). The steady runs of both, in which the engine seldom idled, are what the step-time model is fitted
+from.
+Every finished run goes to the journal, from which an interrupted measurement goes on.
 """
 
 from __future__ import annotations
@@ -101,6 +102,9 @@ async def measure(target: MeasureTarget, journal_path: Path, watcher: Watcher) -
         with Journal(journal_path, journal_settings(target, facts)) as journal:
             if journal.news:
                 watcher.news(journal.news)
+            way_s = await endpoint.turnaround_s(facts.model)
+            point = msgspec.structs.replace(settings.point, turnaround_s=round(way_s, 5))
+            settings = msgspec.structs.replace(settings, point=point)
             await _Sweep(endpoint, facts.model, settings, mixes, journal, watcher).run()
             today = datetime.now(UTC).date().isoformat()
             made_of = Target(target.name, settings.slo, today, tokens_per_byte, target.notes)

@@ -145,9 +145,9 @@ def _source(target: Target, facts: EngineFacts, fit: FitResult, knees: Sequence[
 
 
 def knee_text(knee: KneeReport) -> str:
-    """A knee in a few words, with its interval."""
+    """A knee in a few words, with the interval of where the bound is crossed."""
     if knee.requests_per_s is None:
         return f"{knee.mix} {knee.reason}"
     crossing = knee.crossing_per_s
-    sure = "" if crossing is None or crossing.low is None else f" (95 %: {crossing.low:.3g}-{crossing.high:.3g})"
+    sure = f" (bound crossed at {crossing.low:.3g}-{crossing.high:.3g}/s, 95 %)" if crossing and crossing.low else ""
     return f"{knee.mix} {knee.requests_per_s:.3g}/s{sure}{', ' + knee.reason if knee.reason else ''}"

@@ -80,17 +80,20 @@ class Load(NamedTuple):
     source: str = ""
 
 
-def summary(load: Load, outcomes: Sequence[RequestOutcome], window: Window, steps: float | None) -> MeasuredPoint:
+def summary(
+    load: Load, outcomes: Sequence[RequestOutcome], window: Window, steps: float | None, turnaround_s: float
+) -> MeasuredPoint:
     """The run as a point; latencies are of the requests due within the window.
 
     ``steps`` are the engine's in the window; where it does not count them, they are the time in which it worked over
-    the mean time between two of an answer's tokens.
+    the mean time between two of an answer's tokens. ``turnaround_s`` is as in ``busy_s``.
     """
     due = watched(outcomes, window)
     shares = [
         (o, _share(o.scheduled_s, o.finish_s, window), _decoded(o, window), _prefilled(o, window)) for o in outcomes
     ]
-    counted = steps if steps is not None else _estimated_steps(outcomes, window)
+    working_s = busy_s(outcomes, window, turnaround_s)
+    counted = steps if steps is not None else _estimated_steps(outcomes, window, working_s)
     ttft, tpot = [o.ttft_s for o in due], [o.tpot_s for o in due if o.output_tokens > 1]
     return MeasuredPoint(
         mix=load.mix,
@@ -113,6 +116,7 @@ def summary(load: Load, outcomes: Sequence[RequestOutcome], window: Window, step
         tpot_p99_s=_percentile(tpot, 99),
         e2e_mean_s=_mean([o.e2e_s for o in due]),
         source=load.source,
+        busy_s=round(working_s, 4),
     )
 
 
@@ -143,15 +147,21 @@ def output_slices(outcomes: Sequence[RequestOutcome], window: Window, slices: in
     return [fsum(_decoded(o, edge) * o.output_tokens for o in outcomes) / width_s for edge in edges]
 
 
-def busy_share(outcomes: Sequence[RequestOutcome], window: Window) -> float:
-    """The share of the window in which at least one request was in flight."""
-    busy_s, until_s = 0.0, window.start_s
+def busy_s(outcomes: Sequence[RequestOutcome], window: Window, turnaround_s: float) -> float:
+    """The seconds of the window in which the engine worked.
+
+    Something was in flight so long, less ``turnaround_s`` for each time that it fell idle: what a lone request is on
+    its way to the engine and back, while nothing is computed.
+    """
+    flying_s, until_s, spells = 0.0, -1.0, 0
     for outcome in sorted(outcomes, key=lambda o: o.sent_s):
-        start_s = max(outcome.sent_s, until_s)
-        end_s = min(outcome.finish_s, window.end_s)
-        if end_s > start_s:
-            busy_s, until_s = busy_s + end_s - start_s, end_s
-    return busy_s / window.duration_s
+        start_s, end_s = max(outcome.sent_s, window.start_s), min(outcome.finish_s, window.end_s)
+        if end_s <= start_s:
+            continue
+        spells += outcome.sent_s > until_s
+        flying_s += max(0.0, end_s - max(start_s, until_s))
+        until_s = max(until_s, end_s)
+    return max(0.0, flying_s - spells * turnaround_s)
 
 
 def most_in_flight(outcomes: Sequence[RequestOutcome]) -> int:
@@ -179,13 +189,13 @@ def _share(start_s: float, end_s: float, window: Window) -> float:
     return max(0.0, min(end_s, window.end_s) - max(start_s, window.start_s)) / (end_s - start_s)
 
 
-def _estimated_steps(outcomes: Sequence[RequestOutcome], window: Window) -> float | None:
+def _estimated_steps(outcomes: Sequence[RequestOutcome], window: Window, working_s: float) -> float | None:
     decoding = [(o, _decoded(o, window)) for o in outcomes if o.output_tokens > 1]
     tokens = fsum(share * (o.output_tokens - 1) for o, share in decoding)
     if tokens == 0:
         return None
     step_s = fsum(share * (o.finish_s - o.first_token_s) for o, share in decoding) / tokens
-    return busy_share(outcomes, window) * window.duration_s / step_s if step_s > 0 else None
+    return working_s / step_s if step_s > 0 else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

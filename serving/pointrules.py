@@ -33,6 +33,7 @@ class PointSettings(msgspec.Struct, frozen=True):
 
     It is watched for ``watch_s`` after ``warm_up_s``; longer, up to ``most_watch_s``, until it has covered ten lives
     of its requests and ``least_requests`` of them. ``lag_bound_s`` bounds how late the client sends (p99).
+    ``turnaround_s`` is what a lone request is on its way while the engine computes nothing.
     """
 
     warm_up_s: float = 5.0
@@ -41,6 +42,7 @@ class PointSettings(msgspec.Struct, frozen=True):
     least_requests: int = 50
     lag_bound_s: float = 0.05
     most_in_flight: int = 4096
+    turnaround_s: float = 0.0
 
 
 class Seen(NamedTuple):

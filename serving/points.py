@@ -12,7 +12,8 @@ class MeasuredPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``cached_tokens`` those of them that a prefix cache had. ``steps`` are the engine's steps in the run,
     ``kv_token_steps`` the sum of O·(I + O/2) over its requests. ``concurrency`` is the bound of a closed loop, or the
     most that were in flight; ``offered_per_s`` the request rate of an open loop. ``source`` says where it is from.
-    TPOT is the mean over requests of their time per token, ITL the mean over all gaps between chunks.
+    TPOT is the mean over requests of their time per token, ITL the mean over all gaps between chunks. ``busy_s`` are
+    the seconds of the run in which the engine worked.
     """
 
     mix: str
@@ -37,6 +38,7 @@ class MeasuredPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     e2e_mean_s: float | None = None
     source: str = ""
     itl_mean_s: float | None = None
+    busy_s: float | None = None
 
     @property
     def mean_input_tokens(self) -> float:

@@ -14,11 +14,7 @@ Kind = Literal["anchor", "open"]
 
 
 class PointRun(msgspec.Struct, frozen=True):
-    """One run: the point, the requests that were open in its window, and what it was.
-
-    ``busy_share`` is the share of the window in which a request was in flight: below 1 the engine idled, and its time
-    is no sum of steps.
-    """
+    """One run: the point, the requests that were open in its window, and what it was."""
 
     point: MeasuredPoint
     state: State
@@ -26,7 +22,6 @@ class PointRun(msgspec.Struct, frozen=True):
     outcomes: tuple[RequestOutcome, ...]
     window_s: tuple[float, float]
     lag_p99_s: float
-    busy_share: float
 
 
 class Record(msgspec.Struct, frozen=True, tag="point"):

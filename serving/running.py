@@ -15,15 +15,15 @@ from time import monotonic
 import numpy as np
 
 from serving.capacity import RequestShape
-from serving.endpoint import Answer, Endpoint, EndpointError, EngineBusyError
+from serving.endpoint import FIRST_TOKEN_ID, Answer, Endpoint, EndpointError, EngineBusyError
 from serving.enginefacts import Counters
-from serving.outcomes import Load, RequestOutcome, Window, busy_share, overlapping, summary
+from serving.outcomes import Load, RequestOutcome, Window, overlapping, summary
 from serving.pointrules import PointSettings, Seen, Verdict, lag_p99_s, verdict, window_of
 from serving.records import PointRun
 from serving.steady import Sample
 
-#: Ids that even a tiny vocabulary has, and that are ordinary tokens: the special ones come first or last.
-_FIRST_TOKEN_ID, _TOKEN_ID_BOUND = 300, 800
+#: Even a tiny vocabulary has the ids below.
+_TOKEN_ID_BOUND = 800
 #: Samples and marks in the planned time of a point.
 _SAMPLES = 200
 _MARKS = 15
@@ -90,7 +90,7 @@ class Run:
         """Send a request and take its answer down."""
         number = next(self._numbers)
         self._open[number] = scheduled_s
-        prompt = self._ids.integers(_FIRST_TOKEN_ID, _TOKEN_ID_BOUND, shape.input_tokens).tolist()
+        prompt = self._ids.integers(FIRST_TOKEN_ID, _TOKEN_ID_BOUND, shape.input_tokens).tolist()
         try:
             self._take(scheduled_s, await self._endpoint.complete(self._model, prompt, shape.output_tokens))
         except EngineBusyError as error:
@@ -163,13 +163,14 @@ class Run:
         outcomes = overlapping(self._outcomes, window)
         self._check_cache(window)
         return PointRun(
-            point=summary(self._load, self._outcomes, window, self._counted(window, "steps")),
+            point=summary(
+                self._load, self._outcomes, window, self._counted(window, "steps"), self._settings.turnaround_s
+            ),
             state=found.state,
             why=found.why,
             outcomes=tuple(outcomes),
             window_s=(round(window.start_s, 4), round(window.end_s, 4)),
             lag_p99_s=round(lag_p99_s(outcomes), 5),
-            busy_share=round(busy_share(self._outcomes, window), 4),
         )
 
     def _counted(self, window: Window, counter: str) -> float | None:

@@ -152,5 +152,5 @@ def _show(found: Measurement, out: Path) -> None:
 
 def _text(figure: Interval, factor: float) -> str:
     if figure.low is None or figure.high is None:
-        return f"{figure.value * factor:.4g}"
-    return f"{figure.value * factor:.4g} ({figure.low * factor:.4g}-{figure.high * factor:.4g})"
+        return f"{figure.value * factor:.3g}"
+    return f"{figure.value * factor:.3g} ({figure.low * factor:.3g}-{figure.high * factor:.3g})"
