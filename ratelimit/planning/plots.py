@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _BEFORE, _AFTER = "#adb5bd", "#2a9d8f"
 _OTHER_GPU = "#6d597a"
+#: A part of a bar is labelled if it is more than this of the longest bar.
+_LEAST_TOLD = 0.08
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -37,7 +39,11 @@ def draw_limits(plan: Outcome, path: Path) -> None:
             axes.set_title(f"{label} tokens a minute, of each key", loc="left", fontsize=12)
         if plan.before is not None:
             panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1.06), ncols=2, frameon=False)
-        title(figure, f"Limits of each key: {plan.title}", _small_print(plan, "best-effort tiers: their ceiling"))
+        title(
+            figure,
+            f"Limits of each key: {plan.title}",
+            _small_print(plan, "Assured tiers: what is assured; best effort: the most there is"),
+        )
 
 
 def _limit_bars(axes: Axes, plan: Outcome, name: str) -> None:
@@ -80,10 +86,11 @@ def draw_throttled(plan: Outcome, path: Path) -> None:
             axes.set_title(word if plan.before is None else f"{word}: {_gpus(side)} GPUs", loc="left", fontsize=12)
             axes.set_xlabel("demand, as a multiple of the plan's peak")
         panels[0].set_ylabel("share of requests throttled")
-        handles, labels = panels[0].get_legend_handles_labels()
-        panels[0].legend(handles, labels, loc="upper left", frameon=False)
+        panels[-1].legend(loc="upper left", frameon=False)
         title(
-            figure, f"Who is throttled: {plan.title}", _small_print(plan, "fluid model, refused callers do not return")
+            figure,
+            f"Who is throttled: {plan.title}",
+            _small_print(plan, "Fluid model of the limiter; refused callers do not come back"),
         )
 
 
@@ -92,7 +99,7 @@ def _throttled_lines(axes: Axes, side: Side) -> None:
     for position, tier in enumerate(side.tiers):
         shares = [point.throttled_share.get(tier.tier, 0.0) for point in side.sweep]
         colour = COLOURS[position % len(COLOURS)]
-        axes.plot(times, shares, color=colour, linewidth=2.2, marker="o", markersize=4, label=tier.tier, clip_on=False)
+        axes.plot(times, shares, color=colour, linewidth=2.2, marker="o", markersize=3, label=tier.tier, clip_on=False)
     axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (3, 3)))
     axes.set_xscale("log", base=2)
     axes.set_xticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
@@ -106,12 +113,13 @@ def draw_supply(plan: Outcome, path: Path) -> None:
     found = _sides(plan)
     with picture(path, 10.5, 2.6 + 1.0 * len(found)) as figure:
         axes = figure.subplots()
+        least_told = _LEAST_TOLD * max(_output_tokens_per_s(side) for _, side, _ in found)
         for row, (_, side, _) in enumerate(found):
-            _supply_bar(axes, row, side)
+            _supply_bar(axes, row, side, least_told)
         axes.set_yticks(range(len(found)), [f"{word}\n{_gpus(side)} GPUs" for word, side, _ in found])
         axes.set_ylim(len(found) - 0.45, -0.75)
         axes.xaxis.set_major_formatter(lambda value, _: _short(value))
-        axes.set_xlabel("output tokens a second at the knee; the line: usable, less what is kept spare")
+        axes.set_xlabel("output tokens a second at the knee; the marks: usable, less what is kept spare")
         dress(axes, "x")
         handles, labels = axes.get_legend_handles_labels()
         once = dict(zip(labels, handles, strict=True))
@@ -119,18 +127,22 @@ def draw_supply(plan: Outcome, path: Path) -> None:
         title(figure, f"Supply by GPU type: {plan.title}", _small_print(plan, plan.promise))
 
 
-def _supply_bar(axes: Axes, row: int, side: Side) -> None:
+def _supply_bar(axes: Axes, row: int, side: Side, least_told: float) -> None:
     start = 0.0
-    whole = sum(gpu.output_tokens_per_s for gpu in side.supply.values())
     for gpu, found in side.supply.items():
         colour = GPU_COLOURS.get(gpu, _OTHER_GPU)
         width = found.output_tokens_per_s
         axes.barh(row, width, left=start, height=0.62, color=colour, label=gpu, edgecolor="white")
-        if width > 0.12 * max(whole, 1.0):
+        if width > least_told:
             said = f"{_short(found.gpus)} {gpu}\n{_short(width)}"
             axes.annotate(said, (start + width / 2, row), ha="center", va="center", color="white", fontsize=9.5)
         start += width
-    axes.plot([side.usable.output_tokens_per_s] * 2, [row - 0.4, row + 0.4], color=INK, linewidth=2.2)
+    for mark in ([row - 0.46, row - 0.31], [row + 0.31, row + 0.46]):
+        axes.plot([side.usable.output_tokens_per_s] * 2, mark, color=INK, linewidth=2.4)
+
+
+def _output_tokens_per_s(side: Side) -> float:
+    return sum(gpu.output_tokens_per_s for gpu in side.supply.values())
 
 
 def _sides(plan: Outcome) -> Sequence[tuple[str, Side, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import fsum
 
@@ -15,14 +16,14 @@ from ratelimit.publication import PublishedPool, TierLimits
 from serving.capacity import ReplicaGroup, Slo, WorkloadMix
 from serving.fleetcost import fleet_costs_s
 
-#: Multiples of the demand that are looked at: from a quarter to four times, each a third of an octave apart.
-MULTIPLES = tuple(2 ** (k / 3) for k in range(-6, 7))
+#: Multiples of the demand that are looked at: from a quarter to four times, each a sixth of an octave apart.
+MULTIPLES = tuple(2 ** (k / 6) for k in range(-12, 13))
 #: Of a replay, no more bins than these are looked at for each multiple.
 _SWEPT_BINS = 100
 
 
 class Share(msgspec.Struct, frozen=True):
-    """Of what a tier offered, a second in the mean: what was green, borrowed and throttled, as shares of it."""
+    """Of the work that a tier asked for: what was green, borrowed and throttled. ``offered_per_s`` is in requests/s."""
 
     offered_per_s: float
     green: float
@@ -30,9 +31,9 @@ class Share(msgspec.Struct, frozen=True):
 
     @property
     def throttled(self) -> float:
-        """What was refused; rounding does not make a refusal."""
+        """What was refused; of nothing, nothing, and rounding does not make a refusal."""
         share = 1 - self.green - self.borrowed
-        return share if share > 1e-9 else 0.0
+        return share if self.offered_per_s and share > 1e-9 else 0.0
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -83,12 +84,15 @@ class Load(msgspec.Struct, frozen=True):
 
     def _shares(self, bins: Sequence[tuple[Array, Array, Array]]) -> dict[str, Share]:
         offered, green, borrowed = (sum(part) / len(bins) for part in zip(*bins, strict=True))
+        # Where no replica is there to say what a request costs, all requests are alike.
+        costs = np.array([each.cost_s or 1.0 for each in self.callers])
         shares = {}
         for tier in dict.fromkeys(each.tier for each in self.callers):
-            mine = np.array([each.tier == tier for each in self.callers])
-            asked = float(offered[mine].sum())
-            whole = asked or 1.0
-            shares[tier] = Share(asked, float(green[mine].sum()) / whole, float(borrowed[mine].sum()) / whole)
+            mine = np.array([each.tier == tier for each in self.callers]) * costs
+            asked = float(offered @ mine) or 1.0
+            shares[tier] = Share(
+                float(offered[mine > 0].sum()), float(green @ mine) / asked, float(borrowed @ mine) / asked
+            )
         return shares
 
 
@@ -116,4 +120,7 @@ def mean_cost_s(groups: Sequence[ReplicaGroup], mix: WorkloadMix) -> float:
     """Replica-seconds that a request of the mix costs in the mean; 0 where no replica is there to cost any."""
     if not groups:
         return 0.0
-    return float(fleet_costs_s(groups, mix).mean())
+    fleet: Counter[ReplicaGroup] = Counter()
+    for group in groups:
+        fleet[msgspec.structs.replace(group, count=1)] += group.count
+    return float(fleet_costs_s(fleet, mix).mean())

@@ -128,6 +128,6 @@ def _stated(
         f"{plan.redis.utilization:.0%}; a settle or an extend counted as an admit; requests as long as the SLO allows"
     )
     yield (
-        f"demand × {times:g}; throttling by a fluid model of the limiter: no chance within a minute, mean sizes, and "
-        "whoever is refused does not ask again"
+        f"demand × {times:g}; throttled: share of the work asked for, by a fluid model of the limiter (no chance "
+        "within a minute, mean sizes, whoever is refused does not ask again; its error is in docs/planning.md)"
     )
