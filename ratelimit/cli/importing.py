@@ -31,11 +31,13 @@ _FITTED = "for --out"
 def import_(
     file: Annotated[list[Path], typer.Argument(help="Files of any of the tools; the format is told by the content.")],
     out: Annotated[Path | None, typer.Option(help="Fit the runs, and write the profile here.")] = None,
-    only: Annotated[str, typer.Option(help="Only runs whose model, GPU, engine or command holds this text.")] = "",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only runs whose model, GPU, engine or command has this.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help=f"The profile's name, {_FITTED}; the file's if unset.")] = None,
     model: Annotated[str, typer.Option(help=f"The model, {_FITTED}, where the files do not say or say it oddly.")] = "",
     gpu: Annotated[str, typer.Option(help=f"The GPU type, {_FITTED}, such as H100.")] = "",
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of one replica.")] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of one replica; as the serve command says.")] = None,
     dtype: Annotated[str, typer.Option(help="Weight precision, such as fp8.")] = "",
     parallelism: Annotated[str, typer.Option(help="Such as tp4; tp and the GPUs if unset.")] = "",
     engine_version: Annotated[str, typer.Option(help="The server's version, where the files do not say.")] = "",
@@ -57,7 +59,7 @@ def import_(
     stated = Stated(
         name=name or out.stem,
         date=datetime.now(UTC).date().isoformat(),
-        only=only,
+        only=tuple(only or ()),
         model=model,
         gpu=gpu,
         gpus=gpus,

@@ -8,14 +8,15 @@ from math import floor
 
 import msgspec
 
+from serving.benchgroups import ServerFacts, server_facts, server_roofline
+from serving.benchrows import ServedAs
 from serving.capacity import EngineLimits
 from serving.fit import FitResult, fit_profile
-from serving.gpus import find_gpu, find_model
 from serving.importers.results import Anchor, Imported, ImporterError, Run, Subject, with_common_mixes
 from serving.plausible import contradictions
 from serving.points import MeasuredPoint
 from serving.profile import Profile, Provenance, ProvenanceKind
-from serving.roofline import BatchBounds, Roofline, roofline_of, typical_roofline, weight_dtype
+from serving.roofline import BatchBounds, Roofline, weight_dtype
 
 #: MLPerf names a model with the accuracy that it had to reach.
 _ACCURACY = re.compile(r"-99(\.9)?$")
@@ -25,16 +26,16 @@ _UNKNOWN = "unknown"
 class Stated(msgspec.Struct, frozen=True):
     """What the user says of the replica that was measured; empty, or None, where the files or data sheets are to tell.
 
-    ``only`` chooses the runs whose model, GPU, engine or serve command holds this text. ``date`` is when they were
-    imported, for files without one of their own.
+    ``only`` chooses the runs whose model, GPU, engine and serve command hold all of these texts. ``date`` is when they
+    were imported, for files without one of their own.
     """
 
     name: str
     date: str
-    only: str = ""
+    only: tuple[str, ...] = ()
     model: str = ""
     gpu: str = ""
-    gpus: int = 1
+    gpus: int | None = None
     dtype: str = ""
     parallelism: str = ""
     engine_version: str = ""
@@ -62,17 +63,17 @@ def profile_of(files: Sequence[Imported], stated: Stated) -> Profile:
     for option, value in (("--model", subject.model), ("--gpu", subject.gpu)):
         if not value:
             raise ImporterError(f"the files do not say it; give {option}")
-    limits, roofline = _bounds(subject, stated)
+    served, facts = _server(subject, stated)
+    limits, roofline = _bounds(served, facts, stated)
     result = fit_profile([run.point for run in runs], roofline)
-    gpu_facts = find_gpu(subject.gpu)
     profile = Profile(
         name=stated.name,
         model=subject.model,
-        gpu=gpu_facts.name if gpu_facts else subject.gpu,
-        gpus_per_replica=stated.gpus,
+        gpu=facts.gpu.name if facts.gpu else subject.gpu,
+        gpus_per_replica=facts.gpus,
         step_time=result.model,
         limits=limits,
-        provenance=_provenance(files, runs, subject, stated, result),
+        provenance=_provenance(files, runs, subject, stated, result, facts),
         fit=result.fit,
         surface=result.surface,
     )
@@ -89,15 +90,19 @@ def _chosen(files: Sequence[Imported], stated: Stated) -> tuple[Run, ...]:
             "there are only published output rates, without latencies and steps, from which no step time follows; add "
             "runs of a benchmark on that GPU, and these rows become the profile's anchors"
         )
-    found = [run for run in everything if stated.only.lower() in " ".join(_texts(run.subject)).lower()]
+    found = [run for run in everything if _holds_all(run.subject, stated.only)]
     if not found:
-        raise ImporterError(f"no run's model, GPU, engine or serve command holds {stated.only!r}; give another --only")
+        raise ImporterError(
+            f"no run's model, GPU, engine and serve command hold {' and '.join(map(repr, stated.only))}; "
+            f"give another --only"
+        )
     once = {msgspec.structs.replace(run.point, source="", mix=""): run for run in reversed(found)}
     return with_common_mixes(reversed(once.values()))
 
 
-def _texts(subject: Subject) -> tuple[str, ...]:
-    return subject.model, subject.gpu, subject.engine, subject.serve_command
+def _holds_all(subject: Subject, wanted: Sequence[str]) -> bool:
+    texts = subject.model, subject.gpu, subject.engine, subject.serve_command
+    return all(any(text.lower() in own.lower() for own in texts) for text in wanted)
 
 
 def _one_subject(subjects: Iterable[Subject]) -> Subject:
@@ -115,21 +120,25 @@ def _one_subject(subjects: Iterable[Subject]) -> Subject:
     return Subject(**merged)
 
 
-def _bounds(subject: Subject, stated: Stated) -> tuple[EngineLimits, Roofline]:
+def _server(subject: Subject, stated: Stated) -> tuple[ServedAs, ServerFacts]:
+    """What the serve command and the data sheets tell of the server, where the user does not say otherwise."""
+    served = ServedAs(subject.model, subject.gpu, subject.engine, subject.serve_command)
+    facts = server_facts(served)
+    dtype = weight_dtype(stated.dtype, facts.model) if stated.dtype and facts.model else facts.dtype
+    return served, facts._replace(gpus=stated.gpus or facts.gpus, dtype=dtype)
+
+
+def _bounds(served: ServedAs, facts: ServerFacts, stated: Stated) -> tuple[EngineLimits, Roofline]:
     """The engine's limits, as stated or else as data sheets and vLLM's defaults have them, and the fit's bounds."""
-    gpu, model = find_gpu(subject.gpu), find_model(subject.model)
-    known = gpu is not None and model is not None
-    if gpu is not None and model is not None:
-        roofline = roofline_of(gpu, stated.gpus, model, weight_dtype(stated.dtype or subject.model, model))
-    else:
-        roofline = typical_roofline(gpu, stated.gpus)
     required = {"--kv-tokens": stated.kv_tokens, "--max-model-len": stated.max_model_len}
     missing = [option for option, value in required.items() if value is None]
-    if missing and not known:
+    if missing and (facts.gpu is None or facts.model is None):
         raise ImporterError(
-            f"benchmark files do not state the engine's limits, and there are no facts of {subject.model} on "
-            f'{subject.gpu} to reckon them from; give {" and ".join(missing)}, as vLLM logs them ("GPU KV cache size: ... tokens")'
+            f"benchmark files do not state the engine's limits, and there are no facts of {served.model} on "
+            f"{served.gpu} to reckon them from; give {' and '.join(missing)}, as vLLM logs "
+            f"them (GPU KV cache size, in tokens)"
         )
+    roofline = server_roofline(served, facts)
     batch = BatchBounds(
         max_num_seqs=stated.max_num_seqs or roofline.batch.max_num_seqs,
         max_num_batched_tokens=stated.max_num_batched_tokens or roofline.batch.max_num_batched_tokens,
@@ -139,13 +148,18 @@ def _bounds(subject: Subject, stated: Stated) -> tuple[EngineLimits, Roofline]:
         max_num_seqs=floor(batch.max_num_seqs),
         max_num_batched_tokens=floor(batch.max_num_batched_tokens),
         kv_tokens=floor(batch.kv_tokens),
-        max_model_len=stated.max_model_len or (model.max_model_len if model else 0),
+        max_model_len=stated.max_model_len or (facts.model.max_model_len if facts.model else 0),
     )
     return limits, msgspec.structs.replace(roofline, batch=batch)
 
 
 def _provenance(
-    files: Sequence[Imported], runs: Sequence[Run], subject: Subject, stated: Stated, result: FitResult
+    files: Sequence[Imported],
+    runs: Sequence[Run],
+    subject: Subject,
+    stated: Stated,
+    result: FitResult,
+    facts: ServerFacts,
 ) -> Provenance:
     origins = {imported.origin for imported in files if imported.runs}
     kind: ProvenanceKind = "published" if "published" in origins else "measured"
@@ -172,7 +186,7 @@ def _provenance(
         engine=subject.engine,
         engine_version=subject.engine_version,
         dtype=stated.dtype or _UNKNOWN,
-        parallelism=stated.parallelism or f"tp{stated.gpus}",
+        parallelism=stated.parallelism or f"tp{facts.gpus}",
         source="; ".join(filter(None, parts)),
         anchors=tuple(anchor.text for imported in files for anchor in imported.anchors if _is_of(anchor, subject)),
     )

@@ -42,10 +42,7 @@ def run_of(row: BenchRow | RefusedRow, _: str) -> Run:
         value = row.number(column)
         if value != int(value) or value > MOST_COUNT:
             raise RunRefusedError(f"{column} is {value:g}, it must be a whole number; give the run's total")
-    try:
-        problem = row_problem(row)
-    except ArithmeticError as error:
-        raise RunRefusedError(f"its numbers are too far apart to be of one run ({error}); mend the row") from error
+    problem = row_problem(row)
     if problem is not None:
         raise RunRefusedError(problem)
     (point,) = points_of([row])

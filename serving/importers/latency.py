@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
+import numpy as np
 
 from serving.points import MeasuredPoint
-from serving.stepsim import percentile
 
 Name = Literal["ttft", "tpot"]
 PERCENTS = (50, 95, 99)
@@ -29,10 +29,10 @@ class Latency(NamedTuple):
 
 
 def latency_of(values_s: Sequence[float]) -> Latency:
-    """Of single measurements."""
+    """Of single measurements, with percentiles between them interpolated, as the tools do."""
     if not values_s:
         return Latency()
-    return Latency(sum(values_s) / len(values_s), *(percentile(values_s, percent) for percent in PERCENTS))
+    return Latency(sum(values_s) / len(values_s), *(float(q) for q in np.percentile(values_s, PERCENTS)))
 
 
 def in_seconds(milliseconds: float | None) -> float | None:
