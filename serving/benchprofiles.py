@@ -109,7 +109,8 @@ def _rounded_surface(result: FitResult) -> Surface | None:
         tuple(
             SurfacePoint(*(rounded(getattr(point, name)) for name in SurfacePoint.__struct_fields__))
             for point in result.surface.points
-        )
+        ),
+        rounded(result.surface.prompt_context_s),
     )
 
 
