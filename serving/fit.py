@@ -17,7 +17,7 @@ How well the fit predicts what it has not seen is its leave-one-mix-out error (`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
+from math import inf, isfinite
 from statistics import median
 
 import msgspec
@@ -93,6 +93,8 @@ def check_points(points: Sequence[MeasuredPoint]) -> None:
         steps = 1.0 if point.steps is None else point.steps
         if not isfinite(steps) or min(steps, point.duration_s) <= 0:
             raise FitError(f"points without duration or steps: {where}")
+        if point.busy_s is not None and not 0 < point.busy_s < inf:
+            raise FitError(f"busy_s is {point.busy_s}, it must be a positive number of seconds: {where}")
         if min(point.requests, point.output_tokens) <= 0 or not 0 <= point.cached_tokens <= point.input_tokens:
             raise FitError(f"a point without requests or output, or with more cached tokens than it read: {where}")
 

@@ -304,6 +304,7 @@ def test_the_step_time_model_predicts_unseen_mixes_better_than_two_rates() -> No
         ({"duration_s": float("nan")}, "not a number"),
         ({"duration_s": float("inf")}, "not a number"),
         ({"duration_s": -1.0}, "without duration"),
+        ({"busy_s": 0.0}, "busy_s is 0.0"),
         ({"steps": -1.0}, "without duration or steps"),
         ({"requests": 0}, "without requests"),
         ({"output_tokens": -5}, "without requests or output"),
