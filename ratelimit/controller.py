@@ -31,7 +31,8 @@ from ratelimit.controllermetrics import ControllerMetrics
 from ratelimit.decided import Adopted, Decided, changes, held_together
 from ratelimit.derive import GroupSupply, Trim, derive
 from ratelimit.governor import Governor
-from ratelimit.keys import KeyFile, KeyRecord, active_keys, valid_records
+from ratelimit.keyactivity import KeyActivity, KeysNow
+from ratelimit.keys import KeyRecord
 from ratelimit.livefeedback import LiveFeedback
 from ratelimit.overrides import Override, OverrideFile, active
 from ratelimit.policy import Policy, PoolPolicy, Promise, TierPolicy, promises_of
@@ -126,7 +127,8 @@ class Controller:
         self._wake = asyncio.Event()
         self._fleet = fleet(lambda _status: self._wake.set())
         self._publisher = publisher
-        self._keys = KeyFile(config.state_dir)
+        self._keys = KeysNow(config.state_dir)
+        self._activity = KeyActivity(publisher.use_reader(), config.state_dir, config.controller.key_idle_s)
         self._overrides = OverrideFile(config.state_dir)
         self._supplies = SupplyBook(self._wake.set)
         self._feedback = LiveFeedback(config.state_dir)
@@ -236,7 +238,7 @@ class Controller:
         """Derive from everything as it is now; publish what differs from what is in force."""
         lost = await self._publisher.lost()
         self._publisher.save()
-        records = tuple(self._keys.records())
+        records = self._keys.records()
         if records != self._published_keys or lost.keys:
             await self._publisher.publish_keys(records)
             self._published_keys = records
@@ -246,7 +248,7 @@ class Controller:
         if self._is_settling(fleet):
             return
         self._governor.save()
-        base, wanted = self._base_and_wanted(records, fleet)
+        base, wanted = self._base_and_wanted(await self._active_keys(records), fleet)
         inputs = self._inputs(wanted, fleet)
         before = inputs if base is wanted else self._inputs(base, fleet)
         seen = (inputs, before, self._governor.approvals())
@@ -272,18 +274,23 @@ class Controller:
         self._decided, self._seen = decision.inputs, seen
         self._governor.took_up(decision.inputs)
 
-    def _base_and_wanted(self, records: Iterable[KeyRecord], fleet: _FleetNow) -> tuple[Decided, Decided]:
+    async def _active_keys(self, records: tuple[KeyRecord, ...]) -> dict[tuple[str, str], int]:
+        """By tier and model, the keys that share what is assured, of the orgs and tiers that any policy knows."""
+        before = self._decided
+        policies = [self._next.policy, *([before.adopted.policy] if before else [])]
+        return await self._activity.counts(records, policies, time())
+
+    def _base_and_wanted(self, active_keys: dict[tuple[str, str], int], fleet: _FleetNow) -> tuple[Decided, Decided]:
         """What has been decided so far, and what is to be; the same where there is nothing yet to weigh it against.
 
         A config is not weighed before it is known what the fleet does under it.
         """
         before = self._decided
-        policies = [self._next.policy, *([before.adopted.policy] if before else [])]
         now_s = time()
         adopted = self._next
         if before and self._is_governed and not self._knows(self._next, fleet):
             adopted = before.adopted
-        wanted = Decided(adopted, self._overrides.active(now_s), _key_counts(policies, records, now_s))
+        wanted = Decided(adopted, self._overrides.active(now_s), active_keys)
         # An override that ends at its time was decided when it was set.
         base = msgspec.structs.replace(before, overrides=active(before.overrides, now_s)) if before else wanted
         return (wanted, wanted) if base == wanted else (base, wanted)
@@ -376,18 +383,6 @@ class Controller:
             overrides=inputs.overrides,
             trims=inputs.trims,
         )
-
-
-def _key_counts(policies: Iterable[Policy], records: Iterable[KeyRecord], now_s: float) -> dict[tuple[str, str], int]:
-    """By tier and model, the keys that may be used, of the orgs and tiers that any of the policies knows.
-
-    The others reach nothing.
-    """
-    known = list(policies)
-    orgs, tiers = {org.name for policy in known for org in policy.orgs}, {t.name for p in known for t in p.tiers}
-    counts = active_keys(valid_records(records, orgs, tiers), now_s)
-    models = {pool.model for policy in known for pool in policy.pools}
-    return {(tier, model): count for tier, count in counts.items() for model in models}
 
 
 def _is_cancelled() -> bool:

@@ -24,6 +24,7 @@ from ratelimit.meter import THOUSANDTHS, Role
 from ratelimit.publication import Publication
 from ratelimit.statefile import StateFile, StateFileError
 from ratelimit.store import Store, StoreUnavailableError
+from ratelimit.usereader import UseReader
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,10 @@ class Publisher:
         self._keys: _KeysState | None = None
         self._unsaved: Publication | None = None
         self._save_failure = ""
+
+    def use_reader(self) -> UseReader:
+        """What reads from the same Redis which keys are in use."""
+        return UseReader(self._redis)
 
     async def next_epoch(self) -> int:
         """An epoch above all that were given out, by this publisher or by others that left one on disk or in Redis.

@@ -17,6 +17,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from ratelimit.gateway.activity import Activity
 from ratelimit.gateway.charges import check_countable
 from ratelimit.gateway.errors import model_not_found, reduced_capacity, unauthorized
 from ratelimit.gateway.metrics import GatewayMetrics
@@ -34,12 +35,13 @@ _REFRESH_TIMEOUT_S = 5.0
 
 
 class Directory:
-    """The publication and the keys in force; ``presence`` is told which keys are used."""
+    """The publication and the keys in force; ``presence`` and ``activity`` are told which keys are used."""
 
     def __init__(
         self, redis: Redis, metrics: GatewayMetrics, poll_interval_s: float = 1.0, presence: Presence | None = None
     ) -> None:
         self.presence = presence or Presence(redis, new_gateway_id(), metrics)
+        self.activity = Activity(redis, metrics)
         self._redis = redis
         self._metrics = metrics
         self._poll_interval_s = poll_interval_s
@@ -143,6 +145,7 @@ class Directory:
             tasks.create_task(self._listen())
             tasks.create_task(self._poll())
             tasks.create_task(self.presence.run())
+            tasks.create_task(self.activity.run())
 
     async def _poll(self) -> None:
         while True:

@@ -149,6 +149,7 @@ class Proxy:
         del body  # here and below: a large request is not kept while its answer comes
         terms = self._directory.terms(record, request.model)
         exchange.model = terms.pool.model
+        self._directory.activity.note(record.id, exchange.model)
         held = self._ledger.held(record, terms, request)
         if not terms.groups:
             raise reduced_capacity("No replica serves this model at the moment.", _STORE_RETRY_US, "replicas")
