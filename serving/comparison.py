@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import msgspec
 
 from serving.capacity import InfeasibleSloError, Slo, WorkloadMix
-from serving.curves import CurvePoint, Throughput, knee_throughput, step_time_around, throughput_curve
+from serving.curves import (
+    LOAD_SHARES,
+    CurvePoint,
+    Throughput,
+    knee_throughput,
+    step_time_around,
+    throughput_curve,
+)
 from serving.gpus import find_gpu
 from serving.profile import OutOfRangeError, Profile
 
@@ -49,12 +56,18 @@ def compare(
     )
 
 
-def curve_of(profile: Profile, mix: WorkloadMix, slo: Slo) -> tuple[CurvePoint, ...]:
+def curve_of(
+    profile: Profile,
+    mix: WorkloadMix,
+    slo: Slo,
+    shares: Sequence[float] = LOAD_SHARES,
+    requests: int | None = None,
+) -> tuple[CurvePoint, ...]:
     """The profile's throughput against TPOT, extrapolated where need be; empty where no load meets the SLO."""
     try:
         step_time, _ = step_time_around(profile, mix, slo)
-        return throughput_curve(step_time, profile.limits, mix, slo)
-    except (InfeasibleSloError, ValueError):
+        return throughput_curve(step_time, profile.limits, mix, slo, shares, requests)
+    except ValueError:
         return ()
 
 

@@ -30,6 +30,9 @@ LOAD_SHARES = (
     *(0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7),
     *(0.74, 0.78, 0.81, 0.84, 0.86, 0.88, 0.9, 0.915, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99),
 )
+#: A coarser curve, of shorter runs, to see the shape by.
+SKETCH_SHARES = LOAD_SHARES[::3]
+SKETCH_REQUESTS = 1000
 _WARM_UP_SHARE = 0.2
 
 
@@ -66,15 +69,17 @@ def throughput_curve(
     mix: WorkloadMix,
     slo: Slo,
     shares: Sequence[float] = LOAD_SHARES,
+    requests: int | None = None,
     seed: int = 0,
 ) -> tuple[CurvePoint, ...]:
     """The loads of one replica in ascending order, up to the last that meets the TTFT bound of ``slo``.
 
-    Its TPOT bound ends no curve, for TPOT is the axis that a curve is read along. Percentiles are the SLO's. Raises
-    ``ValueError`` where the mix holds a request that the replica can never run.
+    Its TPOT bound ends no curve, for TPOT is the axis that a curve is read along. Percentiles are the SLO's. Each load
+    is run for ``requests`` arrivals, as many as for a knee under the SLO where that is not said. Raises ``ValueError``
+    where the mix holds a request that the replica can never run.
     """
     ceiling = closed_form_requests_per_s(ReplicaGroup(1, step_time, limits, WITHOUT_BOUNDS), mix)
-    at_one_a_second = unit_arrivals(mix, horizon_requests(ceiling, mix, slo), seed)
+    at_one_a_second = unit_arrivals(mix, requests or horizon_requests(ceiling, mix, slo), seed)
     points: list[CurvePoint] = []
     for rate in sorted(ceiling * share for share in shares):
         arrivals = [Arrival(arrival.time_s / rate, arrival.shape) for arrival in at_one_a_second]

@@ -14,6 +14,7 @@ from ratelimit.cli import profileviews as views
 from ratelimit.cli.common import JsonOption, failing_clearly, stderr
 from serving.capacity import RequestShape, Slo, WorkloadMix
 from serving.comparison import Compared, compare, curve_of
+from serving.curves import SKETCH_REQUESTS, SKETCH_SHARES, CurvePoint
 from serving.fit import FitError
 from serving.mixes import MIX_NAMES, UnknownMixError, load_mix
 from serving.plausible import contradictions, unchecked
@@ -141,17 +142,23 @@ def _draw_profile(profile: Profile, path: Path) -> None:
     estimated = profile.provenance.kind == "estimated"
     measured = _measured_mixes(profile)
     curves = [
-        Drawn(mix.name, profile.gpu, profile.gpus_per_replica, estimated, curve_of(profile, mix, _WHOLE_CURVE), seen=s)
+        Drawn(mix.name, profile.gpu, profile.gpus_per_replica, estimated, _sketch(profile, mix), seen=s)
         for mix, s in (measured or [(load_mix(name), ()) for name in MIX_NAMES])
     ]
     how = "estimated, not measured" if estimated else profile.provenance.kind
     caption = (
         f"{profile.provenance.engine} {profile.provenance.engine_version}, {profile.provenance.dtype}, "
-        f"{profile.provenance.date}: {how}. Curves are simulated from the fitted step-time model."
+        f"{profile.provenance.date}: {how}. Curves are simulated from the step-time model."
     )
+    if measured and profile.provenance.kind != "measured":
+        caption += " Most published runs are bursts sent at once: their TPOT is of no steady state."
     headline = f"{profile.name}: throughput against latency"
     seen = "measured" if profile.provenance.kind == "measured" else "published run"
     draw_profile(curves, headline, caption, _WHOLE_CURVE.percentile, seen, path)
+
+
+def _sketch(profile: Profile, mix: WorkloadMix) -> tuple[CurvePoint, ...]:
+    return curve_of(profile, mix, _WHOLE_CURVE, SKETCH_SHARES, SKETCH_REQUESTS)
 
 
 def _measured_mixes(profile: Profile) -> list[tuple[WorkloadMix, tuple[tuple[float, float], ...]]]:

@@ -47,8 +47,8 @@ def test_the_knee_lies_on_the_curve() -> None:
 def test_a_slower_device_has_the_same_curve_slower(factor: float) -> None:
     """Every time grows by the factor and every rate falls by it: units cancel."""
     shares = (0.3, 0.8)
-    fast = throughput_curve(H100.step_time, H100.limits, LONG, SLO, shares)
-    slow = throughput_curve(H100.step_time.slowed(factor), H100.limits, LONG, SLO.slowed(factor), shares)
+    fast = throughput_curve(H100.step_time, H100.limits, LONG, SLO, shares, 500)
+    slow = throughput_curve(H100.step_time.slowed(factor), H100.limits, LONG, SLO.slowed(factor), shares, 500)
 
     for quick, late in zip(fast, slow, strict=True):
         assert late.tpot_s == pytest.approx(quick.tpot_s * factor, rel=1e-6)
