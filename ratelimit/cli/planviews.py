@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ratelimit.planning.outcome import Outcome, Side, TierOutcome
+from ratelimit.planning.running import watts
 
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 #: Up to here a number is written out.
@@ -109,7 +110,7 @@ def _running(plan: Outcome) -> Table:
     rows = {
         "cells, a Redis primary each": [f"{side.cells.cells:,}" for side in found],
         "GPUs for each primary": [short(round(side.cells.gpus_per_primary)) for side in found],
-        "power, every GPU at its most": [f"{side.energy.site_w / 1e6:,.4g} MW" for side in found],
+        "power, every GPU at its most": [watts(side.energy.site_w) for side in found],
         "output tokens a joule": [f"{side.energy.output_tokens_per_joule:.3g}" for side in found],
         "input + output tokens a joule": [f"{side.energy.tokens_per_joule:.3g}" for side in found],
     }
@@ -130,8 +131,8 @@ def _site_power(side: Side, name: str) -> str:
     if site is None:
         return "not there"
     if site.limit_w is None or site.share_of_limit is None:
-        return f"{site.site_w / 1e6:,.4g} MW, no limit known"
-    return f"{site.site_w / 1e6:,.4g} of {site.limit_w / 1e6:,.4g} MW ({site.share_of_limit:.0%})"
+        return f"{watts(site.site_w)}, no limit known"
+    return f"{watts(site.site_w)} of {watts(site.limit_w)} ({site.share_of_limit:.0%})"
 
 
 def _money(value: float | None) -> str:

@@ -21,6 +21,10 @@ from serving.capacity import ReplicaGroup, Slo
 from serving.profile import Profile
 from serving.stepsim import Knee
 
+#: The fluid's error in the share of the work that is throttled, as ``tests/unit/test_planning_throttling.py`` holds it.
+_ERROR_OVERALL, _ERROR_BY_TIER, _ERROR_OF_SMALL_POOLS = 0.02, 0.05, 0.16
+_SMALL_POOL_PER_S = 100.0
+
 
 class Inputs(msgspec.Struct, frozen=True):
     """Everything that a plan is made of. The policy has one pool; ``profiles`` are by GPU type.
@@ -70,7 +74,18 @@ def outcome(inputs: Inputs, knees: Mapping[KneeKey, Found]) -> Outcome:
         change=inputs.fleets.change,
         after=sides[-1],
         before=sides[0] if len(sides) > 1 else None,
-        assumptions=inputs.stated,
+        assumptions=(*inputs.stated, _fluid_error(sides)),
+    )
+
+
+def _fluid_error(sides: Sequence[Side]) -> str:
+    """What the throttled shares are worth, as held against the exact meter for pools of two sizes."""
+    smallest = min(side.usable.requests_per_s for side in sides)
+    by_tier = _ERROR_OF_SMALL_POOLS if smallest < _SMALL_POOL_PER_S else _ERROR_BY_TIER
+    return (
+        f"throttled shares: within {_ERROR_OVERALL:.0%} of the work in all and {by_tier:.0%} tier by tier of the exact "
+        f"meter's, as tested with Poisson callers (docs/planning.md); the smallest pool here has "
+        f"{smallest:,.4g} requests/s"
     )
 
 

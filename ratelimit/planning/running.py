@@ -38,6 +38,14 @@ class Redis(msgspec.Struct, frozen=True):
     utilization: float
 
 
+def watts(value: float) -> str:
+    """Power as people say it: 65 W, 13.5 kW, 295.2 MW."""
+    for size, unit in ((1e6, "MW"), (1e3, "kW")):
+        if value >= size:
+            return f"{value / size:,.4g} {unit}"
+    return f"{value:,.4g} W"
+
+
 def energy(sites: Sequence[Site], supply: Mapping[str, GpuSupply], power: Power, prices: Prices) -> Energy:
     """Power with every GPU at its most, and what a joule and an hour's price buy at the knee."""
     by_site = tuple(_site_energy(site, power) for site in sites)
@@ -54,7 +62,7 @@ def energy(sites: Sequence[Site], supply: Mapping[str, GpuSupply], power: Power,
         cost_per_million_output_tokens=hourly / (output * 3600) * 1e6 if hourly and output else None,
         currency=prices.currency,
         arithmetic=(
-            f"GPUs × board power × {power.server_factor:g} (server) × {power.pue:g} (PUE) = {site_w / 1e6:,.4g} MW; "
+            f"GPUs × board power × {power.server_factor:g} (server) × {power.pue:g} (PUE) = {watts(site_w)}; "
             f"{output:,.4g} output tokens/s ÷ that = {output / site_w if site_w else 0.0:.3g} output tokens/J"
         ),
     )
@@ -67,7 +75,7 @@ def _site_energy(site: Site, power: Power) -> SiteEnergy:
     problem = None
     if share is not None and site.power_limit_w is not None and share > 1:
         problem = (
-            f"{site.name} would draw {site_w / 1e6:,.4g} MW, its limit is {site.power_limit_w / 1e6:,.4g} MW: "
+            f"{site.name} would draw {watts(site_w)}, its limit is {watts(site.power_limit_w)}: "
             f"all its GPUs cannot run at full power; cap them at {1 / share:.0%} of it, or plan with fewer"
         )
     return SiteEnergy(site.name, sum(site.gpus.values()), gpu_w, site_w, site.power_limit_w, share, problem)
@@ -81,7 +89,7 @@ def power_problem(site: Site, power: Power) -> str | None:
     if 1 / _UNITS_APART <= found.share_of_limit <= _UNITS_APART:
         return None
     return (
-        f"{site.name} would draw {found.site_w / 1e6:,.4g} MW of a limit of {(found.limit_w or 0) / 1e6:,.4g} MW; "
+        f"{site.name} would draw {watts(found.site_w)} of a limit of {watts(found.limit_w or 0)}; "
         "power_limit_mw is in megawatts"
     )
 

@@ -129,5 +129,5 @@ def _stated(
     )
     yield (
         f"demand × {times:g}; throttled: share of the work asked for, by a fluid model of the limiter (no chance "
-        "within a minute, mean sizes, whoever is refused does not ask again; its error is in docs/planning.md)"
+        "within a minute, mean sizes, whoever is refused does not ask again)"
     )

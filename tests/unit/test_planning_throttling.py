@@ -143,7 +143,7 @@ def test_throttling_falls_with_capacity(asked: tuple[float, float, float], capac
         sum(steady(scaled_pool(small.pool, by), [scaled(each, by) for each in callers], offered))
         for by in (capacity, capacity * more)
     ]
-    assert all(after >= before - 1e-9 * before for before, after in zip(*served, strict=True))
+    assert all(after >= before - 1e-9 * rate for before, after, rate in zip(*served, offered, strict=True))
 
 
 @given(st.tuples(rates, rates, rates), st.integers(1, 40), st.integers(0, 40))
@@ -163,8 +163,8 @@ def test_a_burst_passes_and_the_rate_follows() -> None:
     """From unused buckets a bin admits rate × time and the burst, the next bin the rate alone."""
     callers = Callers("pro", 1, {"requests": 1.0}, 0.0, plain={"requests": Meter(2.0, 30.0)})
     fluid = Fluid(PoolMeter(1.0, 1.0), [callers])
-    first, second = (fluid.step(np.array([100.0]), 60.0).green[0] for _ in range(2))
-    assert (first, second) == (2 * 60 + 30, 2 * 60)
+    served = [fluid.step(np.array([100.0]), 60.0).green[0] for _ in range(3)]
+    assert served == [2 * 60 + 30, 2 * 60, 2 * 60]
 
 
 def test_idle_time_gives_the_burst_back() -> None:
@@ -173,6 +173,32 @@ def test_idle_time_gives_the_burst_back() -> None:
     fluid = Fluid(PoolMeter(1.0, 1.0), [callers])
     served = [fluid.step(np.array([rate]), 60.0).green[0] for rate in (100.0, 0.0, 100.0)]
     assert served == [150, 0, 150]
+
+
+def test_only_green_work_fills_the_assured_bucket() -> None:
+    """What is borrowed leaves the assured bucket as it is: each bin's green is its rate, the first's its burst too."""
+    callers = Callers(
+        tier="pro",
+        keys=2,
+        sizes={"requests": 1.0},
+        cost_s=0.01,
+        plain={},
+        assured={"requests": Meter(1.0, 20.0)},
+        ceilings={"requests": Meter(3.0, 50.0)},
+        borrow_up_to=0.9,
+    )
+    fluid = Fluid(PoolMeter(10.0, 1.0), [callers])
+    served = [fluid.step(np.array([100.0]), 60.0) for _ in range(3)]
+    assert [bin_.green[0] for bin_ in served] == [2 * 80, 2 * 60, 2 * 60]
+    assert [bin_.borrowed[0] for bin_ in served] == [2 * (230 - 80), 2 * 120, 2 * 120]
+
+
+def test_the_pool_fills_up_and_then_lends_its_rate() -> None:
+    """A rank may fill its part of the pool's bucket once; from then on it borrows what leaks."""
+    borrower = Callers("free", 1, {}, 1.0, plain={}, borrow_up_to=0.5, promised=False)
+    fluid = Fluid(PoolMeter(1.0, 40.0), [borrower])
+    served = [fluid.step(np.array([100.0]), 60.0).borrowed[0] for _ in range(3)]
+    assert served == [60 + 20, 60, 60]
 
 
 def test_lower_ranks_borrow_what_better_ones_leave() -> None:
