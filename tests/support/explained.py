@@ -88,7 +88,8 @@ def _rated(text: str, usable: Fraction) -> Amount:
     size = _factors(formula)[-2][1]
     big = shown_up(_value(said[4]) * size)
     burst = max(shown(exact * _value(said[2]) / 60), big)
-    assert (_value(said[1]), _value(said[3])) == (burst, big)
+    assert _value(said[1]) == burst
+    assert _value(said[3]) == big
     return Amount(per_minute, burst)
 
 
