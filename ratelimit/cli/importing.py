@@ -15,7 +15,7 @@ from rich.table import Table
 from ratelimit.cli.common import JsonOption, failing_clearly, stderr
 from serving.fit import FitError
 from serving.importers import Imported, ImporterError, Subject, import_results
-from serving.importers.building import Stated, load_of, profile_of
+from serving.importers.building import Stated, profile_of
 from serving.points import MeasuredPoint
 from serving.profile import Profile, dump_profile
 from serving.steady_points import unsteady_sign
@@ -40,6 +40,7 @@ def import_(
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of one replica; as the serve command says.")] = None,
     dtype: Annotated[str, typer.Option(help="Weight precision, such as fp8.")] = "",
     parallelism: Annotated[str, typer.Option(help="Such as tp4; tp and the GPUs if unset.")] = "",
+    engine: Annotated[str, typer.Option(help="What served, such as vLLM, where the files do not say.")] = "",
     engine_version: Annotated[str, typer.Option(help="The server's version, where the files do not say.")] = "",
     kv_tokens: Annotated[int | None, typer.Option(min=1, help="The server's GPU KV cache size in tokens.")] = None,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="The server's --max-model-len.")] = None,
@@ -65,6 +66,7 @@ def import_(
         gpus=gpus,
         dtype=dtype,
         parallelism=parallelism,
+        engine=engine,
         engine_version=engine_version,
         kv_tokens=kv_tokens,
         max_model_len=max_model_len,
@@ -127,13 +129,19 @@ def _table(files: list[Imported]) -> Table:
             point = run.point
             table.add_row(
                 escape(f"{point.source}\n{_subject(run.subject)}"),
-                f"{point.mix}\n{load_of(point)}",
+                f"{point.mix}\n{_load(point)}",
                 f"{point.requests}\n{point.duration_s:.1f}",
                 f"{point.input_tokens / point.duration_s:,.0f}\n{point.output_tokens / point.duration_s:,.0f}",
                 _latencies(point),
                 escape(unsteady_sign(point) or "yes"),
             )
     return table
+
+
+def _load(point: MeasuredPoint) -> str:
+    if point.offered_per_s is not None:
+        return f"{point.offered_per_s:g} requests/s"
+    return "unknown" if point.concurrency is None else f"{point.concurrency:g} in flight"
 
 
 def _subject(subject: Subject) -> str:

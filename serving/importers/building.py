@@ -14,7 +14,6 @@ from serving.capacity import EngineLimits
 from serving.fit import FitResult, fit_profile
 from serving.importers.results import Anchor, Imported, ImporterError, Run, Subject, with_common_mixes
 from serving.plausible import contradictions
-from serving.points import MeasuredPoint
 from serving.profile import Profile, Provenance, ProvenanceKind
 from serving.roofline import BatchBounds, Roofline, weight_dtype
 
@@ -26,8 +25,8 @@ _UNKNOWN = "unknown"
 class Stated(msgspec.Struct, frozen=True):
     """What the user says of the replica that was measured; empty, or None, where the files or data sheets are to tell.
 
-    ``only`` chooses the runs whose model, GPU, engine and serve command hold all of these texts. ``date`` is when they
-    were imported, for files without one of their own.
+    ``only`` chooses the runs whose model, GPU, engine, version or serve command say each of these texts. ``date`` is
+    when they were imported, for files without one of their own.
     """
 
     name: str
@@ -38,6 +37,7 @@ class Stated(msgspec.Struct, frozen=True):
     gpus: int | None = None
     dtype: str = ""
     parallelism: str = ""
+    engine: str = ""
     engine_version: str = ""
     kv_tokens: int | None = None
     max_model_len: int | None = None
@@ -56,7 +56,7 @@ def profile_of(files: Sequence[Imported], stated: Stated) -> Profile:
     subject = Subject(
         model=stated.model or subject.model,
         gpu=stated.gpu or subject.gpu,
-        engine=subject.engine or "vLLM",
+        engine=stated.engine or subject.engine or _UNKNOWN,
         engine_version=stated.engine_version or subject.engine_version or _UNKNOWN,
         serve_command=subject.serve_command,
     )
@@ -90,19 +90,26 @@ def _chosen(files: Sequence[Imported], stated: Stated) -> tuple[Run, ...]:
             "there are only published output rates, without latencies and steps, from which no step time follows; add "
             "runs of a benchmark on that GPU, and these rows become the profile's anchors"
         )
-    found = [run for run in everything if _holds_all(run.subject, stated.only)]
+    found = _only(everything, stated.only)
     if not found:
         raise ImporterError(
-            f"no run's model, GPU, engine and serve command hold {' and '.join(map(repr, stated.only))}; "
+            f"no run's model, GPU, engine, version and serve command say {' and '.join(map(repr, stated.only))}; "
             f"give another --only"
         )
     once = {msgspec.structs.replace(run.point, source="", mix=""): run for run in reversed(found)}
     return with_common_mixes(reversed(once.values()))
 
 
-def _holds_all(subject: Subject, wanted: Sequence[str]) -> bool:
-    texts = subject.model, subject.gpu, subject.engine, subject.serve_command
-    return all(any(text.lower() in own.lower() for own in texts) for text in wanted)
+def _only(runs: Sequence[Run], wanted: Sequence[str]) -> Sequence[Run]:
+    """Those whose subjects say each of these; where one says exactly that, only such: commands contain each other."""
+    for text in wanted:
+        exact = [run for run in runs if text.lower() in _texts(run.subject)]
+        runs = exact or [run for run in runs if any(text.lower() in own for own in _texts(run.subject))]
+    return runs
+
+
+def _texts(subject: Subject) -> tuple[str, ...]:
+    return tuple(getattr(subject, field).lower() for field in Subject.__struct_fields__)
 
 
 def _one_subject(subjects: Iterable[Subject]) -> Subject:
@@ -161,9 +168,9 @@ def _provenance(
     result: FitResult,
     facts: ServerFacts,
 ) -> Provenance:
-    origins = {imported.origin for imported in files if imported.runs}
-    kind: ProvenanceKind = "published" if "published" in origins else "measured"
-    used = [_named(imported) for imported in files if imported.runs]
+    subjects = {run.subject for run in runs}
+    used = [each for each in files if any(run.subject in subjects for run in each.runs)]
+    kind: ProvenanceKind = "published" if any(each.origin == "published" for each in used) else "measured"
     assumed = [
         option
         for option, value in (
@@ -175,14 +182,14 @@ def _provenance(
         if value is None
     ]
     parts = (
-        f"penstock import of {len(runs)} runs from {', '.join(used)}",
+        f"penstock import of {len(runs)} runs from {', '.join(map(_named, used))}",
         result.reason,
         f"{', '.join(assumed)}: not measured, from data sheets and vLLM's defaults" if assumed else "",
         f"served by `{subject.serve_command}`" if subject.serve_command else "",
     )
     return Provenance(
         kind="estimated" if result.provenance == "estimated" else kind,
-        date=max((imported.date for imported in files if imported.runs and imported.date), default=stated.date),
+        date=max((each.date for each in used if each.date), default=stated.date),
         engine=subject.engine,
         engine_version=subject.engine_version,
         dtype=stated.dtype or _UNKNOWN,
@@ -204,10 +211,3 @@ def _is_of(anchor: Anchor, subject: Subject) -> bool:
 
 def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-def load_of(point: MeasuredPoint) -> str:
-    """The load of a run in words."""
-    if point.offered_per_s is not None:
-        return f"{point.offered_per_s:g} requests/s"
-    return "unknown" if point.concurrency is None else f"{point.concurrency:g} in flight"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from importlib.resources import files
 from typing import Any
 
@@ -52,7 +53,7 @@ def mutated(draw: st.DrawFn, document: Any) -> Any:
         if isinstance(holder, dict) and draw(st.booleans()):
             del holder[key]
         else:
-            holder[key] = draw(STRANGE)
+            holder[key] = deepcopy(draw(STRANGE))  # the samples are not to be mutated in their turn
     return copy
 
 
