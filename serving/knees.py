@@ -24,13 +24,14 @@ from serving.intervals import (
     percentile_of,
     resampled,
 )
-from serving.outcomes import RequestOutcome, Window, output_slices, slo_load, watched
+from serving.outcomes import RequestOutcome, Window, output_slices, slo_load, spells, watched
 from serving.records import Record
 from serving.search import Tried, bracket
 from serving.stepsim import percentile
 
-#: A fit takes a run as a sum of steps; where the engine worked for a smaller share, what it did else weighs too much.
-LEAST_BUSY_SHARE = 0.7
+#: A fit takes a run as a sum of steps. At the edges of each spell of work there is time that nobody sees, so a spell
+#: must last for many steps.
+LEAST_SPELL_STEPS = 20
 
 
 class PointReport(msgspec.Struct, frozen=True):
@@ -78,9 +79,10 @@ def due_in(record: Record) -> list[RequestOutcome]:
 
 
 def is_fitted(record: Record) -> bool:
-    """Whether a run can be fitted: steady, and the engine seldom idle."""
-    point = record.run.point
-    return record.run.state == "steady" and (point.busy_s or 0.0) >= LEAST_BUSY_SHARE * point.duration_s
+    """Whether a run can be fitted: steady, and its engine worked for many steps on end."""
+    count = len(spells(record.run.outcomes, Window(*record.run.window_s)))
+    steps = record.run.point.steps or 0.0
+    return record.run.state == "steady" and steps >= LEAST_SPELL_STEPS * count > 0
 
 
 def verdicts(records: Sequence[Record], mix: str, slo: Slo) -> list[Tried]:

@@ -1,9 +1,8 @@
 """``penstock measure``: find what a live endpoint can do under an SLO, and write it down as a profile.
 
 For each mix one anchor (a lone request at a time: the empty step) and a search for the largest Poisson rate that meets
-the SLO (``search``). The steady runs of both, in which the engine seldom idled, are what the step-time model is fitted
-from.
-Every finished run goes to the journal, from which an interrupted measurement goes on.
+the SLO (``search``). The step-time model is fitted from the steady runs of both in which the engine worked for many
+steps on end. Every finished run goes to the journal, from which an interrupted measurement goes on.
 """
 
 from __future__ import annotations
@@ -115,9 +114,7 @@ async def measure(target: MeasureTarget, journal_path: Path, watcher: Watcher) -
 
 def check_settings(settings: MeasureSettings) -> None:
     """Raise ``MeasureError`` for settings that nothing can be measured with."""
-    slo, point = settings.slo, settings.point
-    if not (0 < slo.ttft_s < float("inf") and 0 < slo.tpot_s < float("inf") and 0 < slo.percentile < 100):
-        raise MeasureError(f"an SLO needs positive bounds and a percentile between 0 and 100, not {slo}")
+    point = settings.point
     if not 0 < point.watch_s <= point.most_watch_s < float("inf") or point.warm_up_s < 0:
         raise MeasureError("a point needs 0 < --point-s <= --most-point-s, and a --warm-up-s that is not negative")
     try:

@@ -147,21 +147,27 @@ def output_slices(outcomes: Sequence[RequestOutcome], window: Window, slices: in
     return [fsum(_decoded(o, edge) * o.output_tokens for o in outcomes) / width_s for edge in edges]
 
 
-def busy_s(outcomes: Sequence[RequestOutcome], window: Window, turnaround_s: float) -> float:
-    """The seconds of the window in which the engine worked.
-
-    Something was in flight so long, less ``turnaround_s`` for each time that it fell idle: what a lone request is on
-    its way to the engine and back, while nothing is computed.
-    """
-    flying_s, until_s, spells = 0.0, -1.0, 0
+def spells(outcomes: Sequence[RequestOutcome], window: Window) -> list[Window]:
+    """The parts of the window in which at least one request was in flight, in order."""
+    found: list[Window] = []
     for outcome in sorted(outcomes, key=lambda o: o.sent_s):
         start_s, end_s = max(outcome.sent_s, window.start_s), min(outcome.finish_s, window.end_s)
         if end_s <= start_s:
             continue
-        spells += outcome.sent_s > until_s
-        flying_s += max(0.0, end_s - max(start_s, until_s))
-        until_s = max(until_s, end_s)
-    return max(0.0, flying_s - spells * turnaround_s)
+        if found and start_s <= found[-1].end_s:
+            found[-1] = Window(found[-1].start_s, max(found[-1].end_s, end_s))
+        else:
+            found.append(Window(start_s, end_s))
+    return found
+
+
+def busy_s(outcomes: Sequence[RequestOutcome], window: Window, turnaround_s: float) -> float:
+    """The seconds of the window in which the engine worked.
+
+    Its spells, less ``turnaround_s`` for each: what a lone request is on its way to the engine and back, while nothing
+    is computed.
+    """
+    return fsum(max(0.0, spell.duration_s - turnaround_s) for spell in spells(outcomes, window))
 
 
 def most_in_flight(outcomes: Sequence[RequestOutcome]) -> int:

@@ -66,8 +66,10 @@ def measure(
 
     Goes on where an interrupted measurement with the same settings stopped.
     """
+    with failing_clearly(ValueError):
+        slo = Slo(ttft_ms / 1e3, tpot_ms / 1e3, percentile)
     settings = MeasureSettings(
-        slo=Slo(ttft_ms / 1e3, tpot_ms / 1e3, percentile),
+        slo=slo,
         point=PointSettings(warm_up_s, point_s, most_point_s, point_requests, lag_ms / 1e3),
         search_points=search_points,
         tolerance=tolerance,
@@ -152,5 +154,10 @@ def _show(found: Measurement, out: Path) -> None:
 
 def _text(figure: Interval, factor: float) -> str:
     if figure.low is None or figure.high is None:
-        return f"{figure.value * factor:.3g}"
-    return f"{figure.value * factor:.3g} ({figure.low * factor:.3g}-{figure.high * factor:.3g})"
+        return _digits(figure.value * factor)
+    return f"{_digits(figure.value * factor)} ({_digits(figure.low * factor)}-{_digits(figure.high * factor)})"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, and whole numbers from 100 on."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

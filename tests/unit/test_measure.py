@@ -1,101 +1,40 @@
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
 
 import msgspec
 import pytest
-from aiohttp import web
 
-from serving.capacity import EngineLimits
-from serving.endpoint import SAMPLE_TEXT, Answer, Endpoint, EndpointError
-from serving.measure import WELL_FITTED, MeasureTarget, Progress, fitting_mix, measure
+from serving.capacity import EngineLimits, RequestShape, Slo, WorkloadMix
+from serving.endpoint import SAMPLE_TEXT, Endpoint, EndpointError
+from serving.enginefacts import Stated, settled_facts
+from serving.journal import Journal
+from serving.measure import (
+    MeasureSettings,
+    MeasureTarget,
+    Progress,
+    Watcher,
+    expected_left_s,
+    fitting_mix,
+    journal_settings,
+    longest_s,
+    measure,
+)
+from serving.measurement import MeasureError, fitted_points
 from serving.mixes import MIX_NAMES, load_mix
+from serving.openloop import run_point
+from serving.pointrules import PointSettings
 from serving.profile import dump_profile, parse_profile
-from serving.sweep import share_within
+from serving.records import Record
+from tests.support.fake_engine import FakeEngine
+from tests.support.measured import STEP_TIME, sweep_of
 
-
-class FakeEngine:
-    """An OpenAI endpoint whose batch moves in lockstep: each step lasts longer, the more it carries."""
-
-    def __init__(self) -> None:
-        self.bodies: list[dict[str, Any]] = []
-        self.steps = 0
-        self.model_card: dict[str, Any] = {"id": "fake-llama", "max_model_len": 512}
-        self.metrics = 'vllm:cache_config_info{block_size="16",num_gpu_blocks="640",other="None"} 1.0\n'
-        self.status = 200
-        self.last_words: list[dict[str, Any]] | None = None
-        self._active = 0
-        self._prompt_tokens = 0
-        self._stepped = asyncio.Condition()
-
-    async def engine(self) -> None:
-        """Step for ever while there is work."""
-        while True:
-            prompt_tokens, self._prompt_tokens = self._prompt_tokens, 0
-            await asyncio.sleep(1e-3 + 5e-6 * prompt_tokens + 2e-5 * self._active if self._active else 1e-4)
-            async with self._stepped:
-                self.steps += bool(self._active)
-                self._stepped.notify_all()
-
-    async def models(self, _: web.Request) -> web.Response:
-        return web.json_response({"data": [self.model_card]})
-
-    async def version(self, _: web.Request) -> web.Response:
-        return web.json_response({"version": "0.32.0"})
-
-    async def exposition(self, _: web.Request) -> web.Response:
-        return web.Response(text=f"{self.metrics}vllm:iteration_tokens_total_count {self.steps}\n")
-
-    async def completions(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        self.bodies.append(body)
-        if self.status != 200:
-            return web.json_response({"error": {"message": "no capacity"}}, status=self.status)
-        response = web.StreamResponse()
-        await response.prepare(request)
-        prompt = body["prompt"]
-        prompt_tokens = len(prompt) if isinstance(prompt, list) else len(prompt) // 4
-        self._active += 1
-        self._prompt_tokens += prompt_tokens
-        try:
-            for _ in range(body["max_tokens"]):
-                async with self._stepped:
-                    await self._stepped.wait()
-                await self._send(response, {"choices": [{"index": 0, "text": ""}], "usage": None})
-        finally:
-            self._active -= 1
-        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": body["max_tokens"]}
-        for chunk in self.last_words if self.last_words is not None else [{"choices": [], "usage": usage}]:
-            await self._send(response, chunk)
-        await response.write(b"data: [DONE]\n\n")
-        return response
-
-    @staticmethod
-    async def _send(response: web.StreamResponse, chunk: dict[str, Any]) -> None:
-        await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
-
-    @asynccontextmanager
-    async def serving(self) -> AsyncIterator[str]:
-        """Run it on a free port of this machine; gives its URL."""
-        app = web.Application()
-        app.router.add_get("/v1/models", self.models)
-        app.router.add_get("/version", self.version)
-        app.router.add_get("/metrics", self.exposition)
-        app.router.add_post("/v1/completions", self.completions)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        engine = asyncio.create_task(self.engine())
-        try:
-            yield str(site.name)
-        finally:
-            engine.cancel()
-            await runner.cleanup()
+SLO = Slo(ttft_s=1.0, tpot_s=0.03)
+#: What the fake engine says of itself.
+LIMITS = EngineLimits(32, 2048, 640 * 16, 512)
+STATED = Stated(gpu="FAKE", dtype="bf16", max_num_seqs=32, max_num_batched_tokens=2048)
+QUICK = PointSettings(warm_up_s=0.1, watch_s=0.6, most_watch_s=20, least_requests=10, lag_bound_s=5)
+SHORT = WorkloadMix("short", (RequestShape(20, 10), RequestShape(30, 20)))
 
 
 @pytest.fixture
@@ -104,44 +43,173 @@ def engine() -> FakeEngine:
     return FakeEngine()
 
 
-def target(url: str) -> MeasureTarget:
-    """A sweep short enough for a test."""
-    return MeasureTarget(
-        url, "fake", "FAKE", max_num_seqs=8, concurrencies=(1, 4, 64), warm_up_s=0.05, point_s=0.3, request_timeout_s=20
-    )
+def target(url: str, point: PointSettings = QUICK) -> MeasureTarget:
+    """A measurement of the fake."""
+    return MeasureTarget(url, "fake", MeasureSettings(SLO, point, search_points=5), STATED)
 
 
-async def test_a_sweep_gives_a_valid_profile_with_its_fit(engine: FakeEngine) -> None:
-    """Four mixes at each concurrency that has slots, with progress, and what the engine said of itself."""
-    seen: list[Progress] = []
+def watcher(news: list[str], progress: list[Progress] | None = None) -> Watcher:
+    """Takes down what it is told."""
+    return Watcher((progress if progress is not None else []).append, news.append)
+
+
+async def recorded(engine: FakeEngine, url: str, path: Path) -> MeasureTarget:
+    """A journal of a whole measurement of an engine like the fake, interrupted before the profile was written."""
+    what = target(url)
+    async with Endpoint(url, None, 20) as endpoint:
+        facts = settled_facts(await endpoint.report(), STATED)
+    with Journal(path, journal_settings(what, facts)) as journal:
+        for record in sweep_of(LIMITS, what.settings):
+            journal.add(record)
+    return what
+
+
+async def test_an_interrupted_measurement_goes_on_from_its_journal(engine: FakeEngine, tmp_path: Path) -> None:
+    """No run is repeated; the profile is valid, predicts its points, and says where every fact is from."""
+    news: list[str] = []
+    progress: list[Progress] = []
     async with engine.serving() as url:
-        profile = await measure(target(url), seen.append)
+        what = await recorded(engine, url, tmp_path / "journal")
+        found = await measure(what, tmp_path / "journal", watcher(news, progress))
 
+    profile = found.profile
     assert parse_profile(dump_profile(profile)) == profile
-    assert profile.fit is not None
-    assert [(p.mix, p.concurrency) for p in profile.fit.points] == [(m, c) for m in MIX_NAMES for c in (1, 4)]
-    assert [p.done for p in seen] == list(range(9))
-    assert (profile.model, profile.provenance.kind) == ("fake-llama", "measured")
-    assert profile.provenance.engine_version == "0.32.0"
-    assert profile.limits == EngineLimits(8, 8192, 640 * 16, 512, 16)
+    assert "going on after" in news[0]
+    assert max(len(body["prompt"]) for body in engine.bodies if isinstance(body["prompt"], list)) == 1
+    assert progress[-1].done == progress[-1].total
+    assert (profile.model, profile.gpu, profile.provenance.kind) == ("fake-llama", "FAKE", "measured")
+    assert "gpu=FAKE (stated by the operator)" in profile.provenance.source
+    assert profile.limits == LIMITS
     assert profile.tokens_per_byte == pytest.approx(0.25, abs=0.01)
-    assert profile.step_time.base_s > 0
-    assert ("misses a point" in profile.provenance.source) == (profile.fit.residual_max > WELL_FITTED)
+    assert profile.step_time.base_s == pytest.approx(STEP_TIME.base_s, rel=0.1)
+    assert profile.fit is not None
+    assert profile.fit.residual_median < 0.05
+    assert min(found.distinctness.values()) > 0.02
 
 
-async def test_prompts_are_exact_unique_and_run_to_their_length(engine: FakeEngine) -> None:
-    """Token ids, no shared prefix for a cache to find, and no end before max_tokens."""
+async def test_knees_have_intervals_that_hold_the_simulated_ones(engine: FakeEngine, tmp_path: Path) -> None:
+    """The largest rate met lies at or below where the bound is crossed, and every knee is between tried rates."""
     async with engine.serving() as url:
-        await measure(target(url), lambda _: None)
+        what = await recorded(engine, url, tmp_path / "journal")
+        found = await measure(what, tmp_path / "journal", watcher([]))
 
-    prompts = [body["prompt"] for body in engine.bodies if isinstance(body["prompt"], list)]
-    long_prompts = [tuple(prompt[:16]) for prompt in prompts if len(prompt) >= 16]
-    assert len(set(long_prompts)) == len(long_prompts)
-    for body in engine.bodies:
-        assert body["min_tokens"] == body["max_tokens"] >= 1
-        assert body["ignore_eos"] is True
-        assert body["stream_options"] == {"include_usage": True}
-    assert engine.bodies[0]["prompt"] == SAMPLE_TEXT
+    for knee in found.knees:
+        assert knee.requests_per_s is not None
+        assert knee.missed_per_s is not None
+        crossing = knee.crossing_per_s
+        assert crossing is not None
+        assert crossing.low is not None
+        assert crossing.high is not None
+        assert crossing.low <= crossing.value <= crossing.high
+        assert knee.requests_per_s <= crossing.value <= knee.missed_per_s
+    assert {knee.mix for knee in found.knees} == set(MIX_NAMES)
+
+
+async def test_a_finished_measurement_is_not_continued(engine: FakeEngine, tmp_path: Path) -> None:
+    """The next one says so, and the old points are kept aside."""
+    async with engine.serving() as url:
+        what = await recorded(engine, url, tmp_path / "journal")
+        await measure(what, tmp_path / "journal", watcher([]))
+        async with Endpoint(url, None, 20) as endpoint:
+            facts = settled_facts(await endpoint.report(), STATED)
+    with Journal(tmp_path / "journal", journal_settings(what, facts)) as journal:
+        assert journal.records == []
+        assert "was complete; measuring anew" in journal.news
+    assert (tmp_path / "journal.old").exists()
+
+
+def spoiled(records: list[Record], mix: str, kind: str) -> list[Record]:
+    """The same runs, those of that kind and mix unsteady."""
+    return [
+        msgspec.structs.replace(record, run=msgspec.structs.replace(record.run, state="unsteady", why="they drifted"))
+        if (record.mix, record.kind) == (mix, kind)
+        else record
+        for record in records
+    ]
+
+
+@pytest.mark.parametrize(("kind", "what"), [("anchor", "run alone"), ("open", "open-loop run")])
+def test_no_profile_of_unsteady_runs(kind: str, what: str) -> None:
+    """The mix, its runs and what to do are named."""
+    records = spoiled(sweep_of(LIMITS, MeasureSettings(SLO, QUICK, search_points=5)), "decode-heavy", kind)
+
+    with pytest.raises(MeasureError, match=rf"decode-heavy has no steady {what} .*they drifted.* raise --point-s"):
+        fitted_points(records)
+
+
+async def test_a_run_is_open_loop_and_its_prompts_are_exact(engine: FakeEngine) -> None:
+    """Requests go out on a schedule that the seed decides; prompts are token ids that share no prefix."""
+    async with engine.serving() as url, Endpoint(url, None, 20) as endpoint:
+        run = await run_point(endpoint, "fake-llama", SHORT, 50.0, QUICK, seed=7)
+        again = await run_point(endpoint, "fake-llama", SHORT, 50.0, QUICK, seed=7)
+
+    assert run.state == "steady", run.why
+    due = {o.scheduled_s: (o.input_tokens, o.output_tokens) for o in run.outcomes}
+    same = {o.scheduled_s: (o.input_tokens, o.output_tokens) for o in again.outcomes}
+    assert len(due.keys() & same.keys()) > 10
+    assert all(due[moment] == same[moment] for moment in due.keys() & same.keys())
+    assert all(o.sent_s >= o.scheduled_s for o in run.outcomes)
+    prompts = [tuple(body["prompt"]) for body in engine.bodies]
+    assert len(set(prompts)) == len(prompts)
+    assert all(body["min_tokens"] == body["max_tokens"] and body["ignore_eos"] for body in engine.bodies)
+    point = run.point
+    assert point.offered_per_s == 50.0
+    assert point.requests >= QUICK.least_requests
+    assert point.steps is not None
+    assert 0 < (point.busy_s or 0) <= point.duration_s
+
+
+async def test_overload_is_stopped_early(engine: FakeEngine) -> None:
+    """A rate far above what the engine serves ends as over-saturated, long before its time is up."""
+    engine.step_s = 0.02
+    patient = msgspec.structs.replace(QUICK, watch_s=60.0, most_watch_s=60.0, most_in_flight=60)
+    async with engine.serving() as url, Endpoint(url, None, 60) as endpoint:
+        run = await run_point(endpoint, "fake-llama", SHORT, 400.0, patient)
+
+    assert run.state == "over-saturated"
+    assert "60 requests were in flight" in run.why
+    assert run.window_s[1] < 30
+
+
+async def test_an_engine_that_refuses_is_over_saturated(engine: FakeEngine) -> None:
+    """503 is overload, an answer about the rate; anything else is a failure of the run."""
+    async with engine.serving() as url, Endpoint(url, None, 20) as endpoint:
+        engine.status = 503
+        run = await run_point(endpoint, "fake-llama", SHORT, 50.0, QUICK)
+        assert run.state == "over-saturated"
+        assert "refused" in run.why
+        engine.status = 500
+        with pytest.raises(EndpointError, match=r"short at 50 requests/s: a request failed: .*answered 500"):
+            await run_point(endpoint, "fake-llama", SHORT, 50.0, QUICK)
+
+
+async def test_a_late_client_fails_its_point(engine: FakeEngine) -> None:
+    """However little the bound is missed by, the run is not called steady."""
+    strict = msgspec.structs.replace(QUICK, lag_bound_s=1e-7)
+    async with engine.serving() as url, Endpoint(url, None, 20) as endpoint:
+        run = await run_point(endpoint, "fake-llama", SHORT, 100.0, strict)
+
+    assert run.state == "lagged"
+    assert "sent late" in run.why
+
+
+async def test_a_run_out_of_time_says_what_it_lacks(engine: FakeEngine) -> None:
+    """A point that may not last long enough is short, not steady."""
+    hasty = msgspec.structs.replace(QUICK, most_watch_s=2, least_requests=10_000)
+    async with engine.serving() as url, Endpoint(url, None, 20) as endpoint:
+        run = await run_point(endpoint, "fake-llama", SHORT, 50.0, hasty)
+
+    assert run.state == "short"
+    assert "of 10000 requests" in run.why
+    assert "raise --most-point-s" in run.why
+
+
+async def test_prefix_cache_hits_are_refused(engine: FakeEngine) -> None:
+    """Prompts share no prefix, so hits mean that somebody else is there, or that prefill is not measured."""
+    engine.cached_tokens = 5
+    async with engine.serving() as url, Endpoint(url, None, 20) as endpoint:
+        with pytest.raises(EndpointError, match=r"prefix cache.*--no-enable-prefix-caching"):
+            await run_point(endpoint, "fake-llama", SHORT, 50.0, QUICK)
 
 
 async def test_an_answer_is_counted_by_its_usage(engine: FakeEngine) -> None:
@@ -154,29 +222,20 @@ async def test_an_answer_is_counted_by_its_usage(engine: FakeEngine) -> None:
     assert answer.start_s < answer.first_token_s <= answer.finish_s
 
 
-async def test_an_endpoint_that_is_away_is_named() -> None:
+async def test_an_endpoint_that_is_away_is_named(tmp_path: Path) -> None:
     """Nothing listens: the message has the URL."""
     with pytest.raises(EndpointError, match=r"cannot reach http://127\.0\.0\.1:9"):
-        await measure(target("http://127.0.0.1:9"), lambda _: None)
+        await measure(target("http://127.0.0.1:9"), tmp_path / "journal", watcher([]))
 
 
-async def test_no_success_quotes_the_first_refusal(engine: FakeEngine) -> None:
-    """The sample text is refused already, so no sweep is started."""
+async def test_no_success_quotes_the_first_refusal(engine: FakeEngine, tmp_path: Path) -> None:
+    """The sample text is refused already, so nothing is measured."""
     engine.status = 503
     async with engine.serving() as url:
         with pytest.raises(EndpointError, match=r"answered 503: .*no capacity"):
-            await measure(target(url), lambda _: None)
-
-
-async def test_failures_in_the_sweep_end_it(engine: FakeEngine) -> None:
-    """An engine that starts to refuse is not retried for ever, and the point says where it failed."""
-
-    def fail_soon(progress: Progress) -> None:
-        engine.status = 500 if progress.done == 1 else 200
-
-    async with engine.serving() as url:
-        with pytest.raises(EndpointError, match=r"chat at concurrency 4: \d+ of \d+ requests failed, first: .* 500"):
-            await measure(target(url), fail_soon)
+            await measure(target(url), tmp_path / "journal", watcher([]))
+    assert engine.bodies[0]["prompt"] == SAMPLE_TEXT
+    assert not (tmp_path / "journal").exists()
 
 
 @pytest.mark.parametrize(
@@ -188,26 +247,13 @@ async def test_failures_in_the_sweep_end_it(engine: FakeEngine) -> None:
     ],
 )
 async def test_a_stream_that_cannot_be_counted_is_refused(
-    engine: FakeEngine, last_words: list[dict[str, Any]], message: str
+    engine: FakeEngine, last_words: list[dict[str, object]], message: str
 ) -> None:
-    """No usage, an error event in a 200 answer, or another format: never a guess from the chunks."""
+    """Without usage, after an error event, or in another format, an answer is no measurement."""
     engine.last_words = last_words
-    async with engine.serving() as url:
+    async with engine.serving() as url, Endpoint(url, None, 20) as endpoint:
         with pytest.raises(EndpointError, match=message):
-            await measure(target(url), lambda _: None)
-
-
-async def test_what_the_engine_does_not_report_is_asked_for(engine: FakeEngine) -> None:
-    """Without a context length or a KV cache there is no profile; another model is not measured by mistake."""
-    async with engine.serving() as url:
-        with pytest.raises(EndpointError, match="serves fake-llama, not 'gpt'"):
-            await measure(msgspec.structs.replace(target(url), model="gpt"), lambda _: None)
-        engine.metrics = ""
-        with pytest.raises(EndpointError, match="does not report vllm:cache_config_info"):
-            await measure(target(url), lambda _: None)
-        engine.model_card = {"id": "fake-llama"}
-        with pytest.raises(EndpointError, match="does not report max_model_len"):
-            await measure(target(url), lambda _: None)
+            await endpoint.complete("fake-llama", [300], 1)
 
 
 async def test_a_slow_answer_is_given_up(engine: FakeEngine) -> None:
@@ -215,6 +261,14 @@ async def test_a_slow_answer_is_given_up(engine: FakeEngine) -> None:
     async with engine.serving() as url, Endpoint(url, None, 0.1) as endpoint:
         with pytest.raises(EndpointError, match=r"did not finish an answer in 0\.1 s"):
             await endpoint.complete("fake-llama", [300], 100_000)
+
+
+async def test_an_engine_that_does_not_drain_is_named(engine: FakeEngine) -> None:
+    """Requests of somebody else would spoil the next point."""
+    engine.metrics += 'vllm:num_requests_running{engine="1"} 3\n'
+    async with engine.serving() as url, Endpoint(url, None, 20) as endpoint:
+        with pytest.raises(EndpointError, match=r"still has 3 requests open .* somebody else uses it"):
+            await endpoint.drained(0.0)
 
 
 @pytest.mark.parametrize("name", MIX_NAMES)
@@ -230,13 +284,29 @@ def test_a_mix_is_scaled_to_the_context_and_no_further(name: str, context: int) 
 
 def test_a_context_too_small_for_any_mix_is_refused() -> None:
     """Not an endless loop of halving."""
-    with pytest.raises(EndpointError, match="does not fit a context of 4 tokens"):
+    with pytest.raises(MeasureError, match="does not fit a context of 4 tokens"):
         fitting_mix("long-context", EngineLimits(8, 2048, 10**9, 4))
 
 
 @pytest.mark.parametrize(
-    ("window", "share"), [((0, 10), 1.0), ((3, 10), 0.5), ((0, 2), 0.25), ((2, 3), 0.25), ((6, 9), 0.0)]
+    "settings",
+    [
+        MeasureSettings(SLO, PointSettings(watch_s=30, most_watch_s=10)),
+        MeasureSettings(SLO, search_points=0),
+        MeasureSettings(SLO, tolerance=2),
+    ],
 )
-def test_an_answer_counts_by_the_share_of_its_life_watched(window: tuple[float, float], share: float) -> None:
-    """An answer from 1 to 5 s, seen through several windows."""
-    assert share_within(Answer(1.0, 2.0, 5.0, 10, 10), *window) == pytest.approx(share)
+async def test_settings_that_measure_nothing_are_refused(settings: MeasureSettings, tmp_path: Path) -> None:
+    """Before anything is asked of the engine."""
+    with pytest.raises(MeasureError, match=r"needs|must"):
+        await measure(MeasureTarget("http://127.0.0.1:9", "x", settings), tmp_path / "journal", watcher([]))
+
+
+def test_the_time_left_is_foretold_and_bounded() -> None:
+    """Longer answers and more rates take longer, and the bound is above the estimate."""
+    settings = MeasureSettings(SLO)
+    every = dict.fromkeys(MIX_NAMES, settings.search_points)
+    short, long = (dict.fromkeys(MIX_NAMES, life) for life in (0.5, 8.0))
+
+    assert expected_left_s(settings, short, 0, every) < expected_left_s(settings, long, 0, every) < longest_s(settings)
+    assert expected_left_s(settings, short, 0, dict.fromkeys(MIX_NAMES, 1)) < expected_left_s(settings, short, 0, every)
