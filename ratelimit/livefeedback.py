@@ -59,7 +59,7 @@ class LiveFeedback:
         done = {
             url: activity
             for url, reading in counters.items()
-            if (before := self._window.get(url)) and (activity := between(before, reading))
+            if (last := self._window.get(url)) and (activity := between(last, reading))
         }
         self._window, self._began_s = counters, now_s
         fresh = {pool.model: self._known.get(pool.model, PoolFeedback(pool.model)) for pool in pools}

@@ -52,7 +52,7 @@ def test_a_pool_at_its_measured_supply_is_asked_for_all_of_it() -> None:
     seen = pool_signals(OWN, [group()], dict.fromkeys(URLS, activity()))
 
     assert seen is not None
-    assert (seen.offered, seen.served, seen.duration_s) == (pytest.approx(1.0), pytest.approx(0.8), 10.0)
+    assert (seen.offered, seen.served, seen.duration_s) == pytest.approx((1.0, 0.8, 10.0))
     assert (seen.ttft.seen, seen.ttft.late, seen.tpot.late) == (240, 60, 0)
     assert seen.may_be_late == pytest.approx(0.05)
 
@@ -102,7 +102,7 @@ def test_requests_are_held_to_the_loosest_promise() -> None:
     seen = pool_signals(OWN, [group(others=(batch,))], dict.fromkeys(URLS, activity()))
 
     assert seen is not None
-    assert (seen.ttft.late, seen.may_be_late) == (15, pytest.approx(0.1))
+    assert (seen.ttft.late, seen.may_be_late) == pytest.approx((15, 0.1))
 
 
 def test_a_window_in_which_nothing_ended_counts_requests_as_the_mix_has_them() -> None:
