@@ -3,9 +3,9 @@
 What limits depend on is of two kinds. What is *observed* (which replicas serve, and how well) takes effect at once: a
 promise that the fleet can no longer keep helps nobody. What is *decided* (the config with its profiles, the overrides,
 the number of keys) is a list of changes. What would be published with all of them is weighed against what would be
-published with none, both with the fleet as it is now. Where a limit falls further than the operator allows, each change
-is weighed alone, against what would be published without it: one that lowers a limit further than that waits, the others
-take effect. So what is bounded is each change, as if they were made one after the other, and not their sum.
+published with none, both with the fleet as it is now. Where a limit falls further than the operator allows, each
+change is weighed alone, against what would be published without it: one that lowers a limit further than that waits,
+the others take effect. So what is bounded is each change, as if they were made one after the other, not their sum.
 
 A change is known by a digest of what was decided before and after it, so that an approval lets that change through and
 no other.

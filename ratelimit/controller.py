@@ -21,27 +21,27 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from time import monotonic, time
-from typing import NamedTuple
 
 import msgspec
 from redis.exceptions import RedisError
 
 from ratelimit.config import Config, PoolConfig, policy_of
 from ratelimit.controllermetrics import ControllerMetrics
-from ratelimit.decided import Adopted, Decided, changes, held_together
-from ratelimit.derive import GroupSupply, Trim, derive
-from ratelimit.governor import Governor
+from ratelimit.decided import Adopted, Decided, changes, held_together, standing
+from ratelimit.derive import GroupSupply, derive
+from ratelimit.governor import Governor, IssuedKeys
+from ratelimit.inputs import FleetNow, Inputs, same_limits, what_changed
 from ratelimit.keyactivity import KeyActivity, KeysNow
 from ratelimit.keys import KeyRecord
 from ratelimit.livefeedback import LiveFeedback
-from ratelimit.overrides import Override, OverrideFile, active
+from ratelimit.overrides import OverrideFile
 from ratelimit.policy import Policy, PoolPolicy, Promise, TierPolicy, promises_of
 from ratelimit.publication import Publication
 from ratelimit.publisher import Publisher
 from ratelimit.statefile import StateFileError
 from ratelimit.supply import SupplyBook
 from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus
-from serving.health import ReplicaHealth, stuck_time_s
+from serving.health import stuck_time_s
 from serving.profile import load_profile
 
 log = logging.getLogger(__name__)
@@ -97,28 +97,6 @@ def counted(
     )
 
 
-class _FleetNow(NamedTuple):
-    """The health of every watched replica at one moment (monotonic seconds), by URL, and the trims, by model."""
-
-    health: Mapping[str, ReplicaHealth]
-    now_s: float
-    trims: Mapping[str, Trim]
-
-    def statuses(self, specs: Iterable[ReplicaSpec]) -> list[ReplicaStatus]:
-        """What these replicas' health is, where there is one at their URL."""
-        return [ReplicaStatus(spec, self.health[spec.url]) for spec in specs if spec.url in self.health]
-
-
-class _Inputs(msgspec.Struct, frozen=True):
-    policy: Policy
-    supplies: Mapping[str, tuple[GroupSupply, ...]]
-    counted: frozenset[str]
-    specs: tuple[ReplicaSpec, ...]
-    active_keys: Mapping[tuple[str, str], int]
-    overrides: tuple[Override, ...]
-    trims: Mapping[str, Trim]
-
-
 class Controller:
     """Rounds of watch, derive and publish, until cancelled."""
 
@@ -133,12 +111,13 @@ class Controller:
         self._supplies = SupplyBook(self._wake.set)
         self._feedback = LiveFeedback(config.state_dir)
         self._governor = Governor(config.state_dir)
+        self._issued = IssuedKeys()
         self._decided = self._governor.resumed()
         self._seen: tuple[object, ...] | None = None
         self._published: Publication | None = None
         self._publishing = asyncio.Condition()
         self._published_keys: tuple[KeyRecord, ...] | None = None
-        self._inputs_published: _Inputs | None = None
+        self._inputs_published: Inputs | None = None
         self._failure = ""
         self._watched: tuple[ReplicaSpec, ...] = ()
         self.adopt(config)
@@ -248,7 +227,10 @@ class Controller:
         if self._is_settling(fleet):
             return
         self._governor.save()
-        base, wanted = self._base_and_wanted(await self._active_keys(records), fleet)
+        self._note_governed()
+        wanted = await self._wanted(records, fleet)
+        base = standing(self._decided, wanted, time()) if self._decided else wanted
+        base = wanted if base == wanted else base
         inputs = self._inputs(wanted, fleet)
         before = inputs if base is wanted else self._inputs(base, fleet)
         seen = (inputs, before, self._governor.approvals())
@@ -261,8 +243,11 @@ class Controller:
             return held_together(found, wanted.active_keys, decided.overrides)
 
         decision = self._governor.decide(base, changes(base, wanted), derived, base.adopted.falls_above)
+        self._governor.took_up(
+            decision.inputs
+        )  # first, so that a controller which dies now has not let it through unseen
         candidate = decision.publication
-        if lost.publication or not _same_limits(candidate, self._published):
+        if lost.publication or not same_limits(candidate, self._published):
             await self._publisher.publish(candidate)
             async with self._publishing:
                 self._published = candidate
@@ -270,41 +255,39 @@ class Controller:
             log.warning("epoch %d published: %s", candidate.epoch, candidate.reason)
             self._governor.published(candidate, decision.approved)
         self._inputs_published = self._inputs(decision.inputs, fleet)
+        self._note_governed()
         self.metrics.published(candidate, self._inputs_published.trims)
         self._decided, self._seen = decision.inputs, seen
-        self._governor.took_up(decision.inputs)
 
-    async def _active_keys(self, records: tuple[KeyRecord, ...]) -> dict[tuple[str, str], int]:
-        """By tier and model, the keys that share what is assured, of the orgs and tiers that any policy knows."""
-        before = self._decided
-        policies = [self._next.policy, *([before.adopted.policy] if before else [])]
-        return await self._activity.counts(records, policies, time())
+    def _note_governed(self) -> None:
+        self.metrics.waiting.set(self._governor.waiting)
+        self.metrics.unaudited.set(self._governor.unkept + self._governor.lost)
 
-    def _base_and_wanted(self, active_keys: dict[tuple[str, str], int], fleet: _FleetNow) -> tuple[Decided, Decided]:
-        """What has been decided so far, and what is to be; the same where there is nothing yet to weigh it against.
+    async def _wanted(self, records: tuple[KeyRecord, ...], fleet: FleetNow) -> Decided:
+        """What is to be in force; a config not before it is known what the fleet does under it, if it is to be weighed.
 
-        A config is not weighed before it is known what the fleet does under it.
+        Keys are those of the orgs and tiers that this config or the one in force knows.
         """
-        before = self._decided
-        now_s = time()
-        adopted = self._next
-        if before and self._is_governed and not self._knows(self._next, fleet):
-            adopted = before.adopted
-        wanted = Decided(adopted, self._overrides.active(now_s), active_keys)
-        # An override that ends at its time was decided when it was set.
-        base = msgspec.structs.replace(before, overrides=active(before.overrides, now_s)) if before else wanted
-        return (wanted, wanted) if base == wanted else (base, wanted)
+        before, now_s = self._decided, time()
+        policies = [self._next.policy, *([before.adopted.policy] if before else [])]
+        must_wait = self._is_governed and not self._knows(self._next, fleet)
+        return Decided(
+            adopted=before.adopted if before and must_wait else self._next,
+            overrides=self._overrides.active(now_s),
+            issued=self._issued.counts(records, policies, now_s),
+            active_keys=await self._activity.counts(records, policies, now_s),
+        )
 
-    def _fleet_now(self) -> _FleetNow:
+    def _fleet_now(self) -> FleetNow:
         health = {url: status.health for url, status in self._fleet.statuses().items()}
-        return _FleetNow(health, monotonic(), self._feedback.trims())
+        return FleetNow(health, monotonic(), self._feedback.trims())
 
     def _look_at_signals(self) -> None:
         published = self._inputs_published
         if published is not None:
             self._feedback.look(published.policy.pools, published.supplies, self._fleet.counters(), monotonic())
 
-    def _is_settling(self, fleet: _FleetNow) -> bool:
+    def _is_settling(self, fleet: FleetNow) -> bool:
         """Whether this has just started, and the knee of a healthy replica is still being found.
 
         What is in force then is the promise of the controller before; a round without that replica would break it.
@@ -315,14 +298,14 @@ class Controller:
         unknown = [each for each in adopted if not self._knows(each, fleet)]
         return bool(unknown)
 
-    def _knows(self, adopted: Adopted, fleet: _FleetNow) -> bool:
+    def _knows(self, adopted: Adopted, fleet: FleetNow) -> bool:
         """Whether the knees of all healthy replicas are known; those that are not are asked for."""
         book = self._supplies.having(adopted.profiles)
         promises = {pool.model: promises_of(adopted.policy.tiers, pool) for pool in adopted.policy.pools}
         healthy = [s.spec for s in fleet.statuses(adopted.specs) if s.health.phase == "healthy"]
         return not [spec for spec in healthy if not book.knows(spec, promises[spec.model])]
 
-    def _inputs(self, decided: Decided, fleet: _FleetNow) -> _Inputs:
+    def _inputs(self, decided: Decided, fleet: FleetNow) -> Inputs:
         statuses = fleet.statuses(decided.adopted.specs)
         book = self._supplies.having(decided.adopted.profiles)
         policy = self._policy_now(decided.adopted.policy, statuses, book)
@@ -334,7 +317,7 @@ class Controller:
             specs = [status.spec for status in known if status.spec.url in counting]
             return tuple(book.supplies([spec for spec in specs if spec.model == model], made))
 
-        return _Inputs(
+        return Inputs(
             policy=policy,
             supplies={model: supply_of(model, made) for model, made in promises.items()},
             counted=counting,
@@ -372,7 +355,7 @@ class Controller:
         before = self._inputs_published
         return frozenset(spec.url for spec in before.specs if spec.url in before.counted and spec in watched)
 
-    def _derive(self, inputs: _Inputs, epoch: int) -> Publication:
+    def _derive(self, inputs: Inputs, epoch: int) -> Publication:
         return derive(
             epoch=epoch,
             published_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -388,35 +371,3 @@ class Controller:
 def _is_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def what_changed(before: _Inputs | None, now: _Inputs) -> str:
-    """Why limits are derived anew, in words for the log and for `explain`."""
-    if before is None:
-        return "the controller started"
-    changes = [f"{url} joined" for url in sorted(now.counted - before.counted)]
-    changes += [f"{url} left" for url in sorted(before.counted - now.counted)]
-    changes += ["the config changed"] if (now.policy, now.specs) != (before.policy, before.specs) else []
-    changes += ["supplies changed"] if not changes and now.supplies != before.supplies else []
-    changes += [
-        _trim_text(model, now.trims) for model in now.supplies if now.trims.get(model) != before.trims.get(model)
-    ]
-    changes += ["active keys changed"] if now.active_keys != before.active_keys else []
-    changes += ["overrides changed"] if now.overrides != before.overrides else []
-    return ", ".join(changes) or "Redis had lost the limits"
-
-
-def _trim_text(model: str, trims: Mapping[str, Trim]) -> str:
-    return (
-        f"the supply of {model} is trimmed to {trims[model].factor:g}"
-        if model in trims
-        else f"{model} is trimmed no more"
-    )
-
-
-def _same_limits(one: Publication, other: Publication | None) -> bool:
-    if other is None:
-        return False
-    return msgspec.structs.replace(one, epoch=0, published_at="", reason="") == msgspec.structs.replace(
-        other, epoch=0, published_at="", reason=""
-    )

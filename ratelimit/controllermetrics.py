@@ -32,6 +32,10 @@ class ControllerMetrics:
         )  # fmt: skip
         self.replicas = Gauge("penstock_replicas", "Replicas that count.", ["model"], registry=registry)
         self.epoch = Gauge("penstock_epoch", "Epoch of the limits in force.", registry=registry)
+        self.waiting = Gauge("penstock_changes_waiting", "Changes that wait for approval.", registry=registry)
+        self.unaudited = Gauge(
+            "penstock_epochs_unaudited", "Epochs published and not yet, or never, in the audit log.", registry=registry
+        )
         self.failed_rounds = Counter(
             "penstock_failed_rounds", "Rounds that could not publish the limits.", registry=registry
         )

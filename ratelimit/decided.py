@@ -1,16 +1,19 @@
-"""What people decide of the limits, apart from what the fleet does: a config, overrides, how many keys there are. Pure.
+"""What people decide of the limits, apart from what is observed: a config, overrides, the keys that they issue. Pure.
 
+How many of the keys are in use is observed, as the fleet is, and takes effect at once: shares must not add up to more
+than the tier's. But where that number may have grown because keys were issued, the counts stay until that is decided.
 ``changes`` takes the way from one state of it to another apart into the changes that ``approval`` weighs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from ratelimit.approval import Change, digest_of
-from ratelimit.overrides import Override
+from ratelimit.keys import KeyRecord, active_keys, valid_records
+from ratelimit.overrides import Override, active
 from ratelimit.policy import Policy
 from ratelimit.publication import Limit, Publication, TierLimits
 from serving.fleet import ReplicaSpec
@@ -31,10 +34,11 @@ class Adopted(msgspec.Struct, frozen=True):
 
 
 class Decided(msgspec.Struct, frozen=True):
-    """What is decided at one moment; ``active_keys`` are counts by tier and model."""
+    """What is decided at one moment: how many keys were issued, by tier; the counts in use, by tier and model."""
 
     adopted: Adopted
     overrides: tuple[Override, ...]
+    issued: Mapping[str, int]
     active_keys: Mapping[tuple[str, str], int]
 
 
@@ -43,32 +47,56 @@ class KeptDecided(msgspec.Struct, frozen=True):
 
     adopted: Adopted
     overrides: tuple[Override, ...]
+    issued: dict[str, int]
     active_keys: tuple[tuple[str, str, int], ...]
 
 
 def kept(decided: Decided) -> KeptDecided:
     """What is kept of it."""
     counts = tuple((tier, model, count) for (tier, model), count in sorted(decided.active_keys.items()))
-    return KeptDecided(decided.adopted, decided.overrides, counts)
+    return KeptDecided(decided.adopted, decided.overrides, dict(decided.issued), counts)
 
 
 def resumed(found: KeptDecided) -> Decided:
     """What was kept, as it was."""
-    return Decided(found.adopted, found.overrides, {(tier, model): count for tier, model, count in found.active_keys})
+    counts = {(tier, model): count for tier, model, count in found.active_keys}
+    return Decided(found.adopted, found.overrides, found.issued, counts)
+
+
+def issued_keys(records: Iterable[KeyRecord], policies: Sequence[Policy], now_s: float) -> dict[str, int]:
+    """By tier, the keys that may be used at ``now_s`` of the orgs and tiers that any of the policies knows."""
+    orgs, tiers = (
+        {org.name for each in policies for org in each.orgs},
+        {t.name for each in policies for t in each.tiers},
+    )
+    return active_keys(valid_records(records, orgs, tiers), now_s)
+
+
+def standing(before: Decided, wanted: Decided, now_s: float) -> Decided:
+    """What was decided ``before``, with what is observed in ``wanted``.
+
+    An override that ends at its time was decided when it was set. The first keys of a tier take nothing from anybody.
+    """
+    grown = {tier for tier, count in wanted.issued.items() if 0 < before.issued.get(tier, 0) < count}
+    counts = {
+        (tier, model): min(count, before.active_keys.get((tier, model), 0)) if tier in grown else count
+        for (tier, model), count in wanted.active_keys.items()
+    }
+    issued = {tier: before.issued[tier] if tier in grown else count for tier, count in wanted.issued.items()}
+    return Decided(before.adopted, active(before.overrides, now_s), issued, counts)
 
 
 def changes(now: Decided, wanted: Decided) -> list[Change[Decided]]:
-    """What turns ``now`` into ``wanted``, one after the other: overrides, each count of keys, and the config whole.
+    """What turns ``now`` into ``wanted``, one after the other: overrides, the keys of each tier, and the config whole.
 
     Overrides come first, for they are an operator's quickest means.
     """
     found = []
     if wanted.overrides != now.overrides:
         found.append(_overrides_change(now.overrides, wanted.overrides))
-    for counted in sorted(now.active_keys.keys() | wanted.active_keys.keys()):
-        before, after = now.active_keys.get(counted, 0), wanted.active_keys.get(counted, 0)
-        if before != after:
-            found.append(_keys_change(counted, before, after))
+    for tier, after in sorted(wanted.issued.items()):
+        if now.issued.get(tier, 0) != after:
+            found.append(_keys_change(tier, now.issued.get(tier, 0), wanted))
     if wanted.adopted != now.adopted:
         found.append(_config_change(now.adopted, wanted.adopted))
     return found
@@ -84,16 +112,15 @@ def _overrides_change(before: tuple[Override, ...], after: tuple[Override, ...])
     )
 
 
-def _keys_change(counted: tuple[str, str], before: int, after: int) -> Change[Decided]:
-    def applied(decided: Decided) -> Decided:
-        return msgspec.structs.replace(decided, active_keys={**decided.active_keys, counted: after})
+def _keys_change(tier: str, before: int, wanted: Decided) -> Change[Decided]:
+    after = wanted.issued[tier]
 
-    tier, model = counted
-    return Change(
-        f"active keys of {tier} on {model} from {before} to {after}",
-        digest_of("keys", [tier, model, before], after),
-        applied,
-    )
+    def applied(decided: Decided) -> Decided:
+        counts = {pair: count for pair, count in wanted.active_keys.items() if pair[0] == tier}
+        issued, active_now = {**decided.issued, tier: after}, {**decided.active_keys, **counts}
+        return msgspec.structs.replace(decided, issued=issued, active_keys=active_now)
+
+    return Change(f"keys issued to {tier} from {before} to {after}", digest_of("keys", [tier, before], after), applied)
 
 
 def _config_change(before: Adopted, after: Adopted) -> Change[Decided]:
@@ -105,17 +132,17 @@ def _config_change(before: Adopted, after: Adopted) -> Change[Decided]:
 
 
 def held_together(
-    publication: Publication, active_keys: Mapping[tuple[str, str], int], overrides: tuple[Override, ...]
+    publication: Publication, counts: Mapping[tuple[str, str], int], overrides: tuple[Override, ...]
 ) -> Publication:
-    """The publication, with a bound on all keys of each assured tier that has more of them than its limits count.
+    """The publication, with a bound on all keys of each assured tier that has more in use than its limits count.
 
-    While the new count waits, each key keeps its limits; what the tier is assured as a whole must not grow by that, for
-    then the pool would be oversold, at the cost of every other tier. A limit that an operator has set bounds nothing
-    else.
+    ``counts`` are those in use by tier and model. While new keys wait, each key keeps its limits; what the tier is
+    assured as a whole must not grow by that, for then the pool would be oversold, at the cost of every other tier. A
+    limit that an operator has set bounds nothing else.
     """
 
     def more(tier: TierLimits) -> bool:
-        return active_keys.get((tier.tier, tier.model), 0) > tier.active_keys
+        return counts.get((tier.tier, tier.model), 0) > tier.active_keys
 
     tiers = tuple(_bounded(each, overrides) if each.assured and more(each) else each for each in publication.tiers)
     return msgspec.structs.replace(publication, tiers=tiers)
@@ -143,6 +170,6 @@ def _together(limit: Limit, tier: TierLimits) -> Limit:
         burst=burst,
         ceiling_per_minute=max(per_minute, limit.ceiling_per_minute) if two_colours else 0,
         ceiling_burst=max(burst, limit.ceiling_burst) if two_colours else 0,
-        explanation=f"all keys of {tier.tier} together: {keys} × what each is assured, because a higher count of its "
-        "keys waits for approval and the tier must not be assured more than its share",
+        explanation=f"all keys of {tier.tier} together: {keys} × what each is assured, because more of its "
+        "keys wait for approval and the tier must not be assured more than its share",
     )

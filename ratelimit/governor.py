@@ -29,8 +29,10 @@ from ratelimit.approval import (
     waiting_named,
 )
 from ratelimit.audit import AuditLog, Entry
-from ratelimit.decided import Decided, KeptDecided, kept, resumed
+from ratelimit.decided import Decided, KeptDecided, issued_keys, kept, resumed
 from ratelimit.difference import Snapshot, difference, snapshot
+from ratelimit.keys import KeyRecord
+from ratelimit.policy import Policy
 from ratelimit.publication import Publication
 from ratelimit.publisher import read_published
 from ratelimit.statefile import StateFile, StateFileError
@@ -75,6 +77,20 @@ class ApprovalFile:
             approvals[:] = [each for each in approvals if each not in used]
 
 
+class IssuedKeys:
+    """How many keys there are by tier, counted when the key file or a policy has changed."""
+
+    def __init__(self) -> None:
+        self._of: tuple[tuple[KeyRecord, ...], tuple[Policy, ...]] | None = None
+        self._counts: dict[str, int] = {}
+
+    def counts(self, records: tuple[KeyRecord, ...], policies: Sequence[Policy], now_s: float) -> dict[str, int]:
+        """By tier; one that has expired since the last change still counts, which at worst lets some keys through."""
+        if self._of is None or self._of[0] is not records or self._of[1] != tuple(policies):
+            self._counts, self._of = issued_keys(records, policies, now_s), (records, tuple(policies))
+        return self._counts
+
+
 class Governor:
     """Decides which changes take effect, and keeps what was decided."""
 
@@ -93,6 +109,11 @@ class Governor:
         self._failures: dict[str, str] = {}
         #: Epochs that never reached the audit log.
         self.lost = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many changes wait."""
+        return len(self._waiting or ())
 
     @property
     def unkept(self) -> int:

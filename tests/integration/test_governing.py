@@ -18,7 +18,7 @@ from ratelimit.audit import AuditLog
 from ratelimit.config import Config
 from ratelimit.difference import difference, snapshot
 from ratelimit.governor import ApprovalFile, waiting_file
-from ratelimit.keys import KeyFile
+from ratelimit.keys import KeyFile, new_key
 from ratelimit.overrides import OverrideFile, setting
 from ratelimit.publication import Publication
 from tests.integration.test_controller import A, B, Knees, Running, knees, running, urls
@@ -68,6 +68,13 @@ async def none_waits(state_dir: Path) -> None:
     await eventually_async(gone, WAIT_S, "that nothing waits")
 
 
+async def kept_epochs(state_dir: Path, epochs: list[int]) -> None:
+    async def there() -> bool:
+        return [entry.epoch for entry in AuditLog(state_dir).entries()] == epochs[::-1]
+
+    await eventually_async(there, WAIT_S, "the epochs in the audit log")
+
+
 def approve(state_dir: Path, digest: str) -> None:
     ApprovalFile(state_dir).approve(digest, "ada", time(), 60)
 
@@ -87,17 +94,27 @@ async def test_a_large_fall_waits_until_it_is_approved(
         waiting = await one_waits(tmp_path)
         assert await stack.publication() == before
 
+        async def counted() -> bool:
+            return stack.controller.metrics.registry.get_sample_value("penstock_changes_waiting") == 1
+
+        await eventually_async(counted, WAIT_S, "a count of what waits")
         approve(tmp_path, waiting.digest)
         after = await stack.until(lambda p: assured(p) < assured(before) / 2)
         await none_waits(tmp_path)
 
+        async def kept() -> bool:
+            entry = AuditLog(tmp_path).newest()
+            return entry is not None and (entry.epoch, [a.by for a in entry.approved]) == (after.epoch, ["ada"])
+
+        async def used_up() -> bool:
+            return ApprovalFile(tmp_path).valid(time()) == ()
+
+        await eventually_async(kept, WAIT_S, "the epoch in the audit log, with who approved it")
+        await eventually_async(used_up, WAIT_S, "the end of the approval")
+
     said = [r.getMessage() for r in caplog.records if "WAITING FOR APPROVAL" in r.getMessage()]
     assert len(said) == 1
     assert f"penstock limits approve {waiting.digest}" in said[0]
-    entry = AuditLog(tmp_path).newest()
-    assert entry is not None
-    assert (entry.epoch, [approval.by for approval in entry.approved]) == (after.epoch, ["ada"])
-    assert ApprovalFile(tmp_path).valid(time()) == ()
 
 
 async def test_a_lost_replica_is_no_decision(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
@@ -235,13 +252,14 @@ async def test_while_a_count_of_keys_waits_its_tier_is_assured_no_more_than_befo
     redis_client: Redis, tmp_path: Path, knees: Knees
 ) -> None:
     """Each key keeps its limit, and all together have what the tier had, so that nobody else pays for it."""
+    KeyFile(tmp_path).create(org="acme", tier="free", name="the first")
     async with running(config_of(tmp_path), redis_client) as stack:
         before = await first(stack)
-        for i in range(5):
+        for i in range(4):
             KeyFile(tmp_path).create(org="acme", tier="free", name=f"k{i}")
         held = await stack.until(lambda p: len(p.limits("free", "m")) > len(before.limits("free", "m")))
         waiting = await one_waits(tmp_path)
-        assert waiting.cause == "active keys of free on m from 0 to 5"
+        assert waiting.cause == "keys issued to free from 1 to 5"
         assert assured(held, "free") == assured(before, "free")
         (together,) = (x for x in held.limits("free", "m") if (x.name, x.per) == ("output_tokens", "tier"))
         assert together.per_minute == assured(before, "free")
@@ -251,15 +269,29 @@ async def test_while_a_count_of_keys_waits_its_tier_is_assured_no_more_than_befo
         await stack.until(lambda p: assured(p, "free") < assured(before, "free") / 4)
 
 
+async def test_the_first_keys_of_a_tier_take_nothing_from_anybody(
+    redis_client: Redis, tmp_path: Path, knees: Knees
+) -> None:
+    """A tier that had no key has nobody whose limit could fall."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        with KeyFile(tmp_path)._file.changing() as records:
+            records += [new_key("acme", "free", f"k{i}", time(), None)[1] for i in range(5)]
+        await stack.until(lambda p: assured(p, "free") < assured(before, "free") / 4)
+
+
 async def test_a_restart_is_no_approval(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
     """A config that was changed while no controller ran waits as it would have, and keeps waiting over restarts."""
     async with running(config_of(tmp_path), redis_client) as stack:
         before = await first(stack)
+    digests = set()
     for _ in range(2):
         async with running(config_of(tmp_path, share=0.1), redis_client) as stack:
             after = await stack.until(lambda p: p.epoch > before.epoch)
             waiting = await one_waits(tmp_path)
+            digests.add(waiting.digest)
             assert assured(after) == assured(before)
+    assert digests == {waiting.digest}
     approve(tmp_path, waiting.digest)
     async with running(config_of(tmp_path, share=0.1), redis_client) as stack:
         await stack.until(lambda p: assured(p) < assured(before) / 2)
@@ -293,6 +325,7 @@ async def test_every_epoch_is_in_the_audit_log(redis_client: Redis, tmp_path: Pa
         published.append(await stack.until(lambda p: p.epoch > published[-1].epoch))
     async with running(config_of(tmp_path, share=0.2, falls_above=None), redis_client) as stack:
         published.append(await stack.until(lambda p: p.epoch > published[-1].epoch))
+        await kept_epochs(tmp_path, [each.epoch for each in published])
 
     entries = list(reversed(list(AuditLog(tmp_path).entries())))
     assert [entry.published for entry in entries] == [snapshot(each) for each in published]
@@ -300,6 +333,22 @@ async def test_every_epoch_is_in_the_audit_log(redis_client: Redis, tmp_path: Pa
     for before, entry in pairwise(entries):
         assert entry.before == before.epoch
         assert entry.does == difference(before.published, entry.published)
+
+
+async def test_an_epoch_whose_controller_died_before_it_was_kept_is_kept_by_the_next(
+    redis_client: Redis, tmp_path: Path, knees: Knees
+) -> None:
+    """The publication on disk says that it was in force."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        one = await first(stack)
+        stack.fleet.turn(A, "down")
+        two = await stack.until(lambda p: urls(p) == {B})
+        await kept_epochs(tmp_path, [one.epoch, two.epoch])
+    for path in (tmp_path / "audit").glob("*.jsonl"):
+        path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    async with running(config_of(tmp_path), redis_client) as stack:
+        three = await stack.until(lambda p: p.epoch > two.epoch)
+        await kept_epochs(tmp_path, [one.epoch, two.epoch, three.epoch])
 
 
 async def test_an_audit_log_that_cannot_be_written_stops_no_limits(
@@ -320,12 +369,19 @@ async def test_an_audit_log_that_cannot_be_written_stops_no_limits(
         stack.fleet.turn(A, "down")
         two = await stack.until(lambda p: urls(p) == {B})
         assert list(AuditLog(tmp_path).entries()) == []
+
+        async def counted() -> bool:
+            return stack.controller.metrics.registry.get_sample_value("penstock_epochs_unaudited") == 2
+
+        await eventually_async(counted, WAIT_S, "a count of the epochs that are not kept")
         broken = False
 
-        async def kept() -> bool:
-            return [entry.epoch for entry in AuditLog(tmp_path).entries()] == [two.epoch, one.epoch]
+        await kept_epochs(tmp_path, [one.epoch, two.epoch])
 
-        await eventually_async(kept, WAIT_S, "both epochs in the audit log")
+        async def counted_no_more() -> bool:
+            return stack.controller.metrics.registry.get_sample_value("penstock_epochs_unaudited") == 0
+
+        await eventually_async(counted_no_more, WAIT_S, "the end of that count")
 
     said = [r.getMessage() for r in caplog.records if "not in the audit log" in r.getMessage()]
     assert len(said) == 2  # that it is so, and that it no longer is

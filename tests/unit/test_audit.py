@@ -73,6 +73,7 @@ def test_a_torn_last_line_is_passed_over_and_cut_off(tmp_path: Path, kept: int, 
     assert epochs(log) == list(range(kept, 0, -1))
     log.append(entry(10))
     assert epochs(log) == [10, *range(kept, 0, -1)]
+    assert len(files(tmp_path)[0].read_bytes().splitlines()) == kept + 1
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

@@ -6,9 +6,20 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit.decided import Adopted, Decided, KeptDecided, changes, held_together, kept, resumed
+from ratelimit.decided import (
+    Adopted,
+    Decided,
+    KeptDecided,
+    changes,
+    held_together,
+    issued_keys,
+    kept,
+    resumed,
+    standing,
+)
+from ratelimit.keys import new_key
 from ratelimit.overrides import Override, setting
-from ratelimit.policy import Policy
+from ratelimit.policy import OrgPolicy, Policy, TierPolicy
 from ratelimit.publication import Limit, Publication, TierLimits
 from serving.fleet import ReplicaSpec
 from serving.profile import load_profile
@@ -25,31 +36,24 @@ OVERRIDES = (
     Override("pro", None, "requests", 1, 10.0, "x", id="o_1"),
     Override("pro", None, "requests", 2, 10.0, "y", id="o_2"),
 )
-counts = st.dictionaries(st.tuples(st.sampled_from("ab"), st.sampled_from("mn")), st.integers(0, 9))
-states = st.builds(
-    Decided,
-    st.sampled_from(ADOPTED),
-    st.lists(st.sampled_from(OVERRIDES), unique=True).map(tuple),
-    counts,
-)
-
-
-def counted(decided: Decided) -> dict[tuple[str, str], int]:
-    return {where: count for where, count in decided.active_keys.items() if count}
+pairs = st.tuples(st.sampled_from(["pro", "free"]), st.sampled_from("mn"))
+counts = st.dictionaries(pairs, st.integers(0, 9))
+issued = st.fixed_dictionaries({"pro": st.integers(0, 9), "free": st.integers(0, 9)})
+overrides = st.lists(st.sampled_from(OVERRIDES), unique=True).map(tuple)
+states = st.builds(Decided, st.sampled_from(ADOPTED), overrides, issued, counts)
 
 
 @given(states, states)
-def test_all_changes_together_lead_from_one_state_to_the_other(now: Decided, wanted: Decided) -> None:
+def test_all_changes_together_lead_from_what_stands_to_what_is_wanted(before: Decided, wanted: Decided) -> None:
     """No change is missing and none is too many; each has a digest of its own."""
+    reached = now = standing(before, wanted, 0)
     found = changes(now, wanted)
-    reached = now
     for change in found:
         after = change.applied(reached)
         assert after != reached
         reached = after
 
-    assert (reached.adopted, reached.overrides) == (wanted.adopted, wanted.overrides)
-    assert counted(reached) == counted(wanted)
+    assert reached == wanted
     assert len({change.digest for change in found}) == len(found)
 
 
@@ -62,6 +66,57 @@ def test_a_digest_says_where_from_and_where_to(now: Decided, wanted: Decided) ->
     assert again == now
     assert [change.digest for change in changes(again, wanted)] == digests
     assert not {change.digest for change in changes(wanted, now)} & set(digests)
+
+
+@given(states, counts)
+def test_what_is_observed_is_no_decision(before: Decided, in_use: dict[tuple[str, str], int]) -> None:
+    """Keys that come into use, or go out of it, change what stands at once: nothing is left to decide."""
+    wanted = msgspec.structs.replace(before, active_keys=in_use)
+
+    assert standing(before, wanted, 0) == wanted
+    assert changes(standing(before, wanted, 0), wanted) == []
+
+
+def test_while_more_keys_wait_their_tier_counts_no_more_than_before() -> None:
+    """The limits of the keys that were there stay, or rise as some go out of use; other tiers are not held."""
+    before = Decided(ADOPTED[0], (), {"pro": 4, "free": 2}, {("pro", "m"): 4, ("free", "m"): 1})
+    wanted = Decided(ADOPTED[0], (), {"pro": 9, "free": 2}, {("pro", "m"): 9, ("free", "m"): 2, ("pro", "n"): 5})
+    now = standing(before, wanted, 0)
+
+    assert now.active_keys == {("pro", "m"): 4, ("free", "m"): 2, ("pro", "n"): 0}
+    assert [change.cause for change in changes(now, wanted)] == ["keys issued to pro from 4 to 9"]
+
+
+def test_revoked_keys_and_first_keys_are_no_decision_to_weigh() -> None:
+    """Fewer keys take nothing from those that stay, and the first ones of a tier from nobody."""
+    before = Decided(ADOPTED[0], (), {"pro": 9, "free": 0}, {("pro", "m"): 9})
+    wanted = Decided(ADOPTED[0], (), {"pro": 1, "free": 7}, {("pro", "m"): 1, ("free", "m"): 7})
+
+    assert standing(before, wanted, 0) == wanted
+
+
+def test_overrides_end_at_their_time() -> None:
+    """What was set until then was decided to end then."""
+    before = Decided(ADOPTED[0], OVERRIDES, {}, {})
+
+    assert standing(before, before, 9.0).overrides == OVERRIDES
+    assert standing(before, before, 10.0).overrides == ()
+
+
+def test_issued_keys_are_those_that_may_be_used_of_known_tiers() -> None:
+    """A key with two secrets is one key; one that has expired, or of an unknown tier or org, is none."""
+    policy = Policy((TierPolicy("pro", 0.5, 1.0, 0, 5.0),), (), enforce=True, orgs=(OrgPolicy("acme"),))
+    one = new_key("acme", "pro", "a", 0.0, None)[1]
+    records = [
+        one,
+        msgspec.structs.replace(one, digest="another"),
+        new_key("acme", "pro", "b", 0.0, 5.0)[1],
+        new_key("acme", "gone", "c", 0.0, None)[1],
+        new_key("nobody", "pro", "d", 0.0, None)[1],
+    ]
+
+    assert issued_keys(records, [policy], 1.0) == {"pro": 2}
+    assert issued_keys(records, [policy], 5.0) == {"pro": 1}
 
 
 def two_coloured(keys: int) -> TierLimits:
@@ -80,7 +135,7 @@ def test_more_keys_than_are_counted_are_bounded_together() -> None:
 
     assert (together.per_minute, together.burst) == (300, 30)
     assert (together.ceiling_per_minute, together.ceiling_burst) == (1000, 90)
-    assert "waits for approval" in together.explanation
+    assert "wait for approval" in together.explanation
 
 
 def test_as_many_keys_as_are_counted_need_no_bound() -> None:

@@ -123,6 +123,10 @@ def test_a_bound_on_all_keys_that_only_becomes_visible_is_no_fall() -> None:
 
     assert between(before, published(tier(rated(50, ceiling=200), together, keys=2))).largest_fall == 0.5
 
+    several = published(tier(rated(100, ceiling=200), keys=5))
+    bound = msgspec.structs.replace(rated(500, ceiling=500, burst=50), per="tier")
+    assert between(several, published(tier(rated(100, ceiling=200), bound, keys=5))) == Difference()
+
 
 def test_a_pool_without_replicas_is_a_fall_to_nothing() -> None:
     """A tier that nothing serves has no limits, which is not the same as being unlimited."""
