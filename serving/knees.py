@@ -26,7 +26,7 @@ from serving.intervals import (
 )
 from serving.outcomes import RequestOutcome, Window, output_slices, slo_load, spells, watched
 from serving.records import Record
-from serving.search import Tried, bracket
+from serving.search import Tried, bracket, contradictions
 from serving.stepsim import percentile
 
 #: A fit takes a run as a sum of steps. At the edges of each spell of work there is time that nobody sees, so a spell
@@ -111,10 +111,14 @@ def knee_report(records: Sequence[Record], mix: str, slo: Slo, seed: int) -> Kne
     impossible = infeasible(anchor, slo)
     if impossible:
         return KneeReport(mix, None, None, None, impossible)
-    found = bracket(verdicts(records, mix, slo))
+    tried = verdicts(records, mix, slo)
+    found = bracket(tried)
     if found.met is None:
         return KneeReport(mix, None, found.missed, None, f"missed at every rate tried, the least {found.missed:.3g}/s")
     reason = "" if found.missed is not None else "a lower bound: no rate tried missed the SLO"
+    against = contradictions(tried)
+    if against:
+        reason = f"though {', '.join(f'{rate:.3g}/s' for rate in against)} met it by chance; raise --point-s"
     return KneeReport(mix, found.met, found.missed, _crossing(records, mix, slo, seed), reason)
 
 

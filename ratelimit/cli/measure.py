@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 import typer
 import uvloop
+from rich.box import SIMPLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -91,9 +92,7 @@ async def _measured(target: MeasureTarget, out: Path) -> Measurement:
     settings = target.settings
     every = dict.fromkeys(MIX_NAMES, settings.search_points)
     likely_s = expected_left_s(settings, {}, len(MIX_NAMES), every)
-    stderr.print(
-        f"at least {_minutes(likely_s)} if every search needs all its points; at most {_minutes(longest_s(settings))}"
-    )
+    _say(f"about {_minutes(likely_s)} where answers are short, at most {_minutes(longest_s(settings))}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr) as bar:
         task = bar.add_task("measuring")
@@ -101,11 +100,10 @@ async def _measured(target: MeasureTarget, out: Path) -> Measurement:
         def show(progress: SweepProgress) -> None:
             left = f", up to {_minutes(progress.left_s)} left" if progress.left_s else ""
             bar.update(task, description=progress.what + left, completed=progress.done, total=progress.total)
+            if not stderr.is_terminal:  # a bar would show nothing before its end
+                _say(f"{progress.done}/{progress.total} {progress.what}{left}")
 
-        def tell(news: str) -> None:
-            stderr.print(news, markup=False, highlight=False, soft_wrap=True)
-
-        return await measure_endpoint(target, out.with_name(out.name + ".journal.jsonl"), Watcher(show, tell))
+        return await measure_endpoint(target, out.with_name(out.name + ".journal.jsonl"), Watcher(show, _say))
 
 
 def _replace(path: Path, text: bytes) -> None:
@@ -121,35 +119,29 @@ def _minutes(seconds: float) -> str:
 
 def _show(found: Measurement, out: Path) -> None:
     slo = found.slo
-    table = Table(
-        "mix",
-        "load",
-        "state",
-        "output tokens/s",
-        f"TTFT p{slo.percentile:g} ms",
-        f"TPOT p{slo.percentile:g} ms",
-        "goodput",
-    )
+    latencies = [f"{name} p{slo.percentile:g} ms" for name in ("TTFT", "TPOT")]
+    table = Table("mix", "load", "state", "output/s", *latencies, "goodput", box=SIMPLE, caption="95 % intervals")
     for point in found.points:
         load = "alone" if point.kind == "anchor" else f"{point.level:.3g}/s"
         figures = (_text(point.output_per_s, 1), _text(point.ttft_s, 1e3), _text(point.tpot_s, 1e3))
         table.add_row(point.mix, load, point.state, *figures, f"{point.goodput:.0%}")
     stderr.print(table)
     for knee in found.knees:
-        stderr.print(f"knee: {knee_text(knee)}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"knee: {knee_text(knee)}")
     step, fit = found.profile.step_time, found.profile.fit
-    stderr.print(
+    _say(
         f"{out}: a step takes {step.base_s * 1e3:.3g} ms + {step.prompt_token_s * 1e6:.3g} µs a prompt token + "
-        f"{step.sequence_s * 1e6:.3g} µs a sequence + {step.kv_token_s * 1e9:.3g} ns a KV token",
-        markup=False,
-        soft_wrap=True,
+        f"{step.sequence_s * 1e6:.3g} µs a sequence + {step.kv_token_s * 1e9:.3g} ns a KV token"
     )
     if fit is not None:
-        stderr.print(
+        _say(
             f"the model gives {len(fit.points)} steady points back within {fit.residual_median:.1%} in the median, "
-            f"{fit.residual_max:.1%} at most",
-            markup=False,
+            f"{fit.residual_max:.1%} at most"
         )
+
+
+def _say(text: str) -> None:
+    stderr.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _text(figure: Interval, factor: float) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from queue import Queue
+from threading import Thread
 from typing import Any
 
 from aiohttp import web
@@ -104,3 +106,24 @@ class FakeEngine:
         finally:
             engine.cancel()
             await runner.cleanup()
+
+    @contextmanager
+    def in_thread(self) -> Iterator[str]:
+        """Serve from a thread with a loop of its own, for callers that have none; gives its URL."""
+        urls: Queue[str] = Queue()
+        loop = asyncio.new_event_loop()
+        over = asyncio.Event()
+
+        async def serve() -> None:
+            async with self.serving() as url:
+                urls.put(url)
+                await over.wait()
+
+        thread = Thread(target=loop.run_until_complete, args=(serve(),), name="fake engine")
+        thread.start()
+        try:
+            yield urls.get(timeout=10)
+        finally:
+            loop.call_soon_threadsafe(over.set)
+            thread.join(10)
+            loop.close()

@@ -40,7 +40,9 @@ def record_of(kind: Kind, mix: WorkloadMix, level: float, outcomes: Sequence[Req
     window = Window(outcomes[len(outcomes) // 5].scheduled_s, outcomes[-1].scheduled_s)
     load = Load(mix.name, offered_per_s=level) if kind == "open" else Load(mix.name, concurrency=level)
     point = summary(load, outcomes, window, None, 0.0)
-    return Record(kind, mix.name, level, PointRun(point, state, "", tuple(outcomes), tuple(window), 0.001))
+    return Record(
+        kind, mix.name, level, PointRun(point, state, "", tuple(outcomes), (window.start_s, window.end_s), 0.001)
+    )
 
 
 def anchor_of(mix: WorkloadMix, limits: EngineLimits, step_time: StepTimeModel = STEP_TIME) -> Record:
