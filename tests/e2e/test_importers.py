@@ -41,10 +41,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def bench(served: Served, folder: Path, *options: str) -> bytes:
     """One run of `vllm bench serve`: 48 requests of 64 + 16 tokens, four at a time."""
     command = f"""
-        {sys.executable} -m tests.support.vllm_bench --backend openai --base-url {served.engine.url} --endpoint /v1/completions
-        --model {MODEL} --tokenizer {served.tokenizer} --dataset-name random --random-input-len 64 --random-output-len 16
-        --num-prompts 48 --max-concurrency 4 --ignore-eos --disable-tqdm --save-result --result-dir {folder}
-        --result-filename result.json
+        {sys.executable} -m tests.support.vllm_bench --backend openai --base-url {served.engine.url}
+        --endpoint /v1/completions --model {MODEL} --tokenizer {served.tokenizer} --dataset-name random
+        --random-input-len 64 --random-output-len 16 --num-prompts 48 --max-concurrency 4 --ignore-eos --disable-tqdm
+        --save-result --result-dir {folder} --result-filename result.json
     """
     subprocess.run([*command.split(), *options], cwd=REPOSITORY, check=True, timeout=120, capture_output=True)
     return (folder / "result.json").read_bytes()
