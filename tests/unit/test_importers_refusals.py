@@ -248,3 +248,13 @@ def test_what_is_sound_passes_with_its_latencies_halved_or_doubled(name: str) ->
             }
             if point.duration_s > factor * (point.life_s or 0.0):
                 assert checked(msgspec.structs.replace(point, **scaled))
+
+
+def test_latencies_of_a_burst_that_are_a_thousandth_are_refused() -> None:
+    """Slow tokens stay above any server's least even in the wrong unit; hardly any request in flight gives them away."""
+    burst = MeasuredPoint(
+        "mix", 1000, 76.59, 219_171, 200_752, concurrency=1000, ttft_mean_s=0.01774, tpot_mean_s=0.000227
+    )
+
+    with pytest.raises(RunRefusedError, match="of 1000 that were sent together; are TTFT and TPOT in milliseconds"):
+        checked(burst)
