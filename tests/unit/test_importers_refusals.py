@@ -251,7 +251,7 @@ def test_what_is_sound_passes_with_its_latencies_halved_or_doubled(name: str) ->
 
 
 def test_latencies_of_a_burst_that_are_a_thousandth_are_refused() -> None:
-    """Slow tokens stay above any server's least even in the wrong unit; hardly any request in flight gives them away."""
+    """Slow tokens stay above any server's least even in the wrong unit; hardly any request in flight tells."""
     burst = MeasuredPoint(
         "mix", 1000, 76.59, 219_171, 200_752, concurrency=1000, ttft_mean_s=0.01774, tpot_mean_s=0.000227
     )
