@@ -49,6 +49,7 @@ def test_a_large_fall_waits_and_the_rest_takes_effect() -> None:
 def test_a_fall_by_just_the_allowed_share_does_not_wait() -> None:
     """Only what falls by more waits."""
     assert decide(NOTHING, [times(0.5)], derived, 0.5, ()).held == ()
+    assert decide(NOTHING, [times(0.5), times(0.1)], derived, 0.5, ()).inputs == (0.5,)
 
 
 def test_an_approved_change_takes_effect_and_no_other() -> None:

@@ -141,6 +141,13 @@ def test_a_pool_without_replicas_is_a_fall_to_nothing() -> None:
     assert found.pools[0].after.requests_per_s == 0
 
 
+def test_a_tier_whose_promise_nothing_can_keep_has_nothing() -> None:
+    """It has no limits because none serves it, though its pool serves others."""
+    hopeless = msgspec.structs.replace(tier(), note="no load meets its SLO")
+
+    assert only(between(published(tier(rated(100))), published(hopeless))).after == "nothing"
+
+
 def test_a_tier_that_is_gone_has_nothing_and_a_new_one_had_nothing() -> None:
     """Only the tier that is taken away loses."""
     pro, free = tier(rated(100)), tier(rated(100), name="free")
