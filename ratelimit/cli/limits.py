@@ -123,6 +123,10 @@ def overrides(config: ConfigOption = DEFAULT_CONFIG) -> None:
 def _keep(config: Config, override: Override) -> None:
     OverrideFile(config.state_dir).add(override, time())
     stderr.print(f"{override.id} holds until {timestamp(override.until)}", markup=False)
+    if config.approval.falls_above is not None:
+        allowed = f"{100 * config.approval.falls_above:g} %"
+        said = f"if a limit falls by more than {allowed} it waits: see `penstock limits pending`, and `limits approve`"
+        stderr.print(said, markup=False, highlight=False)
 
 
 def _published(config: Config) -> Publication:

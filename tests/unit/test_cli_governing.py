@@ -251,6 +251,15 @@ def test_an_approval_has_an_end(tmp_path: Path, valid_for: str) -> None:
     assert ApprovalFile(state).valid(0) == ()
 
 
+def test_whoever_sets_a_limit_hears_that_it_may_wait(tmp_path: Path) -> None:
+    """An operator in an emergency is told of the second command."""
+    keep(tmp_path / "state", 1000)
+    options = ("set", "output_tokens", 1, "--tier", "pro", "--for", "1h", "--reason", "abuse", "--config")
+
+    assert "limits pending" in limits(*options, write(tmp_path, "a.yaml", more="approval: {falls_above: 0.5}")).output
+    assert "limits pending" not in limits(*options, write(tmp_path, "b.yaml")).output
+
+
 def test_nothing_that_waits_is_said_so(tmp_path: Path) -> None:
     """An empty list is an answer."""
     config = write(tmp_path, "a.yaml")
