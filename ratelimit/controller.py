@@ -18,8 +18,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime
+from math import inf
 from time import monotonic, time
 
 import msgspec
@@ -30,12 +31,12 @@ from ratelimit.controllermetrics import ControllerMetrics
 from ratelimit.decided import Adopted, Decided, changes, held_together, standing
 from ratelimit.derive import GroupSupply, derive
 from ratelimit.governor import Governor, IssuedKeys
-from ratelimit.inputs import FleetNow, Inputs, same_limits, what_changed
+from ratelimit.inputs import FleetNow, Inputs, counted, same_limits, what_changed
 from ratelimit.keyactivity import KeyActivity, KeysNow
 from ratelimit.keys import KeyRecord
 from ratelimit.livefeedback import LiveFeedback
 from ratelimit.overrides import OverrideFile
-from ratelimit.policy import Policy, PoolPolicy, Promise, TierPolicy, promises_of
+from ratelimit.policy import Policy, Promise, TierPolicy, promises_of
 from ratelimit.publication import Publication
 from ratelimit.publisher import Publisher
 from ratelimit.statefile import StateFileError
@@ -77,26 +78,6 @@ def _spec(pool: PoolConfig, url: str, profile: str, slowdown: float, domain: str
     )
 
 
-def counted(
-    statuses: Iterable[ReplicaStatus], before: frozenset[str], raise_after_s: Mapping[str, float], now_s: float
-) -> frozenset[str]:
-    """The URLs of the replicas that count towards capacity.
-
-    A healthy one that counted before still does; a new one does after ``raise_after_s`` of its model, or at once
-    where no other of its model counts, for then it takes nothing back that was promised.
-    """
-    healthy = [status for status in statuses if status.health.phase == "healthy"]
-    kept = {status.spec.url: status.spec.model for status in healthy if status.spec.url in before}
-    served = set(kept.values())
-    return frozenset(
-        status.spec.url
-        for status in healthy
-        if status.spec.url in kept
-        or status.spec.model not in served
-        or status.health.has_stayed(raise_after_s[status.spec.model], now_s)
-    )
-
-
 class Controller:
     """Rounds of watch, derive and publish, until cancelled."""
 
@@ -108,7 +89,12 @@ class Controller:
         self._keys = KeysNow(config.state_dir)
         self._activity = KeyActivity(publisher.use_reader(), config.state_dir, config.controller.key_idle_s)
         self._overrides = OverrideFile(config.state_dir)
-        self._supplies = SupplyBook(self._wake.set)
+        self._supplies = SupplyBook(self._knee_found)
+        self._knees_found = 0
+        self._fleet_seen: FleetNow | None = None
+        self._fleet_stamp: tuple[object, ...] = ()
+        self._next_raise_s = inf
+        self._settled: tuple[object, ...] | None = None
         self._feedback = LiveFeedback(config.state_dir)
         self._governor = Governor(config.state_dir)
         self._issued = IssuedKeys()
@@ -122,6 +108,10 @@ class Controller:
         self._watched: tuple[ReplicaSpec, ...] = ()
         self.adopt(config)
         self._watch()
+
+    def _knee_found(self) -> None:
+        self._knees_found += 1
+        self._wake.set()
 
     @property
     def published(self) -> Publication | None:
@@ -231,15 +221,19 @@ class Controller:
         wanted = await self._wanted(records, fleet)
         base = standing(self._decided, wanted, time()) if self._decided else wanted
         base = wanted if base == wanted else base
-        inputs = self._inputs(wanted, fleet)
-        before = inputs if base is wanted else self._inputs(base, fleet)
-        seen = (inputs, before, self._governor.approvals())
+        approvals = self._governor.approvals()
+        now = (fleet, base, wanted, approvals)
+        if now == self._settled and not lost.publication:
+            return
+        inputs_of = self._inputs_of(fleet)
+        seen = (inputs_of(wanted), inputs_of(base), approvals)
         if seen == self._seen and not lost.publication:
+            self._settled = now
             return
         epoch = await self._publisher.next_epoch()
 
         def derived(decided: Decided) -> Publication:
-            found = self._derive(self._inputs(decided, fleet), epoch)
+            found = self._derive(inputs_of(decided), epoch)
             return held_together(found, wanted.active_keys, decided.overrides)
 
         decision = self._governor.decide(base, changes(base, wanted), derived, base.adopted.falls_above)
@@ -254,7 +248,7 @@ class Controller:
                 self._publishing.notify_all()
             log.warning("epoch %d published: %s", candidate.epoch, candidate.reason)
             self._governor.published(candidate, decision.approved)
-        self._inputs_published = self._inputs(decision.inputs, fleet)
+        self._inputs_published = inputs_of(decision.inputs)
         self._note_governed()
         self.metrics.published(candidate, self._inputs_published.trims)
         self._decided, self._seen = decision.inputs, seen
@@ -279,8 +273,14 @@ class Controller:
         )
 
     def _fleet_now(self) -> FleetNow:
-        health = {url: status.health for url, status in self._fleet.statuses().items()}
-        return FleetNow(health, monotonic(), self._feedback.trims())
+        """The fleet as it is: the last one, until something of it changes or the time comes for a replica to count."""
+        adopted = [self._next, *([self._decided.adopted] if self._decided else [])]
+        trims, now_s = self._feedback.trims(), monotonic()
+        stamp = (self._fleet.version, self._knees_found, trims, [each.raise_after_s for each in adopted])
+        if self._fleet_seen is None or stamp != self._fleet_stamp or now_s >= self._next_raise_s:
+            self._fleet_seen, self._fleet_stamp = FleetNow(self._fleet.statuses(), now_s, trims), stamp
+            self._next_raise_s = min(self._fleet_seen.next_raise_s(each.raise_after_s) for each in adopted)
+        return self._fleet_seen
 
     def _look_at_signals(self) -> None:
         published = self._inputs_published
@@ -303,18 +303,34 @@ class Controller:
         book = self._supplies.having(adopted.profiles)
         promises = {pool.model: promises_of(adopted.policy.tiers, pool) for pool in adopted.policy.pools}
         healthy = [s.spec for s in fleet.statuses(adopted.specs) if s.health.phase == "healthy"]
-        return not [spec for spec in healthy if not book.knows(spec, promises[spec.model])]
+        return not book.unknown(healthy, promises)
+
+    def _inputs_of(self, fleet: FleetNow) -> Callable[[Decided], Inputs]:
+        """The inputs of what is decided, with the fleet as it is; each found once."""
+        found: list[tuple[Decided, Inputs]] = []
+
+        def inputs_of(decided: Decided) -> Inputs:
+            inputs = next((inputs for known, inputs in found if known == decided), None)
+            if inputs is None:
+                inputs = self._inputs(decided, fleet)
+                found.append((decided, inputs))
+            return inputs
+
+        return inputs_of
 
     def _inputs(self, decided: Decided, fleet: FleetNow) -> Inputs:
         statuses = fleet.statuses(decided.adopted.specs)
         book = self._supplies.having(decided.adopted.profiles)
-        policy = self._policy_now(decided.adopted.policy, statuses, book)
+        counted_before = self._counted_before(statuses)
+        serving = [status.spec for status in statuses if status.spec.url in counted_before]
+        policy = self._policy_now(decided.adopted.policy, serving, book)
         promises = {pool.model: promises_of(policy.tiers, pool) for pool in policy.pools}
-        known = [status for status in statuses if book.knows(status.spec, promises[status.spec.model])]
-        counting = counted(known, self._counted_before(statuses), decided.adopted.raise_after_s, fleet.now_s)
+        unknown = book.unknown((status.spec for status in statuses), promises)
+        known = [status for status in statuses if (status.spec.profile, status.spec.model) not in unknown]
+        counting = counted(known, counted_before, decided.adopted.raise_after_s, fleet.now_s)
+        specs = [status.spec for status in known if status.spec.url in counting]
 
         def supply_of(model: str, made: Sequence[Promise]) -> tuple[GroupSupply, ...]:
-            specs = [status.spec for status in known if status.spec.url in counting]
             return tuple(book.supplies([spec for spec in specs if spec.model == model], made))
 
         return Inputs(
@@ -327,33 +343,34 @@ class Controller:
             trims={model: trim for model, trim in fleet.trims.items() if model in promises},
         )
 
-    def _policy_now(self, policy: Policy, statuses: Iterable[ReplicaStatus], book: SupplyBook) -> Policy:
+    def _policy_now(self, policy: Policy, serving: Sequence[ReplicaSpec], book: SupplyBook) -> Policy:
         """The policy, with each pool as it was until the knees of those that serve it are known as it is to be.
 
         The tiers stay as they were too until then, for they make promises of their own.
         """
         published = self._inputs_published
         before = {pool.model: pool for pool in published.policy.pools} if published else {}
-        counted_before = self._counted_before(statuses)
-        serving = [status.spec for status in statuses if status.spec.url in counted_before]
 
-        def is_known(pool: PoolPolicy, tiers: Sequence[TierPolicy]) -> bool:
-            made = promises_of(tiers, pool)
-            return all(book.knows(spec, made) for spec in serving if spec.model == pool.model)
+        def unknown_models(tiers: Sequence[TierPolicy]) -> set[str]:
+            promises = {pool.model: promises_of(tiers, pool) for pool in policy.pools}
+            return {model for _, model in book.unknown(serving, promises)}
 
         tiers = policy.tiers
-        if published and not all(is_known(pool, tiers) for pool in policy.pools):
+        if published and unknown_models(tiers):
             tiers = published.policy.tiers
-        pools = tuple(pool if is_known(pool, tiers) else before.get(pool.model, pool) for pool in policy.pools)
+        unknown = unknown_models(tiers)
+        pools = tuple(before.get(pool.model, pool) if pool.model in unknown else pool for pool in policy.pools)
         return msgspec.structs.replace(policy, tiers=tiers, pools=pools)
 
     def _counted_before(self, statuses: Iterable[ReplicaStatus]) -> frozenset[str]:
         """Those that count in the limits in force and are the same replicas still."""
         if self._inputs_published is None:
             return frozenset()
-        watched = {status.spec for status in statuses}
+        watched = {status.spec.url: status.spec for status in statuses}
         before = self._inputs_published
-        return frozenset(spec.url for spec in before.specs if spec.url in before.counted and spec in watched)
+        return frozenset(
+            spec.url for spec in before.specs if spec.url in before.counted and watched.get(spec.url) == spec
+        )
 
     def _derive(self, inputs: Inputs, epoch: int) -> Publication:
         return derive(

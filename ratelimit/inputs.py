@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from math import inf
 
 import msgspec
 
@@ -12,19 +12,53 @@ from ratelimit.overrides import Override
 from ratelimit.policy import Policy
 from ratelimit.publication import Publication
 from serving.fleet import ReplicaSpec, ReplicaStatus
-from serving.health import ReplicaHealth
+from serving.health import raise_delay_s
 
 
-class FleetNow(NamedTuple):
-    """The health of every watched replica at one moment (monotonic seconds), by URL, and the trims, by model."""
+class FleetNow(msgspec.Struct, frozen=True, eq=False):
+    """Every watched replica at one moment (monotonic seconds), by URL, and the trims, by model.
 
-    health: Mapping[str, ReplicaHealth]
+    The same object while nothing of it changes: a round that finds it, and the same decisions, has nothing to do.
+    """
+
+    by_url: Mapping[str, ReplicaStatus]
     now_s: float
     trims: Mapping[str, Trim]
 
     def statuses(self, specs: Iterable[ReplicaSpec]) -> list[ReplicaStatus]:
         """What these replicas' health is, where there is one at their URL."""
-        return [ReplicaStatus(spec, self.health[spec.url]) for spec in specs if spec.url in self.health]
+        pairs = ((spec, self.by_url.get(spec.url)) for spec in specs)
+        return [
+            status if status.spec is spec else ReplicaStatus(spec, status.health)
+            for spec, status in pairs
+            if status is not None
+        ]
+
+    def next_raise_s(self, raise_after_s: Mapping[str, float]) -> float:
+        """When the next replica will have been healthy for long enough to count; infinity where none waits for that."""
+        healthy = [s for s in self.by_url.values() if s.health.phase == "healthy" and s.spec.model in raise_after_s]
+        times_s = (s.health.since_s + raise_delay_s(raise_after_s[s.spec.model], s.health.losses) for s in healthy)
+        return min((at_s for at_s in times_s if at_s > self.now_s), default=inf)
+
+
+def counted(
+    statuses: Iterable[ReplicaStatus], before: frozenset[str], raise_after_s: Mapping[str, float], now_s: float
+) -> frozenset[str]:
+    """The URLs of the replicas that count towards capacity.
+
+    A healthy one that counted before still does; a new one does after ``raise_after_s`` of its model, or at once
+    where no other of its model counts, for then it takes nothing back that was promised.
+    """
+    healthy = [status for status in statuses if status.health.phase == "healthy"]
+    kept = {status.spec.url: status.spec.model for status in healthy if status.spec.url in before}
+    served = set(kept.values())
+    return frozenset(
+        status.spec.url
+        for status in healthy
+        if status.spec.url in kept
+        or status.spec.model not in served
+        or status.health.has_stayed(raise_after_s[status.spec.model], now_s)
+    )
 
 
 class Inputs(msgspec.Struct, frozen=True):

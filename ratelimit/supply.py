@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from typing import NamedTuple
 
 import msgspec
 
@@ -28,6 +29,18 @@ class _Infeasible(msgspec.Struct, frozen=True):
     why: str
 
 
+class _Grouped(NamedTuple):
+    """A group, and what it was found from."""
+
+    specs: list[ReplicaSpec]
+    promises: Sequence[Promise]
+    profile: Profile
+    supply: GroupSupply
+
+
+#: Groups that are no longer in use are forgotten when there are this many more than twice those that are.
+MOST_GROUPS_KEPT = 1000
+
 _KneeKey = tuple[StepTimeModel, EngineLimits, WorkloadMix, Slo]
 
 
@@ -45,6 +58,7 @@ class SupplyBook:
         self._knees: dict[_KneeKey, Knee | _Infeasible] = {}
         self._wanted: dict[_KneeKey, ReplicaSpec] = {}
         self._asked = asyncio.Event()
+        self._groups: dict[tuple[str, str, str, float], _Grouped] = {}
 
     def read(self, names: Iterable[str]) -> None:
         """Have exactly these profiles, as their files are now. Raises ``ProfileError``, and then nothing changes."""
@@ -66,16 +80,32 @@ class SupplyBook:
             self._asked.set()
         return not missing
 
+    def unknown(self, specs: Iterable[ReplicaSpec], promises: Mapping[str, Sequence[Promise]]) -> set[tuple[str, str]]:
+        """The profiles and models of these replicas whose knees are not all known, by the promises of their models."""
+        kinds = {(spec.profile, spec.model): spec for spec in specs}
+        return {kind for kind, spec in kinds.items() if not self.knows(spec, promises[spec.model])}
+
     def supplies(self, specs: Iterable[ReplicaSpec], promises: Sequence[Promise]) -> list[GroupSupply]:
         """The supply of these replicas, the knees of all of them known; the first promise is their pool's own.
 
         A replica whose profile cannot meet the pool's promise under any load takes no requests: it is told in its group
         that the SLO is wrong, where a limit of 0 would hide it.
         """
-        alike: dict[tuple[str, str, float], list[ReplicaSpec]] = {}
+        alike: dict[tuple[str, str, str, float], list[ReplicaSpec]] = {}
         for spec in specs:
-            alike.setdefault((spec.gpu, spec.profile, spec.slowdown), []).append(spec)
-        return [self._group(of_kind, promises) for of_kind in alike.values()]
+            alike.setdefault((spec.model, spec.gpu, spec.profile, spec.slowdown), []).append(spec)
+        if len(self._groups) > MOST_GROUPS_KEPT + 2 * len(alike):
+            self._groups.clear()
+        return [self._group_kept(kind, of_kind, promises) for kind, of_kind in alike.items()]
+
+    def _group_kept(
+        self, kind: tuple[str, str, str, float], specs: list[ReplicaSpec], promises: Sequence[Promise]
+    ) -> GroupSupply:
+        """The group as it was found last, where it is the same: one replica that changes changes one group."""
+        profile, kept = self._profiles[specs[0].profile], self._groups.get(kind)
+        if kept is None or (kept.specs, kept.promises, kept.profile) != (specs, promises, profile):
+            kept = self._groups[kind] = _Grouped(specs, promises, profile, self._group(specs, promises))
+        return kept.supply
 
     def _group(self, specs: Sequence[ReplicaSpec], promises: Sequence[Promise]) -> GroupSupply:
         profile, slowdown = self._profiles[specs[0].profile], specs[0].slowdown

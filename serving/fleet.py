@@ -84,12 +84,15 @@ class Fleet:
         self._counters: dict[str, Counters] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._probed: dict[str, asyncio.Event] = {}
+        #: Another number whenever the replicas watched, or the phase of one, are others than before.
+        self.version = 0
 
     def watch(self, specs: Iterable[ReplicaSpec]) -> None:
         """Watch exactly these replicas from now on.
 
         Those already watched keep their health, unless another engine is to be at their URL: then nothing is known.
         """
+        self.version += 1
         wanted = {spec.url: spec for spec in specs}
         replaced = {url for url, spec in wanted.items() if self._is_replaced(spec)}
         for url in (self._tasks.keys() - wanted.keys()) | replaced:
@@ -132,6 +135,7 @@ class Fleet:
             self._statuses[url] = ReplicaStatus(status.spec, health)
             self._probed[url].set()
             if health.phase != status.health.phase:
+                self.version += 1
                 _log_change(status, health)
                 self._on_change(self._statuses[url])
             await asyncio.sleep(PROBE_INTERVAL_S)

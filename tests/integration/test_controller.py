@@ -38,10 +38,12 @@ class FakeFleet(Fleet):
         self.wake = on_change
         self.specs: tuple[ReplicaSpec, ...] = ()
         self.phases: dict[str, ReplicaPhase] = {}
+        self.version = 0
         self.reading: Callable[[], Counters | None] = lambda: None
 
     def watch(self, specs: Iterable[ReplicaSpec]) -> None:
         self.specs = tuple(specs)
+        self.version += 1
 
     async def probed_once(self) -> None:
         return
@@ -55,6 +57,7 @@ class FakeFleet(Fleet):
 
     def turn(self, url: str, phase: ReplicaPhase) -> None:
         self.phases[url] = phase
+        self.version += 1
         self.wake(self.statuses()[url])
 
 
@@ -168,14 +171,14 @@ async def test_a_restarted_controller_keeps_the_promise_of_the_one_before(
     knees.found = 0
     async with running(config_of(tmp_path), redis_client) as stack:
         rounds, enough = itertools.count(), asyncio.Event()
-        statuses = stack.fleet.statuses
+        a_round = stack.controller.round
 
-        def counting() -> Mapping[str, ReplicaStatus]:
+        async def counting() -> None:
             if next(rounds) >= 10:
                 enough.set()
-            return statuses()
+            await a_round()
 
-        monkeypatch.setattr(stack.fleet, "statuses", counting)
+        monkeypatch.setattr(stack.controller, "round", counting)
         async with asyncio.timeout(WAIT_S):
             await enough.wait()
         assert await stack.publication() == before

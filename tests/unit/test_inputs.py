@@ -6,7 +6,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit.controller import counted
+from ratelimit.inputs import counted
 from serving.fleet import ReplicaSpec, ReplicaStatus
 from serving.health import Observation, ReplicaHealth, ReplicaPhase, observe
 
