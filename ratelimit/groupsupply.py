@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from functools import cached_property
 from math import isfinite
+from typing import NamedTuple
 
 import msgspec
 
@@ -31,6 +32,14 @@ class Trim(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if not LEAST_TRIM <= self.factor <= 1:
             raise SupplyError(f"a trim of {self.factor} is outside [{LEAST_TRIM:g}, 1]; keep it between them")
+
+
+class Worth(NamedTuple):
+    """Requests/s of one replica of a group, of all of them, and of their largest unlabelled failure domain."""
+
+    of_one: Decimal
+    of_all: Decimal
+    of_domain: Decimal
 
 
 class GroupSupply(msgspec.Struct, frozen=True, dict=True):
@@ -71,15 +80,11 @@ class GroupSupply(msgspec.Struct, frozen=True, dict=True):
         return {promise: factor_value(knee.requests_per_s / self.slowdown) for promise, knee in self.knees.items()}
 
     @cached_property
-    def totals(self) -> Mapping[Promise, Decimal]:
-        """Requests/s of all of them together, per promise that they can meet."""
-        return {promise: self.group.count * rate for promise, rate in self.rates.items()}
-
-    @cached_property
-    def largest_domains(self) -> Mapping[Promise, Decimal]:
-        """Requests/s of the largest unlabelled failure domain, per promise that they can meet."""
+    def worth(self) -> Mapping[Promise, Worth]:
+        """What they are worth together, per promise that they can meet; nothing where there are none of them."""
         largest = min(self.domain_replicas, self._unlabelled)
-        return {promise: largest * rate for promise, rate in self.rates.items()}
+        rates = self.rates if self.group.count else {}
+        return {promise: Worth(rate, self.group.count * rate, largest * rate) for promise, rate in rates.items()}
 
     def domain_rates(self, promise: Promise, at_most: int) -> list[Decimal]:
         """Requests/s of the ``at_most`` largest unlabelled failure domains, largest first."""

@@ -7,7 +7,6 @@ bound that a request may wait, so that what is admitted late is still in time.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
@@ -39,12 +38,9 @@ def published_pool(
     pool: PoolPolicy, supplies: Sequence[GroupSupply], supply: Supply, lowest_threshold: int
 ) -> PublishedPool:
     """The pool of these replicas; whoever may borrow the least of its bucket may fill ``lowest_threshold`` of it."""
-    counts: Counter[ReplicaGroup] = Counter()
-    for s in supplies:
-        counts[s.kind] += s.group.count
-    counts = +counts
-    groups = tuple(msgspec.structs.replace(kind, count=count) for kind, count in counts.items())
-    costs_s = fleet_costs_s(counts, pool.mix).tolist() if counts else [0.0]
+    fleet = _merged(supplies)
+    groups = tuple(fleet.values())
+    costs_s = fleet_costs_s(fleet, pool.mix).tolist() if fleet else [0.0]
     cost_s = factor_value(sum(costs_s) / len(costs_s))
     busy = supply.usable * cost_s
     burst, burst_text = _burst(busy, costs_s, groups, lowest_threshold)
@@ -69,6 +65,16 @@ def published_pool(
         f"{burst_text}",
         priority_scheduling=pool.priority_scheduling,
     )
+
+
+def _merged(supplies: Sequence[GroupSupply]) -> dict[ReplicaGroup, ReplicaGroup]:
+    """The groups by their kind (one replica of them), those of one kind counted together."""
+    fleet: dict[ReplicaGroup, ReplicaGroup] = {}
+    for supply in supplies:
+        group, known = supply.group, fleet.get(supply.kind)
+        if group.count:
+            fleet[supply.kind] = msgspec.structs.replace(group, count=group.count + known.count) if known else group
+    return fleet
 
 
 def _burst(

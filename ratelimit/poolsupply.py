@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from ratelimit.explain import factor_value, factor_value_up, number
-from ratelimit.groupsupply import GroupSupply, Trim
+from ratelimit.groupsupply import GroupSupply, Trim, Worth
 from ratelimit.policy import Promise
 
 #: More kinds of replica than this are printed as one sum for each GPU type.
@@ -25,6 +25,9 @@ MOST_KINDS = 12
 #: Of such a sum, this many profiles are named.
 MOST_SOURCES = 3
 _FULL = Trim(1.0, "")
+
+
+_Able = tuple[GroupSupply, Worth]
 
 
 class Supply(msgspec.Struct, frozen=True):
@@ -49,13 +52,13 @@ class _Spare(NamedTuple):
 
 def supply_of(promise: Promise, groups: Sequence[GroupSupply], spare_domains: int, trim: Trim | None = None) -> Supply:
     """The supply of these groups; those that cannot meet the promise add nothing, and are named with the reason."""
-    able = [group for group in groups if promise in group.rates and group.group.count]
+    able = [(group, worth) for group in groups if (worth := group.worth.get(promise))]
     hopeless = _hopeless(promise, groups) if len(able) < len(groups) else []
-    total = sum([group.totals[promise] for group in able], Decimal(0))
+    total = sum([worth.of_all for _, worth in able], Decimal(0))
     spare = _spare(promise, able, spare_domains, total)
     text = " + ".join(_kinds(promise, able)) or "no replica is healthy"
     usable, text = _trimmed(total - spare.requests_per_s, text + spare.text, trim or _FULL)
-    slowest = max([group.slowdown for group in able], default=1.0)
+    slowest = max([group.slowdown for group, _ in able], default=1.0)
     ttft_s, tpot_s = promise.slo.ttft_s * slowest, promise.slo.tpot_s * slowest
     mean_output = promise.mix.mean_output_tokens
     unkept = [] if spare.kept else [f"{spare_domains} spare failure domain(s) cannot be kept: {spare.text[3:]}"]
@@ -91,12 +94,12 @@ def _hopeless(promise: Promise, groups: Iterable[GroupSupply]) -> list[str]:
     ]
 
 
-def _spare(promise: Promise, able: Sequence[GroupSupply], spare_domains: int, total: Decimal) -> _Spare:
+def _spare(promise: Promise, able: Sequence[_Able], spare_domains: int, total: Decimal) -> _Spare:
     """What the largest failure domains serve, less what must be given out whatever the policy says."""
     if not spare_domains or not able:
         return _Spare(Decimal(0), "", kept=True)
     wanted = sum(nlargest(spare_domains, _domains(promise, able, spare_domains)), Decimal(0))
-    most = total - max([group.rates[promise] for group in able])
+    most = total - max([worth.of_one for _, worth in able])
     said = f"spare_domains: {spare_domains}"
     if wanted > most:
         said += f", which serve {number(wanted)}: one replica's worth is given out all the same"
@@ -104,27 +107,27 @@ def _spare(promise: Promise, able: Sequence[GroupSupply], spare_domains: int, to
     return _Spare(kept, f" − {number(kept)} kept spare ({said})", kept=wanted <= most)
 
 
-def _domains(promise: Promise, able: Iterable[GroupSupply], at_most: int) -> list[Decimal]:
+def _domains(promise: Promise, able: Sequence[_Able], at_most: int) -> list[Decimal]:
     """The requests/s of failure domains, the ``at_most`` largest among them: all that are labelled, and of the others
     those of the groups whose own are largest.
     """
     labelled: dict[str, Decimal] = {}
-    for group in able:
+    for group, worth in able:
         if group.domains:
             for label, count in group.domains.items():
-                labelled[label] = labelled.get(label, Decimal(0)) + count * group.rates[promise]
-    largest = nlargest(at_most, able, key=lambda group: group.largest_domains[promise])
-    return [*labelled.values(), *(rate for group in largest for rate in group.domain_rates(promise, at_most))]
+                labelled[label] = labelled.get(label, Decimal(0)) + count * worth.of_one
+    largest = nlargest(at_most, able, key=lambda each: each[1].of_domain)
+    return [*labelled.values(), *(rate for group, _ in largest for rate in group.domain_rates(promise, at_most))]
 
 
-def _kinds(promise: Promise, able: Sequence[GroupSupply]) -> list[str]:
+def _kinds(promise: Promise, able: Sequence[_Able]) -> list[str]:
     """The addends of the supply: each kind of replica, or where there are many, each GPU type."""
     counts: Counter[tuple[str, float, Decimal, str, float]] = Counter()
-    for group in able:
+    for group, worth in able:
         utilization = group.knees[promise].utilization
-        counts[group.gpu, group.slowdown, group.rates[promise], group.provenance, utilization] += group.group.count
+        counts[group.gpu, group.slowdown, worth.of_one, group.provenance, utilization] += group.group.count
         if len(counts) > MOST_KINDS:
-            return _gpu_types(promise, able)
+            return _gpu_types(able)
     slo = promise.slo
     return [
         f"{count} × {gpu}{'' if slowdown == 1 else f' (1:{slowdown:g} speed)'} × {number(rate)} requests/s "
@@ -134,18 +137,18 @@ def _kinds(promise: Promise, able: Sequence[GroupSupply]) -> list[str]:
     ]
 
 
-def _gpu_types(promise: Promise, able: Sequence[GroupSupply]) -> list[str]:
-    of_gpu: dict[str, list[GroupSupply]] = {}
-    for group in able:
-        of_gpu.setdefault(group.gpu, []).append(group)
+def _gpu_types(able: Sequence[_Able]) -> list[str]:
+    of_gpu: dict[str, list[_Able]] = {}
+    for each in able:
+        of_gpu.setdefault(each[0].gpu, []).append(each)
     return [
-        f"{number(sum([group.totals[promise] for group in groups], Decimal(0)))} requests/s by "
-        f"{sum([group.group.count for group in groups]):,} {gpu} [{_sources(groups)} in {len(groups):,} groups]"
-        for gpu, groups in sorted(of_gpu.items())
+        f"{number(sum([worth.of_all for _, worth in those], Decimal(0)))} requests/s by "
+        f"{sum([group.group.count for group, _ in those]):,} {gpu} [{_sources(those)} in {len(those):,} groups]"
+        for gpu, those in sorted(of_gpu.items())
     ]
 
 
-def _sources(groups: Sequence[GroupSupply]) -> str:
-    found = sorted({group.provenance for group in groups})
+def _sources(groups: Sequence[_Able]) -> str:
+    found = sorted({group.provenance for group, _ in groups})
     more = f" and {len(found) - MOST_SOURCES} more" if len(found) > MOST_SOURCES else ""
     return "; ".join(found[:MOST_SOURCES]) + more

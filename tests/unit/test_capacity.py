@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -148,3 +150,21 @@ def test_an_empty_fleet_has_no_cost() -> None:
     """Not a division by zero: a sentence."""
     with pytest.raises(ValueError, match="empty fleet"):
         fleet_cost_s([], RequestShape(1, 1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Slo(-1.0, 0.05),
+        lambda: Slo(1.0, 0.0),
+        lambda: Slo(float("nan"), 0.05),
+        lambda: Slo(1.0, 0.05, 101.0),
+        lambda: WorkloadMix("none", ()),
+        lambda: WorkloadMix("negative", (RequestShape(10, -1),)),
+        lambda: WorkloadMix("all cached twice", (RequestShape(10, 1, 11),)),
+    ],
+)
+def test_promises_that_mean_nothing_are_refused(make: Callable[[], object]) -> None:
+    """Bounds that are no time, and mixes without requests or with impossible ones, are refused where they are made."""
+    with pytest.raises(ValueError, match=r"must be|is empty|counts are positive"):
+        make()

@@ -131,6 +131,43 @@ def test_policy_of_a_config(tmp_path: Path) -> None:
     assert policy.orgs == (OrgPolicy("acme"),)
 
 
+def test_promises_and_bounds_of_a_tier(tmp_path: Path) -> None:
+    """A tier's own mix, SLO, bounds and oversell, a cached share, failure domains and the approval rule are read."""
+    path = tmp_path / "penstock.yaml"
+    path.write_text("""\
+pools:
+  - model: llama-3.1-8b
+    mix: {name: chat, cached_share: 0.25}
+    spare_domains: 2
+    replicas:
+      - {url: "http://gpu1:8001", profile: h100-llama-3.1-8b, domain: rack-1}
+      - {url: "http://gpu2:8001", profile: h100-llama-3.1-8b}
+tiers:
+  - {name: pro, share: 0.6, mix: {name: decode-heavy}, slo: {ttft_ms: 500, tpot_ms: 30, percentile: 99},
+     minimum: {output_tokens: 600}, maximum: {output_tokens: 60000, concurrency: 9}}
+  - {name: batch, share: 0, oversell: 4}
+orgs: [{name: acme}]
+approval: {falls_above: 0.5}
+""")
+    config = load_config(path)
+    policy = policy_of(config)
+    pool, (pro, batch) = policy.pools[0], policy.tiers
+    assert config.approval.falls_above == 0.5
+    assert [replica.domain for replica in config.pools[0].replicas] == ["rack-1", None]
+    assert pool.spare_domains == 2
+    assert all(shape.cached_tokens == shape.input_tokens // 4 for shape in pool.mix.shapes)
+    assert pro.mix is not None
+    assert pro.mix.name == "decode-heavy"
+    assert pro.slo == Slo(0.5, 0.03, 99)
+    assert (pro.minimum.of("output_tokens"), pro.maximum.of("concurrency"), pro.maximum.of("requests")) == (
+        600,
+        9,
+        None,
+    )
+    assert (batch.mix, batch.slo, batch.oversell) == (None, None, 4)
+    assert policy.orgs == (OrgPolicy("acme"),)
+
+
 def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """State folder and profile files are found beside the config, wherever the command is run."""
     folder = tmp_path / "etc"
@@ -343,6 +380,64 @@ def test_unknown_fields(tmp_path: Path, old: str, new: str, said: str) -> None:
             "port: 8100, slowdown: 1.0e+300",
             "4: pools[0].engines[0].slowdown: input should be less than or equal to 10000 (it is 1e+300)",
         ),
+        (
+            "    engines:",
+            "    slo: {tpot_ms: 60001}\n    engines:",
+            "3: pools[0].slo.tpot_ms: input should be less than or equal to 60000 (it is 60001)",
+        ),
+        (
+            "    engines:",
+            "    slo: {tpot_ms: .nan}\n    engines:",
+            "3: pools[0].slo.tpot_ms: input should be",
+        ),
+        (
+            "    engines:",
+            "    spare_replicas: 1\n    engines:",
+            "3: pools[0].spare_replicas: is no longer there; write spare_domains: how many failure domains",
+        ),
+        (
+            "    engines:",
+            "    spare_domains: -1\n    engines:",
+            "3: pools[0].spare_domains: input should be greater than or equal to 0 (it is -1)",
+        ),
+        (
+            "    engines:",
+            "    mix: {cached_share: 1}\n    engines:",
+            "3: pools[0].mix.cached_share: input should be less than 1 (it is 1)",
+        ),
+        (
+            "share: 0.6",
+            "share: 0.6, slo: {tpot_ms: 0.05}",
+            "6: tiers[0].slo.tpot_ms: 0.05 ms cannot be met: an empty step of h100-llama-3.1-8b takes",
+        ),
+        ("share: 0.6", "share: 0.6, mix: {name: chats}", "6: tiers[0].mix.name: no mix 'chats'; there are chat, "),
+        (
+            "share: 0.6",
+            "share: 0.6, mix: {name: long-context, scale: 100}",
+            "6: tiers[0].mix: the longest request of long-context at scale 100 has",
+        ),
+        (
+            "share: 0.6",
+            "share: 0.6, oversell: 2",
+            "6: tiers[0].oversell: what is assured (share: 0.6) is never oversold; take it out, or share: 0",
+        ),
+        ("share: 0.6", "share: 0, oversell: 0.5", "6: tiers[0].oversell: input should be greater than or equal to 1"),
+        (
+            "share: 0.6",
+            "share: 0.6, minimum: {requests: 9}, maximum: {requests: 8}",
+            "6: tiers[0].minimum.requests: 9 is above the maximum of 8; lower one of them",
+        ),
+        (
+            "share: 0.6",
+            "share: 0, minimum: {requests: 9}",
+            "6: tiers[0].minimum.requests: a tier without a share is promised nothing; give it one, or take this out",
+        ),
+        (
+            "share: 0.6",
+            "share: 0.6, unlimited: [concurrency], maximum: {concurrency: 9}",
+            "6: tiers[0].maximum.concurrency: concurrency is unlimited for this tier; take one of the two out",
+        ),
+        ("orgs:", "approval: {falls_above: 1.5}\norgs:", "7: approval.falls_above: input should be less than 1"),
         ("share: 0.6", "share: 0.6, burst_s: 3601", "6: tiers[0].burst_s: input should be less than or equal to 3600"),
         (
             "h100-llama-3.1-8b, port",

@@ -77,3 +77,19 @@ def _quantiles(shapes: tuple[RequestShape, ...], field: str) -> list[float]:
 
 def _correlation(shapes: tuple[RequestShape, ...]) -> float:
     return correlation([s.input_tokens for s in shapes], [s.output_tokens for s in shapes])
+
+
+def test_a_cached_share_is_of_every_prompt() -> None:
+    """A part of each prompt, rounded down, is cached: never all of it, and only what is computed is a mean."""
+    plain, cached = load_mix("chat"), load_mix("chat", cached_share=0.5)
+
+    assert [s.cached_tokens for s in cached.shapes] == [s.input_tokens // 2 for s in plain.shapes]
+    assert all(s.cached_tokens < s.input_tokens for s in load_mix("chat", 0.01, 0.999).shapes)
+    assert cached.mean_input_tokens == pytest.approx(plain.mean_input_tokens / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_cached_share_that_is_no_share_is_refused(share: float) -> None:
+    """A share below 0, of all, or of nothing at all has no meaning."""
+    with pytest.raises(ValueError, match="cached share of a mix"):
+        load_mix("chat", cached_share=share)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from ratelimit.policy import Policy, PoolPolicy, TierPolicy
+from ratelimit.policy import KeyAmounts, Policy, PoolPolicy, Promise, TierPolicy, promise_of, promises_of
 from serving.capacity import RequestShape, Slo, WorkloadMix
 
 
@@ -37,3 +37,29 @@ def test_a_policy_does_not_change() -> None:
 def test_a_policy_survives_json() -> None:
     """A policy can be kept as a document and read back equal."""
     assert msgspec.json.decode(msgspec.json.encode(policy()), type=Policy) == policy()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"share": -0.1}, "the share is -0.1"),
+        ({"share": float("nan")}, "the share is nan"),
+        ({"ceiling": 0.5}, "the ceiling is 0.5, it is at least the share of 0.6"),
+        ({"burst_s": float("inf")}, "burst_s is inf"),
+        ({"oversell": 2.0}, "oversell is 2.0, it is at least 1 and for a tier with share 0 only"),
+        ({"minimum": KeyAmounts(requests=2), "maximum": KeyAmounts(requests=1)}, "the minimum of requests is 2, above"),
+    ],
+)
+def test_a_tier_that_means_nothing_is_refused(changes: dict[str, object], said: str) -> None:
+    """Whoever builds a policy without a config file is told of numbers that contradict each other, too."""
+    with pytest.raises(ValueError, match=said):
+        msgspec.structs.replace(TierPolicy("pro", 0.6, 1.0, 0, 5.0), **changes)
+
+
+def test_promises_of_a_pool() -> None:
+    """Each promise is named once, the pool's own first, whether tiers share it or not."""
+    (pool,) = policy().pools
+    own, strict = Promise(pool.mix, pool.slo), Promise(pool.mix, Slo(0.5, 0.02))
+    tiers = (TierPolicy("a", 0.1, 1.0, 0, 5.0, slo=strict.slo), TierPolicy("b", 0.1, 1.0, 0, 5.0, mix=pool.mix))
+    assert promises_of(tiers, pool) == (own, strict)
+    assert [promise_of(tier, pool) for tier in tiers] == [strict, own]
