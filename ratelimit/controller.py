@@ -247,6 +247,8 @@ class Controller:
                 self._published = candidate
                 self._publishing.notify_all()
             log.warning("epoch %d published: %s", candidate.epoch, candidate.reason)
+            for warning in candidate.warnings:
+                log.warning("%s", warning)
             self._governor.published(candidate, decision.approved)
         self._inputs_published = inputs_of(decision.inputs)
         self._note_governed()

@@ -53,11 +53,19 @@ def explain(
     chosen = [_of_key(limits, published, key) for limits in published.tiers if tier in (None, limits.tier)]
     rules = () if key else [rule for rule in published.rules if tier is None or tier in (rule.tiers or (tier,))]
     if as_json:
-        document = {"epoch": published.epoch, "published_at": published.published_at, "tiers": chosen, "rules": rules}
+        document = {
+            "epoch": published.epoch,
+            "published_at": published.published_at,
+            "tiers": chosen,
+            "rules": rules,
+            "warnings": published.warnings,
+        }
         typer.echo(msgspec.json.encode(document).decode())
         return
     console = Console()
     console.print(f"epoch {published.epoch}, published {published.published_at}: {escape(published.reason)}")
+    for warning in published.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     for limits in chosen:
         _print(console, limits)
     for rule in rules:
@@ -170,7 +178,8 @@ def _print(console: Console, limits: TierLimits) -> None:
     if limits.shadow:
         console.print("  shadow: decided and counted, nobody is refused")
     if not limits.limits:
-        console.print("  no limits: no replica serves this model, or none meets its SLO", style="red")
+        why = limits.note or "no limits: no replica serves this model, or none meets its SLO"
+        console.print(f"  {why}", style="red", markup=False, highlight=False, soft_wrap=True)
     for limit in limits.limits:
         value = f"{limit.per_minute:,}/min" if limit.per_minute else f"{limit.burst:,}"
         value += f", up to {limit.ceiling_per_minute:,}/min while idle" if limit.ceiling_per_minute else ""
