@@ -227,8 +227,8 @@ class Controller:
             return
         inputs_of = self._inputs_of(fleet)
         seen = (inputs_of(wanted), inputs_of(base), approvals)
-        if seen == self._seen and not lost.publication:
-            self._settled = now
+        self._settled = now if seen == self._seen else None
+        if self._settled and not lost.publication:
             return
         epoch = await self._publisher.next_epoch()
 
