@@ -1,0 +1,165 @@
+"""``penstock measure``'s runner against ``vllm bench serve``, on the tiny model on the CPU, at three loads.
+
+The two take turns on one engine. Each sends prompts of the same length, asks for the same number of tokens (EOS
+ignored), and keeps the same number of requests in flight. What is compared is the median of the rounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import msgspec
+
+from serving.capacity import RequestShape, WorkloadMix
+from serving.closedloop import run_closed_point
+from serving.endpoint import Endpoint
+from serving.engine.launch import Engine, EngineSpec, start_engines
+from serving.pointrules import PointSettings
+from tests.support.engines import MODEL, free_port
+
+REPOSITORY = Path(__file__).parents[2]
+OUTPUT_TOKENS = 64
+#: What the bench is told; its text comes to about as many tokens, and our runs use the number that it came to.
+INPUT_TOKENS = 128
+#: The most that the two may differ, as a share of the bench's figure.
+BOUND = 0.10
+_BENCH_TIMEOUT_S = 180.0
+_REQUEST_TIMEOUT_S = 60.0
+
+
+class Level(NamedTuple):
+    """Requests in flight, and how many the bench sends in all: some seconds' worth."""
+
+    concurrency: int
+    requests: int
+
+
+LEVELS = (Level(1, 60), Level(4, 160), Level(8, 240))
+#: Our runs take about as long as the bench's.
+POINT = PointSettings(warm_up_s=1.0, watch_s=7.0, most_watch_s=40.0, least_requests=50)
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One run of either tool; medians over its requests, in seconds."""
+
+    output_per_s: float
+    tpot_p50_s: float
+    ttft_p50_s: float
+    input_tokens: float
+
+
+class Agreement(msgspec.Struct, frozen=True):
+    """One figure: the medians over the rounds, and how far ours is above the bench's, as a share of it."""
+
+    name: str
+    ours: float
+    bench: float
+    error: float
+    holds: bool
+
+
+class LevelResult(msgspec.Struct, frozen=True):
+    """One load: all rounds of both tools, in the order they ran, and what they agree in."""
+
+    concurrency: int
+    figures: tuple[Agreement, ...]
+    ours: tuple[Run, ...]
+    bench: tuple[Run, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether all figures agree."""
+        return all(figure.holds for figure in self.figures)
+
+
+async def run_measure(
+    folder: Path, rounds: int, tell: Callable[[str], None], levels: Sequence[Level] = LEVELS
+) -> tuple[LevelResult, ...]:
+    """Start the CPU engine, let the two take turns at each load, and stop it."""
+    spec = EngineSpec("cpu", MODEL, free_port(), extra_args=("--no-enable-prefix-caching",))
+    (engine,) = await start_engines([spec], folder)
+    try:
+        return tuple([await _level(engine, folder, level, rounds, tell) for level in levels])
+    finally:
+        await engine.stop()
+
+
+async def _level(engine: Engine, folder: Path, level: Level, rounds: int, tell: Callable[[str], None]) -> LevelResult:
+    ours: list[Run] = []
+    bench: list[Run] = []
+    for number in range(rounds):
+        tell(f"concurrency {level.concurrency}, round {number + 1} of {rounds}: vllm bench serve")
+        bench.append(await bench_run(engine, folder, level, seed=1 + number))
+        tell(f"concurrency {level.concurrency}, round {number + 1} of {rounds}: penstock measure")
+        ours.append(await own_run(engine, level, round(bench[-1].input_tokens), seed=number))
+    figures = tuple(_agreement(name, ours, bench) for name in ("output_per_s", "tpot_p50_s", "ttft_p50_s"))
+    return LevelResult(level.concurrency, figures, tuple(ours), tuple(bench))
+
+
+async def own_run(engine: Engine, level: Level, input_tokens: int, seed: int) -> Run:
+    """One closed loop of ``penstock measure``'s own runner. Raises ``RuntimeError`` for one that is not steady."""
+    mix = WorkloadMix("equal", (RequestShape(input_tokens, OUTPUT_TOKENS),))
+    async with Endpoint(engine.url, None, _REQUEST_TIMEOUT_S) as endpoint:
+        found = await run_closed_point(endpoint, MODEL, mix, level.concurrency, POINT, seed)
+        await endpoint.drained(_REQUEST_TIMEOUT_S)
+    point = found.point
+    if found.state != "steady" or point.tpot_p50_s is None or point.ttft_p50_s is None:
+        raise RuntimeError(f"a run at concurrency {level.concurrency} was {found.state}: {found.why}")
+    return Run(point.output_tokens / point.duration_s, point.tpot_p50_s, point.ttft_p50_s, input_tokens)
+
+
+async def bench_run(engine: Engine, folder: Path, level: Level, seed: int) -> Run:
+    """One run of ``vllm bench serve``, read from the JSON that it saves. Raises ``RuntimeError`` where it fails."""
+    name = f"bench-{level.concurrency}-{seed}.json"
+    (tokenizer,) = (folder / "models").iterdir()
+    command = [
+        *(sys.executable, "-m", "tests.support.vllm_bench", "--backend", "openai", "--base-url", engine.url),
+        *("--endpoint", "/v1/completions", "--model", MODEL, "--tokenizer", str(tokenizer)),
+        *("--dataset-name", "random", "--random-input-len", str(INPUT_TOKENS)),
+        *("--random-output-len", str(OUTPUT_TOKENS), "--num-prompts", str(level.requests), "--ignore-eos"),
+        *("--max-concurrency", str(level.concurrency), "--temperature", "0", "--seed", str(seed)),
+        *("--disable-tqdm", "--save-result", "--result-dir", str(folder), "--result-filename", name),
+    ]
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=REPOSITORY, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), _BENCH_TIMEOUT_S)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        raise RuntimeError(f"vllm bench serve failed: {output.decode(errors='replace')[-1000:]}")
+    return _read(folder / name, level)
+
+
+class _BenchResult(msgspec.Struct):
+    completed: int
+    total_input_tokens: int
+    output_throughput: float
+    median_tpot_ms: float
+    median_ttft_ms: float
+
+
+def _read(path: Path, level: Level) -> Run:
+    result = msgspec.json.decode(path.read_bytes(), type=_BenchResult)
+    if result.completed != level.requests:
+        raise RuntimeError(f"vllm bench serve had {result.completed} of {level.requests} requests answered")
+    return Run(
+        result.output_throughput,
+        result.median_tpot_ms / 1e3,
+        result.median_ttft_ms / 1e3,
+        result.total_input_tokens / result.completed,
+    )
+
+
+def _agreement(name: str, ours: Sequence[Run], bench: Sequence[Run]) -> Agreement:
+    own, other = (median(getattr(run, name) for run in runs) for runs in (ours, bench))
+    error = own / other - 1
+    return Agreement(name, own, other, error, abs(error) <= BOUND)
