@@ -192,8 +192,9 @@ class _Bounds(NamedTuple):
 
     def clamp(self, exact: Fraction) -> Fraction:
         """The exact value within the same bounds."""
-        least = Fraction(0) if self.least is None else self.least * Fraction(self.kept)
-        return max(exact, least) if self.most is None else min(max(exact, least), Fraction(self.most))
+        if self.least is not None:
+            exact = max(exact, self.least * Fraction(self.kept))
+        return exact if self.most is None else min(exact, Fraction(self.most))
 
 
 _NO_BOUNDS = _Bounds(None, Decimal(1), None)

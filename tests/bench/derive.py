@@ -130,13 +130,19 @@ def _group(i: int, size: int, knees: dict[Promise, Knee], own: Promise) -> Group
 def timed(what: str, run: Callable[[], object], rounds: int, before: Callable[[], object] = lambda: None) -> Timing:
     """Median and slowest of some rounds, ``before`` each of them not counted."""
     taken = []
+    gc.collect()
     for _ in range(rounds):
         before()
-        gc.collect()
         start = process_time()
         run()
         taken.append(process_time() - start)
     return Timing(what, min(taken), median(taken), max(taken))
+
+
+def peak_memory_mib() -> float:
+    """The most memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / MIB
 
 
 def timed_knees() -> tuple[list[Timing], dict[tuple[str, Promise], Knee]]:
@@ -209,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     timings.append(timed_fits())
     fleet = bench_fleet(lambda name, promise: knees[name, promise])
     timings += timed_derivations(fleet, options.rounds)
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / MIB
+    peak_mib = peak_memory_mib()
     timings.append(timed_key_count(3))
     table = Table("what", "least", "median", "slowest", title="Deriving (virtual fleet), CPU time")
     for timing in timings:
@@ -217,7 +223,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table.add_row(timing.what, *(f"{taken * 1000:,.1f} ms" for taken in times))
     console = Console(width=120)
     console.print(table)
-    console.print(f"peak memory with fleet, publications and JSON: {peak_mib:,.0f} MiB (before the keys' records)")
+    console.print(
+        f"peak memory with fleet, publications and JSON: {peak_mib:,.0f} MiB; with {KEYS:,} keys' records too: "
+        f"{peak_memory_mib():,.0f} MiB"
+    )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_bytes(msgspec.json.encode({"timings": timings, "peak_mib": peak_mib}))
