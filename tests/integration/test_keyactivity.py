@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from time import time
 
@@ -9,6 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from ratelimit import usereader
+from ratelimit.gateway import activity as activity_module
 from ratelimit.gateway.activity import Activity
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.keyactivity import KeyActivity, KeysNow
@@ -17,6 +19,7 @@ from ratelimit.keyuse import KeyUse, uses_file
 from ratelimit.policy import OrgPolicy, Policy, PoolPolicy, TierPolicy
 from ratelimit.usereader import UseReader, active_key
 from serving.capacity import RequestShape, Slo, WorkloadMix
+from tests.support.waiting import eventually_async
 
 YEAR_S = 365 * 86_400.0
 IDLE_S = 900.0
@@ -118,3 +121,33 @@ async def test_a_key_file_is_read_again_only_when_it_changes(tmp_path: Path) -> 
     keys_of_last_year(tmp_path, 1)
 
     assert len(now.records()) == 2
+
+
+async def test_uses_are_told_by_themselves_and_kept_while_redis_is_away(
+    redis_client: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A gateway tells within moments; what it could not tell is told when Redis is back. A fault is logged once."""
+    monkeypatch.setattr(activity_module, "GATHER_S", 0.01)
+    monkeypatch.setattr(activity_module, "RETRY_S", 0.01)
+    metrics, away = GatewayMetrics(), Redis(unix_socket_path="/nowhere/redis.sock")
+    gateway = Activity(away, metrics)
+    telling = asyncio.create_task(gateway.run())
+    try:
+        gateway.note("k_1", "a")
+
+        async def failed_twice() -> bool:
+            found = metrics.registry.get_sample_value("penstock_directory_errors_total", {"what": "activity"})
+            return (found or 0) >= 2
+
+        await eventually_async(failed_twice, 20, "two failures")
+        monkeypatch.setattr(gateway, "_redis", redis_client)
+
+        async def told() -> bool:
+            return bool(await redis_client.zscore(active_key("a"), "k_1"))
+
+        await eventually_async(told, 20, "the use in Redis")
+    finally:
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
+        await away.aclose()
+    assert caplog.text.count("cannot tell which keys are in use") == 1
