@@ -40,7 +40,8 @@ def published_pool(
     """The pool of these replicas; whoever may borrow the least of its bucket may fill ``lowest_threshold`` of it."""
     fleet = _merged(supplies)
     groups = tuple(fleet.values())
-    costs_s = fleet_costs_s(fleet, pool.mix).tolist() if fleet else [0.0]
+    counts = {kind: group.count for kind, group in fleet.items()}
+    costs_s = fleet_costs_s(counts, pool.mix).tolist() if counts else [0.0]
     cost_s = factor_value(sum(costs_s) / len(costs_s))
     busy = supply.usable * cost_s
     burst, burst_text = _burst(busy, costs_s, groups, lowest_threshold)

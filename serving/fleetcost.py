@@ -22,14 +22,14 @@ _ROWS = 2048
 _MATRICES = 2
 
 
-def fleet_costs_s(fleet: Mapping[ReplicaGroup, ReplicaGroup], mix: WorkloadMix) -> Vector:
+def fleet_costs_s(fleet: Mapping[ReplicaGroup, int], mix: WorkloadMix) -> Vector:
     """``capacity.fleet_cost_s`` of every shape of the mix, in their order.
 
-    ``fleet`` has its groups by their kind, which is a group of one.
+    ``fleet`` counts its replicas by their kind, which is a group of one.
 
     Raises ``ValueError`` for an empty fleet, and ``InfeasibleSloError`` where an empty step exceeds the TPOT bound.
     """
-    counts = np.array([group.count for group in fleet.values()], dtype=np.float64)
+    counts = np.array(list(fleet.values()), dtype=np.float64)
     count = counts.sum()
     if count == 0:
         raise ValueError("an empty fleet serves nothing, so a request has no cost on it")
