@@ -195,7 +195,8 @@ class PoolConfig(Section):
     """One model: its promise, its traffic and its replicas.
 
     ``default_max_output``: the tokens that an answer is expected to need while nothing is learned of it; if unset, the
-    90th percentile of the mix. What the ``spare_domains`` largest failure domains serve is kept free.
+    90th percentile of the mix. ``extrapolate``: limits may rest on profiles that were not measured at the mix's
+    context; they are marked. What the ``spare_domains`` largest failure domains serve is kept free.
     """
 
     model: ModelName
@@ -203,6 +204,7 @@ class PoolConfig(Section):
     mix: MixConfig = MixConfig()
     default_max_output: int | None = Field(default=None, ge=1)
     spare_domains: int = Field(default=0, ge=0, le=1000)
+    extrapolate: bool = False
     raise_after_s: float = Field(default=5.0, ge=0, allow_inf_nan=False)
     stuck_after_s: Positive = 5.0
     engines: tuple[EngineConfig, ...] = ()

@@ -10,9 +10,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ratelimit.finding import Finding, dotted
-from ratelimit.promisecheck import hopeless_slo, tier_problems, too_long_mix, unknown_mix
+from ratelimit.promisecheck import hopeless_slo, tier_problems, too_long_mix, unknown_mix, unmeasured_mix
 from ratelimit.publication import MOST_BURST
 from ratelimit.yamlfile import Where
+from serving import plausible
 from serving.profile import ProfileError, load_profile
 
 if TYPE_CHECKING:
@@ -191,8 +192,11 @@ def _profile(where: Where, name: str, pool: PoolConfig) -> Iterator[Finding]:
     except (OSError, ValueError) as error:
         yield Finding(where, f"{_short(name)} cannot name a profile: {error}")
     else:
+        yield from (Finding(where, f"{profile.name}: {problem}") for problem in plausible.contradictions(profile))
         yield from hopeless_slo(where[:2], profile, pool.slo)
         yield from too_long_mix(where[:2], profile, pool.mix)
+        if not pool.extrapolate:
+            yield from unmeasured_mix(where[:2], profile, pool.mix)
         if pool.default_max_output is not None and pool.default_max_output >= profile.limits.max_model_len:
             yield Finding(
                 (*where[:2], "default_max_output"),

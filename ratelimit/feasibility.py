@@ -5,8 +5,8 @@ from __future__ import annotations
 from ratelimit.config import Config, policy_of
 from ratelimit.policy import Promise, promise_of
 from serving.capacity import InfeasibleSloError
+from serving.operating import operating_point
 from serving.profile import load_profile
-from serving.stepsim import knee
 
 
 def feasibility_problems(config: Config) -> list[str]:
@@ -32,7 +32,7 @@ def feasibility_problems(config: Config) -> list[str]:
 def _infeasible(profile_name: str, promise: Promise) -> str | None:
     profile = load_profile(profile_name)
     try:
-        knee(profile.step_time, profile.limits, promise.mix, promise.slo)
+        operating_point(profile, promise.mix, promise.slo)
     except InfeasibleSloError as error:
         return f"{profile.name} can never meet it: {error}"
     return None

@@ -11,6 +11,7 @@ from ratelimit.finding import Finding
 from ratelimit.policy import LimitName
 from ratelimit.yamlfile import Where
 from serving.mixes import MIX_NAMES
+from serving.operating import extrapolation_note
 from serving.profile import Profile, ProfileError, load_profile
 
 if TYPE_CHECKING:
@@ -53,11 +54,25 @@ def too_long_mix(where: Where, profile: Profile, mix: MixConfig) -> Iterator[Fin
         )
 
 
+def unmeasured_mix(where: Where, profile: Profile, mix: MixConfig) -> Iterator[Finding]:
+    """A mix whose context a measured profile was not measured at: what it serves of it would be a guess."""
+    note = extrapolation_note(profile, mix.shapes()) if mix.name in MIX_NAMES else ""
+    if note:
+        yield Finding(
+            (*where, "mix"),
+            f"{profile.name}: {note}; measure it there, change the mix or its scale, or write extrapolate: true, and "
+            "limits derived from it are marked as extrapolated",
+        )
+
+
 def tier_problems(tiers: Sequence[TierConfig], pools: Sequence[PoolConfig]) -> Iterator[Finding]:
     """What is wrong with a tier's own promise on any profile, and bounds that mean nothing for it."""
-    profiles = _known_profiles(pools)
+    profiles, strict = known_profiles(pools), known_profiles(pool for pool in pools if not pool.extrapolate)
     for i, tier in enumerate(tiers):
         yield from _promise(("tiers", i), tier, profiles)
+        if tier.mix is not None:
+            for profile in strict:
+                yield from unmeasured_mix(("tiers", i), profile, tier.mix)
         yield from _amounts(("tiers", i), tier)
 
 
@@ -75,7 +90,7 @@ def _promise(where: Where, tier: TierConfig, profiles: Iterable[Profile]) -> Ite
         )
 
 
-def _known_profiles(pools: Iterable[PoolConfig]) -> list[Profile]:
+def known_profiles(pools: Iterable[PoolConfig]) -> list[Profile]:
     """Each profile of the pools that can be loaded; the others are told where they are named."""
     profiles = []
     for name in sorted({name for pool in pools for name in pool.profiles()}):

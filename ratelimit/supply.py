@@ -17,8 +17,10 @@ from ratelimit.publication import PublishedReplica
 from serving.capacity import EngineLimits, InfeasibleSloError, ReplicaGroup, Slo, StepTimeModel, WorkloadMix
 from serving.fleet import ReplicaSpec
 from serving.gpus import GPUS
-from serving.profile import Profile, load_profile
-from serving.stepsim import Knee, knee
+from serving.operating import OperatingPoint, operating_point
+from serving.profile import ContextRange, Profile, load_profile
+from serving.stepsim import Knee
+from serving.surface import Surface
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class _Grouped(NamedTuple):
 #: Groups that are no longer in use are forgotten when there are this many more than twice those that are.
 MOST_GROUPS_KEPT = 1000
 
-_KneeKey = tuple[StepTimeModel, EngineLimits, WorkloadMix, Slo]
+_KneeKey = tuple[StepTimeModel, EngineLimits, Surface | None, ContextRange | None, WorkloadMix, Slo]
 
 
 class SupplyBook:
@@ -55,8 +57,8 @@ class SupplyBook:
     def __init__(self, on_found: Callable[[], None]) -> None:
         self._on_found = on_found
         self._profiles: dict[str, Profile] = {}
-        self._knees: dict[_KneeKey, Knee | _Infeasible] = {}
-        self._wanted: dict[_KneeKey, ReplicaSpec] = {}
+        self._knees: dict[_KneeKey, OperatingPoint | _Infeasible] = {}
+        self._wanted: dict[_KneeKey, tuple[ReplicaSpec, Profile, Promise]] = {}
         self._asked = asyncio.Event()
         self._groups: dict[tuple[str, str, str, float], _Grouped] = {}
 
@@ -73,9 +75,9 @@ class SupplyBook:
     def knows(self, spec: ReplicaSpec, promises: Iterable[Promise]) -> bool:
         """Whether the replica's knees are known, or that it has none; those that are not are asked for."""
         profile = self._profiles[spec.profile]
-        missing = [key for promise in promises if (key := _key(profile, promise)) not in self._knees]
-        for key in missing:
-            self._wanted.setdefault(key, spec)
+        missing = {key: each for each in promises if (key := _key(profile, each)) not in self._knees}
+        for key, promise in missing.items():
+            self._wanted.setdefault(key, (spec, profile, promise))
         if missing:
             self._asked.set()
         return not missing
@@ -110,18 +112,20 @@ class SupplyBook:
     def _group(self, specs: Sequence[ReplicaSpec], promises: Sequence[Promise]) -> GroupSupply:
         profile, slowdown = self._profiles[specs[0].profile], specs[0].slowdown
         found = {promise: self._knees[_key(profile, promise)] for promise in promises}
-        knees = {promise: known for promise, known in found.items() if isinstance(known, Knee)}
-        own = knees.get(promises[0])
+        knees = {promise: known.knee for promise, known in found.items() if isinstance(known, OperatingPoint)}
+        own, point = knees.get(promises[0]), found[promises[0]]
+        step_time = point.step_time if isinstance(point, OperatingPoint) else profile.step_time
+        note = point.note if isinstance(point, OperatingPoint) else ""
         return GroupSupply(
             group=ReplicaGroup(
-                len(specs), profile.step_time.slowed(slowdown), profile.limits, promises[0].slo.slowed(slowdown)
+                len(specs), step_time.slowed(slowdown), profile.limits, promises[0].slo.slowed(slowdown)
             ),
             gpu=profile.gpu,
             gpus_per_replica=profile.gpus_per_replica,
             profile=profile.name,
             slowdown=slowdown,
             knees=knees,
-            provenance=_short(profile),
+            provenance=", ".join(filter(None, (_short(profile), note))),
             replicas=tuple(_published(spec, profile, own) for spec in specs),
             domain_replicas=domain_replicas(profile),
             domains=Counter(spec.domain for spec in specs if spec.domain is not None),
@@ -134,8 +138,8 @@ class SupplyBook:
             await self._asked.wait()
             self._asked.clear()
             while self._wanted:
-                key, spec = next(iter(self._wanted.items()))
-                self._knees[key] = await _find_knee(key, spec)
+                key, wanted = next(iter(self._wanted.items()))
+                self._knees[key] = await _find_knee(*wanted)
                 del self._wanted[key]
                 self._on_found()
 
@@ -157,12 +161,13 @@ def _published(spec: ReplicaSpec, profile: Profile, own: Knee | None) -> Publish
 
 
 def _key(profile: Profile, promise: Promise) -> _KneeKey:
-    return profile.step_time, profile.limits, promise.mix, promise.slo
+    measured = None if profile.fit is None else profile.fit.context
+    return profile.step_time, profile.limits, profile.surface, measured, promise.mix, promise.slo
 
 
-async def _find_knee(key: _KneeKey, spec: ReplicaSpec) -> Knee | _Infeasible:
+async def _find_knee(spec: ReplicaSpec, profile: Profile, promise: Promise) -> OperatingPoint | _Infeasible:
     try:
-        return await asyncio.to_thread(knee, *key)
+        return await asyncio.to_thread(operating_point, profile, *promise)
     except InfeasibleSloError as error:
         log.error("replica %s (%s) supplies nothing: %s", spec.url, spec.profile, error)
         return _Infeasible(str(error))

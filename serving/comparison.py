@@ -11,11 +11,11 @@ from serving.curves import (
     LOAD_SHARES,
     CurvePoint,
     Throughput,
-    knee_throughput,
-    step_time_around,
     throughput_curve,
+    throughput_of,
 )
 from serving.gpus import find_gpu
+from serving.operating import extrapolation_note, operating_point, step_time_around
 from serving.profile import OutOfRangeError, Profile
 
 
@@ -65,7 +65,7 @@ def curve_of(
 ) -> tuple[CurvePoint, ...]:
     """The profile's throughput against TPOT, extrapolated where need be; empty where no load meets the SLO."""
     try:
-        step_time, _ = step_time_around(profile, mix, slo)
+        step_time = step_time_around(profile, mix, slo)
         return throughput_curve(step_time, profile.limits, mix, slo, shares, requests)
     except ValueError:
         return ()
@@ -79,11 +79,11 @@ def _at_knee(profile: Profile, mix: WorkloadMix, slo: Slo, extrapolate: bool) ->
         estimated=profile.provenance.kind == "estimated",
         provenance=profile.provenance.kind,
     )
+    note = extrapolation_note(profile, mix)
+    if note and not extrapolate:
+        raise OutOfRangeError(f"profile {profile.name!r}: {mix.name}: {note}; extrapolate on request only")
     try:
-        step_time, note = step_time_around(profile, mix, slo)
-        if note and not extrapolate:
-            raise OutOfRangeError(f"profile {profile.name!r}: {mix.name}: {note}; extrapolate on request only")
-        replica = knee_throughput(step_time, profile.limits, mix, slo)
+        replica = throughput_of(mix, operating_point(profile, mix, slo).knee.requests_per_s)
     except InfeasibleSloError as error:
         return msgspec.structs.replace(bare, note=f"infeasible: {error}")
     facts = find_gpu(profile.gpu)

@@ -8,7 +8,6 @@ is a function of its arguments and neighbours differ by their load alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import fsum
 
 import msgspec
 
@@ -20,8 +19,7 @@ from serving.capacity import (
     WorkloadMix,
     closed_form_requests_per_s,
 )
-from serving.profile import Profile
-from serving.stepsim import Arrival, Outcome, horizon_requests, knee, percentile, simulate, unit_arrivals
+from serving.stepsim import Arrival, Outcome, horizon_requests, percentile, simulate, unit_arrivals
 
 #: An SLO that everything meets: thirty years.
 WITHOUT_BOUNDS = Slo(1e9, 1e9)
@@ -88,31 +86,6 @@ def throughput_curve(
             break
         points.append(point)
     return tuple(points)
-
-
-def knee_throughput(step_time: StepTimeModel, limits: EngineLimits, mix: WorkloadMix, slo: Slo) -> Throughput:
-    """The most of the mix that one replica serves under the SLO. Raises ``InfeasibleSloError``."""
-    return throughput_of(mix, knee(step_time, limits, mix, slo).requests_per_s)
-
-
-def mean_context_tokens(mix: WorkloadMix) -> float:
-    """The context that a request of the mix has on the way through its answer, I + O/2, in the mean."""
-    return fsum(shape.input_tokens + shape.output_tokens / 2 for shape in mix.shapes) / len(mix.shapes)
-
-
-def step_time_around(profile: Profile, mix: WorkloadMix, slo: Slo) -> tuple[StepTimeModel, str]:
-    """The profile's step-time model for loads of the mix near the SLO, and a note where it was not measured there.
-
-    A profile with a surface has one model for each KV use. The use near the SLO is that of the linear model's knee:
-    requests in flight by Little's law, times their context. Raises ``InfeasibleSloError``.
-    """
-    context_tokens = mean_context_tokens(mix)
-    if profile.surface is None:
-        return profile.extrapolated_step_time(profile.limits.kv_tokens, context_tokens)
-    found = knee(profile.step_time, profile.limits, mix, slo)
-    in_flight = found.requests_per_s * mix.mean_output_tokens * found.tpot_s
-    kv_tokens = min(profile.limits.kv_tokens, max(1.0, in_flight * context_tokens))
-    return profile.extrapolated_step_time(kv_tokens, context_tokens)
 
 
 def _point(outcomes: Sequence[Outcome], rate: Throughput, percent: float) -> CurvePoint:

@@ -74,7 +74,7 @@ def raise_delay_s(raise_after_s: float, losses: int) -> float:
     if losses < 2:
         return raise_after_s
     doubled = max(raise_after_s, LEAST_FLAP_DELAY_S) * 2 ** min(losses - 1, _MOST_FLAPS)
-    return max(raise_after_s, min(doubled, MOST_FLAP_DELAY_S))
+    return max(raise_after_s, min(float(doubled), MOST_FLAP_DELAY_S))
 
 
 def observe(health: ReplicaHealth, seen: Observation, stuck_after_s: float) -> ReplicaHealth:

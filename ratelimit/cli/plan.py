@@ -76,6 +76,6 @@ def _knees(inputs: Inputs) -> Mapping[KneeKey, Found]:
         task = progress.add_task("simulating replicas", total=len(set(keys)))
 
         def tell(key: KneeKey) -> None:
-            progress.update(task, advance=1, description=f"simulated {key.profile}")
+            progress.update(task, advance=1, description=f"simulated {key.profile.name}")
 
         return find_knees(keys, tell)

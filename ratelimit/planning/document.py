@@ -27,6 +27,7 @@ from ratelimit.planning.sites import MOST_GPUS, Site
 from ratelimit.yamlfile import Document, YamlFileError, parse_document, read_document
 from serving.gpus import GPUS
 from serving.mixes import MIX_NAMES
+from serving.plausible import contradictions
 from serving.profile import Profile, ProfileError, load_profile, shipped_profiles
 
 #: Bounds beyond these are in other units than they say: 10 minutes to a first token, 5 s for each later one.
@@ -100,6 +101,7 @@ class PlanConfig(Section):
 
     ``profiles`` names the profile of a GPU type where the shipped one for the model is not meant. ``replay``: recorded
     traffic, in place of the callers declared (records), or for its course over time and its lengths (a trace).
+    ``extrapolate``: mixes whose context a profile was not measured at are planned all the same, and marked.
     ``demand_within``: the demand is refused as one in wrong units if it is not within these multiples of the supply.
     """
 
@@ -109,6 +111,7 @@ class PlanConfig(Section):
     slo: SloConfig = SloConfig()
     mix: MixConfig = MixConfig()
     spare_domains: int = Field(default=0, ge=0, le=1000)
+    extrapolate: bool = False
     profiles: dict[Name, ProfileName] = Field(default={})
     sites: Annotated[tuple[SiteConfig, ...], Field(min_length=1, max_length=100)]
     tiers: Annotated[tuple[TierConfig, ...], Field(min_length=1, max_length=100)]
@@ -228,6 +231,8 @@ def profile_for(plan: PlanConfig, gpu: str) -> Profile:
         raise ConfigError(
             [f"no shipped profile of {plan.model} on {gpu} ({_shipped(plan.model)}); {_NAME_ONE}"]
         ) from error
+    if problems := contradictions(profile):
+        raise ConfigError([f"{profile.name}: {problem}" for problem in problems])
     if profile.model != plan.model:
         raise ConfigError(
             [f"profile {profile.name} is of {profile.model}, the plan's model is {plan.model}; {_NAME_ONE}"]

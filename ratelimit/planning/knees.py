@@ -9,9 +9,9 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 from ratelimit.policy import Promise
-from serving.capacity import EngineLimits, InfeasibleSloError, StepTimeModel
+from serving.capacity import InfeasibleSloError
+from serving.operating import OperatingPoint, operating_point
 from serving.profile import Profile
-from serving.stepsim import Knee, knee
 
 #: Starting processes takes as long as this many knees.
 _FEW = 3
@@ -20,21 +20,14 @@ _TIMEOUT_S = 900.0
 
 
 class KneeKey(NamedTuple):
-    """What a knee is a function of, and the profile's name to speak of it."""
+    """What a knee is a function of."""
 
-    profile: str
-    step_time: StepTimeModel
-    limits: EngineLimits
+    profile: Profile
     promise: Promise
 
 
-#: A knee, or why there is none.
-Found = Knee | str
-
-
-def knee_key(profile: Profile, promise: Promise) -> KneeKey:
-    """What the profile's knee for a promise is a function of."""
-    return KneeKey(profile.name, profile.step_time, profile.limits, promise)
+#: A knee and where it was found, or why there is none.
+Found = OperatingPoint | str
 
 
 def find_knees(keys: Iterable[KneeKey], on_found: Callable[[KneeKey], None]) -> Mapping[KneeKey, Found]:
@@ -66,6 +59,6 @@ def _at_once(wanted: list[KneeKey]) -> Iterator[tuple[KneeKey, Found]]:
 
 def _find(key: KneeKey) -> Found:
     try:
-        return knee(key.step_time, key.limits, key.promise.mix, key.promise.slo)
+        return operating_point(key.profile, *key.promise)
     except InfeasibleSloError as error:
         return str(error)

@@ -9,7 +9,7 @@ import msgspec
 
 from ratelimit.derive import GroupSupply, derive
 from ratelimit.planning.demand import Demand, DemandError
-from ratelimit.planning.knees import Found, KneeKey, knee_key
+from ratelimit.planning.knees import Found, KneeKey
 from ratelimit.planning.outcome import GpuSupply, Outcome, ProvenanceNote, Side, SweepPoint, TierOutcome, Usable
 from ratelimit.planning.running import Power, Prices, Redis, cells, energy
 from ratelimit.planning.sites import Fleets, Site, totals
@@ -19,7 +19,6 @@ from ratelimit.publication import Limit, LimitName, Publication, TierLimits
 from ratelimit.supply import domain_replicas
 from serving.capacity import ReplicaGroup, Slo
 from serving.profile import Profile
-from serving.stepsim import Knee
 
 #: The fluid's error in the share of the work that is throttled, as ``tests/unit/test_planning_throttling.py`` holds it.
 _ERROR_OVERALL, _ERROR_BY_TIER, _ERROR_OF_SMALL_POOLS = 0.02, 0.05, 0.16
@@ -52,7 +51,7 @@ class Inputs(msgspec.Struct, frozen=True):
     def knee_keys(self) -> list[KneeKey]:
         """The knees that the plan needs."""
         promises = promises_of(self.policy.tiers, self.pool)
-        return [knee_key(profile, promise) for profile in self.profiles.values() for promise in promises]
+        return [KneeKey(profile, promise) for profile in self.profiles.values() for promise in promises]
 
 
 def outcome(inputs: Inputs, knees: Mapping[KneeKey, Found]) -> Outcome:
@@ -123,15 +122,18 @@ def _replicas(sites: Iterable[Site], gpu: str, profile: Profile) -> int:
 
 
 def _group(profile: Profile, count: int, promises: Sequence[Promise], knees: Mapping[KneeKey, Found]) -> GroupSupply:
-    found = {promise: knees[knee_key(profile, promise)] for promise in promises}
+    found = {promise: knees[KneeKey(profile, promise)] for promise in promises}
+    point = found[promises[0]]
+    step_time = profile.step_time if isinstance(point, str) else point.step_time
+    note = "" if isinstance(point, str) else point.note
     return GroupSupply(
-        group=ReplicaGroup(count, profile.step_time, profile.limits, promises[0].slo),
+        group=ReplicaGroup(count, step_time, profile.limits, promises[0].slo),
         gpu=profile.gpu,
         gpus_per_replica=profile.gpus_per_replica,
         profile=profile.name,
         slowdown=1.0,
-        knees={promise: each for promise, each in found.items() if isinstance(each, Knee)},
-        provenance=provenance_of(profile).text,
+        knees={promise: each.knee for promise, each in found.items() if not isinstance(each, str)},
+        provenance=", ".join(filter(None, (provenance_of(profile).text, note))),
         domain_replicas=domain_replicas(profile),
         infeasible={promise: each for promise, each in found.items() if isinstance(each, str)},
     )

@@ -16,6 +16,7 @@ from ratelimit.planning.running import Power, Prices, Redis, power_problem
 from ratelimit.planning.sites import Change, Site, fleets, totals
 from ratelimit.policy import Policy, PoolPolicy
 from serving.capacity import WorkloadMix
+from serving.operating import extrapolation_note
 from serving.profile import Profile
 
 #: Lengths of a trace that its mix is made of, taken at equal distances in time.
@@ -32,6 +33,7 @@ def inputs_of(plan: PlanConfig, changes: Sequence[Change], replay: Path | None, 
     if not gpus:
         raise ConfigError(["the fleet has no GPUs; give at least one site some"])
     profiles = {gpu: profile_for(plan, gpu) for gpu in gpus}
+    _check_contexts(plan, profiles.values())
     gpu_w = {gpu: gpu_power_w(plan, gpu) for gpu in totals([*(planned.before or ()), *planned.after])}
     power = Power(gpu_w, plan.power.server_factor, plan.power.pue)
     _check_power([*(planned.before or ()), *planned.after], power)
@@ -49,6 +51,13 @@ def inputs_of(plan: PlanConfig, changes: Sequence[Change], replay: Path | None, 
         demand_within=plan.demand_within,
         stated=tuple(_stated(plan, profiles, planned.after, power, times)),
     )
+
+
+def _check_contexts(plan: PlanConfig, profiles: Iterable[Profile]) -> None:
+    mixes = [plan.mix, *(tier.mix for tier in plan.tiers if tier.mix)]
+    notes = [f"{p.name}: {note}" for p in profiles for mix in mixes if (note := extrapolation_note(p, mix.shapes()))]
+    if notes and not plan.extrapolate:
+        raise ConfigError([f"{note}; to plan with it all the same, marked, write extrapolate: true" for note in notes])
 
 
 def _check_power(sites: Iterable[Site], power: Power) -> None:

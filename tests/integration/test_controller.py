@@ -14,12 +14,13 @@ import pytest
 from redis.asyncio import Redis
 
 from ratelimit import controller as controller_module
-from ratelimit import livefeedback, supply
+from ratelimit import livefeedback
 from ratelimit.config import Config
 from ratelimit.controller import Controller, OnChange
 from ratelimit.keys import KeyFile
 from ratelimit.publication import Publication
 from ratelimit.publisher import KEYS_KEY, PUBLICATION_KEY, Publisher
+from serving import operating
 from serving.capacity import EngineLimits, Slo, StepTimeModel, WorkloadMix
 from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus
 from serving.health import ReplicaHealth, ReplicaPhase
@@ -81,7 +82,7 @@ class Knees:
 def knees(monkeypatch: pytest.MonkeyPatch) -> Iterator[Knees]:
     """Knees without simulation; the gate is open in the end, so that no thread is left behind."""
     made = Knees()
-    monkeypatch.setattr(supply, "knee", made)
+    monkeypatch.setattr(operating, "knee", made)
     monkeypatch.setattr(controller_module, "ROUND_INTERVAL_S", 0.02)
     yield made
     made.gate.set()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ratelimit.config import ConfigError, load_config, policy_of
 from ratelimit.configcheck import changes_at_restart, live_change_problems
 from ratelimit.policy import LimitRule, OrgPolicy, TierPolicy
 from serving.capacity import Slo
-from serving.profile import load_profile, shipped_profiles
+from serving.profile import dump_profile, load_profile, shipped_profiles
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = """\
@@ -618,3 +619,30 @@ def test_priorities_are_sent_only_where_every_replica_takes_them(
     path = tmp_path / "penstock.yaml"
     path.write_text(text)
     assert policy_of(load_config(path)).pools[0].priority_scheduling is known
+
+
+def test_profiles_that_cannot_be_true_give_no_limits(tmp_path: Path) -> None:
+    """Coefficients in milliseconds where seconds are meant are found by the GPU's own bounds, before anything runs."""
+    profile = load_profile("h100-llama-3.1-8b")
+    step = profile.step_time
+    quick = msgspec.structs.replace(
+        step, base_s=step.base_s / 1000, prompt_token_s=step.prompt_token_s / 1000, kv_token_s=step.kv_token_s / 1000
+    )
+    (tmp_path / "wrong.json").write_bytes(dump_profile(msgspec.structs.replace(profile, step_time=quick)))
+    told = problems(tmp_path, MINIMAL.replace("h100-llama-3.1-8b", "./wrong.json"))
+    assert told
+    assert all("pools[0].engines[0].profile: h100-llama-3.1-8b: " in line for line in told)
+
+
+def test_contexts_that_were_not_measured_are_taken_on_request(tmp_path: Path) -> None:
+    """Limits for much shorter requests than a profile was fitted from are refused, and with extrapolate: true taken."""
+    text = MINIMAL.replace("h100-llama-3.1-8b", "h100-gpt-oss-20b").replace("model: llama-3.1-8b", "model: gpt-oss-20b")
+    short = text.replace("    engines:", "    mix: {scale: 0.05}\n    engines:")
+    (only,) = problems(tmp_path, short)
+    assert "pools[0].mix: h100-gpt-oss-20b: extrapolated: a mean context of" in only
+    tier = text.replace("share: 0.6", "share: 0.6, mix: {scale: 0.05}")
+    (only,) = problems(tmp_path, tier)
+    assert "tiers[0].mix: h100-gpt-oss-20b: extrapolated" in only
+    for each in (short, tier):
+        (tmp_path / "penstock.yaml").write_text(each.replace("    engines:", "    extrapolate: true\n    engines:"))
+        assert load_config(tmp_path / "penstock.yaml").pools[0].extrapolate

@@ -7,9 +7,10 @@ from msgspec.structs import replace
 
 from serving.capacity import InfeasibleSloError, RequestShape, Slo, StepTimeModel, WorkloadMix
 from serving.comparison import compare, curve_of
-from serving.curves import Throughput, mean_context_tokens, step_time_around, throughput_curve, throughput_of
+from serving.curves import Throughput, throughput_curve, throughput_of
 from serving.gpus import GPUS
 from serving.mixes import load_mix
+from serving.operating import extrapolation_note, mean_context_tokens, operating_point, step_time_around
 from serving.profile import ContextRange, Fit, OutOfRangeError, load_profile
 from serving.stepsim import knee
 from serving.surface import Surface, SurfacePoint
@@ -117,11 +118,12 @@ def test_a_surface_moves_the_knee() -> None:
     factor_two = Surface((SurfacePoint(1e4, 1000.0, 2.0),))
     bent = replace(H100, surface=factor_two)
 
-    step_time, note = step_time_around(bent, CHAT, SLO)
+    step_time = step_time_around(bent, CHAT, SLO)
     line, curved = compare((H100, bent), CHAT, SLO)
 
     assert step_time == H100.step_time.slowed(2.0)
-    assert note == ""
+    assert operating_point(bent, CHAT, SLO).step_time == step_time
+    assert extrapolation_note(bent, CHAT) == ""
     assert line.per_gpu is not None
     assert curved.per_gpu is not None
     assert curved.per_gpu.requests_per_s < 0.7 * line.per_gpu.requests_per_s

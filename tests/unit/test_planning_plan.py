@@ -12,14 +12,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ratelimit.config import ConfigError
+from ratelimit.config import ConfigError, MixConfig
 from ratelimit.planning.demand import DemandError
 from ratelimit.planning.document import PlanConfig, example_text, examples, load_example, load_plan
 from ratelimit.planning.knees import Found, KneeKey, find_knees
 from ratelimit.planning.outcome import Outcome, TierOutcome
-from ratelimit.planning.plan import outcome
+from ratelimit.planning.plan import _derived, outcome
 from ratelimit.planning.sites import Change
 from ratelimit.planning.wiring import inputs_of
+from serving.operating import OperatingPoint
 from serving.stepsim import Knee
 
 #: A knee that is no simulation's, for tests of what follows from it.
@@ -28,8 +29,11 @@ _KNEES = {"h100": 25.0, "h200": 12.0, "b200": 44.0, "gb200": 46.0, "cpu-": 90.0}
 
 def given_knees(keys: list[KneeKey]) -> Mapping[KneeKey, Found]:
     """Knees at once, by the GPU type in the profile's name."""
-    rates = {key: next(rate for gpu, rate in _KNEES.items() if key.profile.startswith(gpu)) for key in keys}
-    return {key: Knee(rate, 0.9, 1.0, 0.05, "tpot") for key, rate in rates.items()}
+    rates = {key: next(rate for gpu, rate in _KNEES.items() if key.profile.name.startswith(gpu)) for key in keys}
+    return {
+        key: OperatingPoint(key.profile.step_time, Knee(rate, 0.9, 1.0, 0.05, "tpot"), "")
+        for key, rate in rates.items()
+    }
 
 
 def planned(plan: PlanConfig, *changes: Change, times: float = 1.0, replay: Path | None = None) -> Outcome:
@@ -237,6 +241,22 @@ def test_an_slo_that_no_load_meets_is_told() -> None:
     assert found.after.usable.problems
     assert "TPOT" in found.after.supply["H100"].problems[0]
     assert [tier.throttled_share for tier in found.after.tiers] == [1, 1, 1]
+
+
+def test_a_context_that_was_not_measured_is_planned_on_request_only() -> None:
+    """A profile fitted from runs says so where the mix lies outside of them, and its supply is marked."""
+    plan = load_example("node-8xh100").model_copy(
+        update={"model": "gpt-oss-20b", "mix": MixConfig(name="chat", scale=0.05)}
+    )
+    with pytest.raises(ConfigError, match=r"outside the measured range .*write extrapolate: true"):
+        inputs_of(plan, [], None, 1.0)
+    inputs = inputs_of(plan.model_copy(update={"extrapolate": True}), [], None, 0.001)
+    found = find_knees(inputs.knee_keys(), lambda _: None)
+    groups, _, _ = _derived(inputs, inputs.fleets.after, found)
+    assert "extrapolated: a mean context of" in groups["H100"].provenance
+    (point,) = {found[key] for key in inputs.knee_keys() if key.promise.slo == inputs.pool.slo}
+    assert isinstance(point, OperatingPoint)
+    assert groups["H100"].group.step_time == point.step_time != inputs.profiles["H100"].step_time
 
 
 def test_many_knees_are_those_of_one_at_a_time() -> None:
