@@ -12,8 +12,8 @@ from serving.capacity import WorkloadMix
 from serving.endpoint import Endpoint
 from serving.openloop import endless_shapes
 from serving.outcomes import Load
-from serving.pointrules import PointSettings
 from serving.records import PointRun
+from serving.run_verdict import PointSettings
 from serving.running import Run
 
 SOURCE = "penstock measure: closed loop"

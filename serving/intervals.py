@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 import msgspec
 import numpy as np
 
-from serving.steady import student_t
+from serving.trend import student_t
 
 CONFIDENCE = 0.95
 REPLICATES = 400

@@ -20,12 +20,12 @@ from serving.endpoint import Endpoint
 from serving.enginefacts import EngineFacts, Stated, settled_facts
 from serving.identify import identifiability, planned_rows
 from serving.journal import Journal
-from serving.knees import due_in, infeasible, verdicts
+from serving.measured_knees import due_in, infeasible, verdicts
 from serving.measurement import MeasureError, Measurement, Target, assemble
 from serving.mixes import MIX_NAMES, load_mix
 from serving.openloop import run_point
-from serving.pointrules import PointSettings, expected_s
 from serving.records import Kind, PointRun, Record
+from serving.run_verdict import PointSettings, expected_s
 from serving.search import SearchPlan, Tried, check_plan, next_rate
 
 #: The mixes shrink no further than this to fit a context.

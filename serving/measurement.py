@@ -14,7 +14,7 @@ from serving.capacity import EngineLimits, Slo
 from serving.enginefacts import EngineFacts
 from serving.fit import FitResult, fit_profile
 from serving.identify import Identifiability, identifiability, measured_rows
-from serving.knees import KneeReport, PointReport, is_fitted, knee_report, point_report
+from serving.measured_knees import KneeReport, PointReport, is_fitted, knee_report, point_report
 from serving.mixes import MIX_NAMES
 from serving.points import MeasuredPoint
 from serving.profile import Profile, Provenance

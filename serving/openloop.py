@@ -13,8 +13,8 @@ from random import Random
 from serving.capacity import RequestShape, WorkloadMix
 from serving.endpoint import Endpoint
 from serving.outcomes import Load
-from serving.pointrules import PointSettings
 from serving.records import PointRun
+from serving.run_verdict import PointSettings
 from serving.running import Run
 from serving.stepsim import Arrival
 

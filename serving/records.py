@@ -7,8 +7,8 @@ from typing import Literal
 import msgspec
 
 from serving.outcomes import RequestOutcome
-from serving.pointrules import State
 from serving.points import MeasuredPoint
+from serving.run_verdict import State
 
 Kind = Literal["anchor", "open"]
 

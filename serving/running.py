@@ -18,9 +18,9 @@ from serving.capacity import RequestShape
 from serving.endpoint import FIRST_TOKEN_ID, Answer, Endpoint, EndpointError, EngineBusyError
 from serving.enginefacts import Counters
 from serving.outcomes import Load, RequestOutcome, Window, overlapping, summary
-from serving.pointrules import PointSettings, Seen, Verdict, lag_p99_s, verdict, window_of
 from serving.records import PointRun
-from serving.steady import Sample
+from serving.run_verdict import PointSettings, Seen, Verdict, lag_p99_s, verdict, window_of
+from serving.trend import Sample
 
 #: Even a tiny vocabulary has the ids below.
 _TOKEN_ID_BOUND = 800

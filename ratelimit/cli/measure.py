@@ -24,8 +24,8 @@ from serving.measure import Progress as SweepProgress
 from serving.measure import measure as measure_endpoint
 from serving.measurement import MeasureError, Measurement, knee_text
 from serving.mixes import MIX_NAMES
-from serving.pointrules import PointSettings
 from serving.profile import dump_profile
+from serving.run_verdict import PointSettings
 
 _STATED = "only where the engine does not tell, recorded as stated by you"
 _POINT, _SETTINGS = PointSettings(), MeasureSettings(Slo(1.0, 0.05))

@@ -19,7 +19,7 @@ from serving.capacity import RequestShape, WorkloadMix
 from serving.closedloop import run_closed_point
 from serving.endpoint import Endpoint
 from serving.engine.launch import Engine, EngineSpec, start_engines
-from serving.pointrules import PointSettings
+from serving.run_verdict import PointSettings
 from tests.support.engines import MODEL, free_port
 
 REPOSITORY = Path(__file__).parents[2]

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from itertools import islice, takewhile
 
 from serving.capacity import EngineLimits, StepTimeModel, WorkloadMix
-from serving.knees import due_in, verdicts
 from serving.measure import MeasureSettings, fitting_mix
+from serving.measured_knees import due_in, verdicts
 from serving.mixes import MIX_NAMES
 from serving.openloop import endless_arrivals, endless_shapes
 from serving.outcomes import Load, RequestOutcome, Window, summary
-from serving.pointrules import LIVES, State
 from serving.records import Kind, PointRun, Record
+from serving.run_verdict import LIVES, State
 from serving.search import SearchPlan, next_rate
 from serving.stepsim import Arrival, Outcome, simulate
 

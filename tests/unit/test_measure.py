@@ -23,9 +23,9 @@ from serving.measure import (
 from serving.measurement import MeasureError, fitted_points
 from serving.mixes import MIX_NAMES, load_mix
 from serving.openloop import run_point
-from serving.pointrules import PointSettings
 from serving.profile import dump_profile, parse_profile
 from serving.records import Record
+from serving.run_verdict import PointSettings
 from tests.support.fake_engine import FakeEngine
 from tests.support.measured import STEP_TIME, sweep_of
 

@@ -14,8 +14,8 @@ from serving.endpoint import Endpoint
 from serving.enginefacts import Stated, settled_facts
 from serving.journal import Journal
 from serving.measure import MeasureSettings, MeasureTarget, journal_settings
-from serving.pointrules import PointSettings
 from serving.profile import load_profile
+from serving.run_verdict import PointSettings
 from tests.support.fake_engine import FakeEngine
 from tests.support.measured import sweep_of
 

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from serving.capacity import Slo
-from serving.knees import is_fitted
+from serving.measured_knees import is_fitted
 from serving.outcomes import (
     Load,
     RequestOutcome,

@@ -14,9 +14,9 @@ import msgspec
 
 from serving.enginefacts import Counters
 from serving.outcomes import RequestOutcome, Window
-from serving.steady import Sample, drift, is_over_saturated, start_up_s
 from serving.steady_points import LEAST_LIVES
 from serving.stepsim import percentile
+from serving.trend import Sample, drift, is_over_saturated, start_up_s
 
 State = Literal["steady", "unsteady", "over-saturated", "lagged", "short"]
 

@@ -9,8 +9,8 @@ from scipy.stats import t as scipy_t
 from serving.capacity import EngineLimits, StepTimeModel, WorkloadMix
 from serving.intervals import interval, mean_interval, percentile_of
 from serving.mixes import load_mix
-from serving.steady import Sample, drift, is_over_saturated, is_rising, start_up_s, student_t, trend
 from serving.stepsim import Outcome, poisson_arrivals, simulate
+from serving.trend import Sample, drift, is_over_saturated, is_rising, start_up_s, student_t, trend
 
 MODEL = StepTimeModel(0.01, 2e-5, 2e-4, 1e-7)
 LIMITS = EngineLimits(32, 2048, 65536, 4096)
