@@ -10,27 +10,18 @@ import msgspec
 
 from serving.benchrows import BenchRow, RefusedRow, ServedAs, points_of, read_rows
 from serving.fit import FitError, FitResult, fit_profile
-from serving.gpus import MODELS, GpuFacts, ModelFacts, WeightDtype, find_gpu, find_model
+from serving.gpus import GpuFacts, KvDtype, ModelFacts, WeightDtype, find_gpu, find_model
 from serving.leftout import LEAST_MIXES
 from serving.profile import ModelForm
-from serving.roofline import BatchBounds, Roofline, roofline_of, typical_roofline, weight_dtype
+from serving.roofline import BatchBounds, Roofline, roofline_of, typical_roofline
 from serving.rowchecks import beyond_peak, row_problem
+from serving.servecommand import ServeCommand, UnknownDtypeError, dtype_told_by, parse_command
 from serving.solve import MissingSolverError
 
 Status = Literal["fitted", "estimated", "refused"]
 
-_PARALLEL = {
-    "tensor": re.compile(r"--?(?:tp|tp[-_]size|tensor[-_]parallel[-_]size)[ =](\d+)"),
-    "pipeline": re.compile(r"--?(?:pp|pp[-_]size|pipeline[-_]parallel[-_]size)[ =](\d+)"),
-    "data": re.compile(r"--?(?:dp|dp[-_]size|data[-_]parallel[-_]size)[ =](\d+)"),
-}
-_MAX_NUM_SEQS = re.compile(r"--max[-_](?:num[-_]seqs|running[-_]requests|batch[-_]size)[ =](\d+)")
-_MAX_NUM_BATCHED_TOKENS = re.compile(r"--(?:max[-_]num[-_](?:batched[-_])?tokens|chunked[-_]prefill[-_]size)[ =](\d+)")
-_MAX_MODEL_LEN = re.compile(r"--(?:max[-_]model[-_]len|max[-_]seq[-_]len|context[-_]length)[ =](\d+)")
-#: Under SGLang's attention in data parallel the tensor-parallel GPUs are the same ones.
-_SHARED_DATA_PARALLEL = "--enable-dp-attention"
-
-
+#: How a checkpoint on the server's own disk is told from a repository.
+_PATH_STARTS = ("/", "./", "../", "~")
 _NONE_LEFT_OUT = f"no mix can be left out of fewer than {LEAST_MIXES} that loaded the server"
 
 
@@ -61,12 +52,16 @@ class GroupReport(msgspec.Struct, frozen=True):
 
 
 class ServerFacts(NamedTuple):
-    """What the data sheets and the serve command tell of a group's servers."""
+    """What the data sheets and the serve command tell of a group's servers.
+
+    ``model`` is None also where its weights are of a type of unknown size: no bound would hold of them.
+    """
 
     gpu: GpuFacts | None
     gpus: int
     model: ModelFacts | None
     dtype: WeightDtype
+    kv_dtype: KvDtype
 
 
 def fit_groups(lines: Iterable[str]) -> list[GroupReport]:
@@ -106,21 +101,34 @@ def fit_group(served: ServedAs, rows: Sequence[BenchRow], malformed: Sequence[Re
     return _report(served, result, len(points), mixes, problems)
 
 
-def server_facts(served: ServedAs, rows: Sequence[BenchRow] = ()) -> ServerFacts:
+def server_facts(served: ServedAs, rows: Sequence[BenchRow] = (), stated_dtype: str = "") -> ServerFacts:
     """The facts of the group's GPU and model, how many GPUs its command takes, and its weights' precision.
 
     Where the command names no number of GPUs it is one; it is never more than the hardware column has.
+    ``stated_dtype`` goes before what command and names tell.
     """
-    command = served.serve_command
-    gpus = 1
-    for kind, pattern in _PARALLEL.items():
-        found = pattern.search(command)
-        if found and not (kind == "data" and _SHARED_DATA_PARALLEL in command):
-            gpus *= max(1, int(found.group(1)))
+    command = parse_command(served.serve_command)
     present = [int(found.group(1)) for row in rows if (found := re.match(r"(\d+) [×x] ", row.text["hardware"]))]
-    model = _model_facts(served)
-    dtype = weight_dtype(command, model) if model is not None else "bf16"
-    return ServerFacts(find_gpu(served.gpu), min([gpus, *present]), model, dtype)
+    gpus, model = min([command.gpus, *present]), served_model(served.model, command)
+    dtype: WeightDtype = "bf16" if model is None else model.weight_dtype
+    try:
+        dtype = dtype_told_by(stated_dtype) or command.weight_dtype or dtype_told_by(served.model) or dtype
+    except UnknownDtypeError:
+        model = None
+    return ServerFacts(find_gpu(served.gpu), gpus, model, dtype, command.kv_dtype)
+
+
+def served_model(name: str, command: ServeCommand) -> ModelFacts | None:
+    """The facts of the checkpoint that the command names, or else of the model's own name.
+
+    A checkpoint of another repository has no facts, whatever the model is called: it may be a distilled or a tuned one.
+    A path that tells no known model tells none at all.
+    """
+    checkpoint = command.checkpoint
+    found = find_model(checkpoint) if checkpoint else None
+    if found is None and (not checkpoint or checkpoint.startswith(_PATH_STARTS)):
+        return find_model(name)
+    return found
 
 
 def server_roofline(served: ServedAs, facts: ServerFacts) -> Roofline:
@@ -128,30 +136,21 @@ def server_roofline(served: ServedAs, facts: ServerFacts) -> Roofline:
     if facts.gpu is None or facts.model is None:
         roofline = typical_roofline(facts.gpu, facts.gpus)
     else:
-        roofline = roofline_of(facts.gpu, facts.gpus, facts.model, facts.dtype)
-    batch = _with_one_context(roofline.batch, served, facts)
-    sequences, tokens = (p.search(served.serve_command) for p in (_MAX_NUM_SEQS, _MAX_NUM_BATCHED_TOKENS))
-    if sequences:
-        batch = msgspec.structs.replace(batch, max_num_seqs=max(1, int(sequences.group(1))))
-    if tokens:
-        batch = msgspec.structs.replace(batch, max_num_batched_tokens=max(1, int(tokens.group(1))))
+        roofline = roofline_of(facts.gpu, facts.gpus, facts.model, facts.dtype, facts.kv_dtype)
+    command, batch = parse_command(served.serve_command), roofline.batch
+    batch = BatchBounds(
+        max_num_seqs=command.max_num_seqs or batch.max_num_seqs,
+        max_num_batched_tokens=command.max_num_batched_tokens or batch.max_num_batched_tokens,
+        # Engines refuse to start without room for one whole context, and these have started.
+        kv_tokens=max(batch.kv_tokens, context_of(served, facts) or 1),
+    )
     return msgspec.structs.replace(roofline, batch=batch)
 
 
-def _with_one_context(batch: BatchBounds, served: ServedAs, facts: ServerFacts) -> BatchBounds:
-    """Room for one whole context at least: engines refuse to start with less, and these have started."""
-    stated = _MAX_MODEL_LEN.search(served.serve_command)
-    context = int(stated.group(1)) if stated else facts.model.max_model_len if facts.model else 1
-    return msgspec.structs.replace(batch, kv_tokens=max(batch.kv_tokens, context))
-
-
-def _model_facts(served: ServedAs) -> ModelFacts | None:
-    """By the model's own name, or by the longest known name that its serve command contains."""
-    found = find_model(served.model)
-    if found is not None:
-        return found
-    named = [name for name in MODELS if name in served.serve_command.lower()]
-    return MODELS[max(named, key=len)] if named else None
+def context_of(served: ServedAs, facts: ServerFacts) -> int | None:
+    """The longest context that the server takes: as its command says, or else the model's own; None if unknown."""
+    stated = parse_command(served.serve_command).max_model_len
+    return stated or (facts.model.max_model_len if facts.model else None)
 
 
 def sorted_out(rows: Sequence[BenchRow], facts: ServerFacts) -> tuple[list[BenchRow], list[RefusedRow]]:

@@ -13,7 +13,7 @@ from math import floor
 
 import msgspec
 
-from serving.benchgroups import server_facts, server_roofline, sorted_out
+from serving.benchgroups import context_of, server_facts, server_roofline, sorted_out
 from serving.benchrows import BenchRow, ServedAs, points_of, read_rows
 from serving.capacity import EngineLimits, StepTimeModel
 from serving.fit import LEAST_MIXES, FitResult, fit_profile
@@ -30,7 +30,6 @@ ENGINE, ENGINE_NAME = "vllm", "vLLM"
 #: When the runs were fitted. They were published without a date of their own.
 FITTED_ON = "2026-11-21"
 
-_MAX_MODEL_LEN = re.compile(r"--max[-_]model[-_]len[ =](\d+)")
 _VERSION = re.compile(r"vLLM: v?([\w.]+)")
 
 
@@ -44,6 +43,7 @@ class Served(msgspec.Struct, frozen=True):
     model: ModelFacts
     dtype: str
     roofline: Roofline
+    max_model_len: int
 
 
 def bench_profiles(lines: Iterable[str]) -> list[Profile]:
@@ -72,7 +72,10 @@ def known_groups(lines: Iterable[str]) -> list[Served]:
         if facts.gpu is not None and facts.model is not None:
             usable, _ = sorted_out(own, facts)
             roofline = server_roofline(served, facts)
-            found.append(Served(served, tuple(usable), facts.gpu, facts.gpus, facts.model, facts.dtype, roofline))
+            context = context_of(served, facts) or facts.model.max_model_len
+            found.append(
+                Served(served, tuple(usable), facts.gpu, facts.gpus, facts.model, facts.dtype, roofline, context)
+            )
     return found
 
 
@@ -119,13 +122,12 @@ def _error(profile: Profile) -> float:
 
 
 def _limits(group: Served) -> EngineLimits:
-    stated = _MAX_MODEL_LEN.search(group.served.serve_command)
     batch = group.roofline.batch
     return EngineLimits(
         max_num_seqs=floor(batch.max_num_seqs),
         max_num_batched_tokens=floor(batch.max_num_batched_tokens),
         kv_tokens=floor(batch.kv_tokens),
-        max_model_len=int(stated.group(1)) if stated else group.model.max_model_len,
+        max_model_len=group.max_model_len,
     )
 
 

@@ -36,7 +36,7 @@ from serving.capacity import (
     closed_form_requests_per_s,
 )
 from serving.curves import WITHOUT_BOUNDS
-from serving.gpus import GPUS, KV_ELEMENT_BYTES, MODELS, GpuFacts, WeightDtype
+from serving.gpus import GPUS, MODELS, GpuFacts, WeightDtype
 from serving.profile import Profile, Provenance, dump_profile
 from serving.published import (
     BENCH_FILE,
@@ -48,19 +48,17 @@ from serving.published import (
     published_rows,
     run_text,
 )
+from serving.roofline import all_reduces_s, kv_cache_bytes
 
 ESTIMATED_ON = "2026-11-21"
 
 #: Share of the data sheet's bandwidth that streaming weights and reading keys and values reach.
 BANDWIDTH_EFFICIENCY = 0.75
-#: Scheduling, launching and sampling of one step, and the share of each sequence in it.
+#: Scheduling, launching and sampling of one step, and the share of each sequence in it. Both are lower than what
+#: ``roofline`` draws a fit to: MLPerf's harness calls the engine without an API server, whose detokenizing and sending
+#: that prior holds, and what an anchor loses beyond these goes into its compute efficiency.
 STEP_OVERHEAD_S = 0.5e-3
 SEQUENCE_OVERHEAD_S = 4e-6
-#: One all-reduce over NVLink; two for each layer of a split model.
-ALL_REDUCE_S = 10e-6
-#: What vLLM takes of a GPU's memory by default, and what activations and CUDA graphs take of that.
-MEMORY_UTILIZATION = 0.9
-ACTIVATION_BYTES = 4e9
 
 #: Mean request of the anchors' benchmarks. Outputs: the 128 at which MLPerf cuts summaries, which the reference's
 #: 611 characters a summary say is where most end; and 294.45, from the reference of llama2-70b. Inputs: assumed.
@@ -108,8 +106,12 @@ class Deployment(msgspec.Struct, frozen=True):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token, in FP8 beside quantized weights and in BF16 beside those in BF16."""
-        return MODELS[self.model].kv_elements_per_token * KV_ELEMENT_BYTES["bf16" if self.dtype == "bf16" else "fp8"]
+        """Keys and values of one token, in FP8 beside quantized weights and in BF16 beside those in BF16.
+
+        So the anchors keep them (vLLM: ``--kv-cache-dtype fp8``); a published run keeps them in BF16 unless its
+        command says otherwise, which is why ``roofline`` asks the command.
+        """
+        return MODELS[self.model].kv_bytes_per_token("bf16" if self.dtype == "bf16" else "fp8")
 
 
 _LLAMA_2 = "Llama 2 70B has the same layers and widths."
@@ -158,9 +160,8 @@ def roofline(deployment: Deployment, gpu: GpuFacts, compute_efficiency: float) -
     model, gpus = MODELS[deployment.model], deployment.tensor_parallel
     bytes_per_s = gpu.memory_bytes_per_s * gpus * BANDWIDTH_EFFICIENCY
     token_s = 2 * model.active_parameters / (gpu.flops_at(deployment.dtype) * gpus * compute_efficiency)
-    all_reduces_s = 2 * model.layers * ALL_REDUCE_S if gpus > 1 else 0.0
     return StepTimeModel(
-        base_s=model.weight_bytes(deployment.dtype) / bytes_per_s + STEP_OVERHEAD_S + all_reduces_s,
+        base_s=model.weight_bytes(deployment.dtype) / bytes_per_s + STEP_OVERHEAD_S + all_reduces_s(model, gpus),
         prompt_token_s=token_s,
         sequence_s=token_s + SEQUENCE_OVERHEAD_S,
         kv_token_s=deployment.kv_bytes_per_token / bytes_per_s,
@@ -170,8 +171,7 @@ def roofline(deployment: Deployment, gpu: GpuFacts, compute_efficiency: float) -
 def engine_limits(deployment: Deployment, gpu: GpuFacts) -> EngineLimits:
     """The limits vLLM sets by default, and the KV cache that the weights leave room for."""
     model, gpus = MODELS[deployment.model], deployment.tensor_parallel
-    free_bytes = (gpu.memory_bytes * MEMORY_UTILIZATION - ACTIVATION_BYTES) * gpus
-    kv_bytes = free_bytes - model.weight_bytes(deployment.dtype)
+    kv_bytes = kv_cache_bytes(gpu, gpus, model, deployment.dtype)
     if kv_bytes < deployment.kv_bytes_per_token * model.max_model_len:
         raise ValueError(f"{model.name} leaves {gpus} × {gpu.name} no room for one full context")
     return EngineLimits(

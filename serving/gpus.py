@@ -8,16 +8,14 @@ from typing import Literal
 import msgspec
 
 WeightDtype = Literal["bf16", "fp8", "mxfp4", "fp4"]
+KvDtype = Literal["bf16", "fp8"]
 
 #: Bytes per weight. MXFP4: half a byte and one byte of scale for 32 weights. FP4 as NVFP4: half a byte, and one FP8
 #: scale for every 16 weights.
 WEIGHT_BYTES: dict[WeightDtype, float] = {"bf16": 2.0, "fp8": 1.0, "mxfp4": 0.5 + 1 / 32, "fp4": 0.5 + 1 / 16}
 
 #: Bytes of one element of a KV cache. ``bf16`` is what vLLM keeps unless told otherwise.
-KV_ELEMENT_BYTES = {"bf16": 2, "fp8": 1}
-
-#: Keys and values are kept in FP8 beside quantized weights (vLLM: ``--kv-cache-dtype fp8``), as the anchors' are.
-KV_BYTES = KV_ELEMENT_BYTES["fp8"]
+KV_ELEMENT_BYTES: dict[KvDtype, int] = {"bf16": 2, "fp8": 1}
 
 
 class GpuFacts(msgspec.Struct, frozen=True):
@@ -70,10 +68,9 @@ class ModelFacts(msgspec.Struct, frozen=True):
         """Elements that one token leaves in the KV cache, over all layers that keep the whole context."""
         return self.attention_layers * (self.latent_kv_width or 2 * self.kv_heads * self.head_dim)
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token over all layers, in FP8."""
-        return self.kv_elements_per_token * KV_BYTES
+    def kv_bytes_per_token(self, dtype: KvDtype) -> int:
+        """Keys and values of one token over all layers, kept in that type."""
+        return self.kv_elements_per_token * KV_ELEMENT_BYTES[dtype]
 
     def weight_bytes(self, dtype: WeightDtype) -> float:
         """All weights in that type."""

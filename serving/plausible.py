@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from math import isfinite
 
-from serving.gpus import KV_ELEMENT_BYTES, WEIGHT_BYTES, GpuFacts, ModelFacts, find_gpu, find_model
+from serving.gpus import WEIGHT_BYTES, GpuFacts, ModelFacts, find_gpu, find_model
 from serving.points import MeasuredPoint
 from serving.profile import Profile
 
@@ -119,7 +119,7 @@ def _of_facts(profile: Profile) -> Iterator[str]:
 def _of_memory(profile: Profile, gpu: GpuFacts, model: ModelFacts) -> Iterator[str]:
     memory_bytes = gpu.memory_bytes * profile.gpus_per_replica
     weight_bytes = model.parameters * min(WEIGHT_BYTES.values())
-    token_bytes = model.kv_elements_per_token * KV_ELEMENT_BYTES["fp8"]
+    token_bytes = model.kv_bytes_per_token("fp8")
     kv_bytes = profile.limits.kv_tokens * token_bytes
     if weight_bytes + kv_bytes > memory_bytes:
         most = max(0.0, memory_bytes - weight_bytes) / token_bytes
@@ -162,8 +162,8 @@ def _roofs(gpus: int, gpu: GpuFacts, model: ModelFacts) -> dict[str, tuple[float
         "prompt_token_s": (2 * model.active_parameters / (max(gpu.flops.values()) * gpus), multiplied_s),
         "sequence_s": (0.0, multiplied_s),
         "kv_token_s": (
-            model.kv_elements_per_token * KV_ELEMENT_BYTES["fp8"] / bytes_per_s,
-            model.kv_elements_per_token * KV_ELEMENT_BYTES["bf16"] / bytes_per_s,
+            model.kv_bytes_per_token("fp8") / bytes_per_s,
+            model.kv_bytes_per_token("bf16") / bytes_per_s,
         ),
     }
 

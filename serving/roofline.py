@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from serving.capacity import StepTimeModel
-from serving.gpus import GPUS, KV_ELEMENT_BYTES, MODELS, WEIGHT_BYTES, GpuFacts, ModelFacts, WeightDtype
+from serving.gpus import GPUS, MODELS, GpuFacts, KvDtype, ModelFacts, WeightDtype
 
 #: What stands in for a GPU or a model without facts.
 TYPICAL_GPU = "H100"
@@ -24,19 +24,17 @@ LIKELY_READ_SLOWNESS = 1.5
 #: Bounds of each coefficient as shares of its likely value. The lower one never undercuts the data sheet.
 LEAST_SHARE = 0.05
 MOST_SHARE = 30.0
-#: Launching and scheduling a step; two all-reduces for each layer of a split model; what a sequence costs the engine
-#: and its API server in each step (detokenizing and sending a chunk: some 100 µs of CPU, shared out by overlap).
+#: Launching and scheduling a step, and what a sequence costs the engine and its API server in each step (detokenizing
+#: and sending a chunk: some 100 µs of CPU, shared out by overlap): likely values, from which the points may lead away.
 LIKELY_STEP_S = 2e-3
-ALL_REDUCE_S = 10e-6
 LIKELY_SEQUENCE_S = 100e-6
+#: One all-reduce over NVLink; two for each layer of a split model.
+ALL_REDUCE_S = 10e-6
 #: Query heads for each KV head: attention over a prompt multiplies for each of them.
 QUERY_GROUP = 8
-#: Share of a GPU's memory that vLLM takes, and what activations take of that.
+#: Share of a GPU's memory that vLLM takes by default, and what activations and CUDA graphs take of that.
 MEMORY_UTILIZATION = 0.9
 ACTIVATION_BYTES = 4e9
-#: vLLM's default of --max-num-seqs for its API server on a large GPU, and on the A100 and smaller ones.
-MAX_NUM_SEQS = 1024
-MAX_NUM_SEQS_SMALL = 256
 
 
 class Span(NamedTuple):
@@ -86,8 +84,10 @@ class Roofline(msgspec.Struct, frozen=True):
         return StepTimeModel(*(span.likely for span in self.spans[:4]))
 
 
-def roofline_of(gpu: GpuFacts, gpus: int, model: ModelFacts, dtype: WeightDtype) -> Roofline:
-    """The bounds of that model on so many of these GPUs, with weights of that type and KV in BF16, as vLLM keeps it.
+def roofline_of(
+    gpu: GpuFacts, gpus: int, model: ModelFacts, dtype: WeightDtype, kv_dtype: KvDtype = "bf16"
+) -> Roofline:
+    """The bounds of that model on so many of these GPUs, with weights and KV of those types; vLLM keeps KV in BF16.
 
     A mixture of experts multiplies with its active weights only; a large batch streams all of them, a small one the
     active ones, which is the floor.
@@ -95,21 +95,25 @@ def roofline_of(gpu: GpuFacts, gpus: int, model: ModelFacts, dtype: WeightDtype)
     bytes_per_s, flops = gpu.memory_bytes_per_s * gpus, gpu.flops_at(dtype) * gpus
     weights_s = model.weight_bytes(dtype) / bytes_per_s
     token_s = 2 * model.active_parameters / flops
-    kv_bytes = model.kv_elements_per_token * KV_ELEMENT_BYTES["bf16"]
-    kv_s = kv_bytes / bytes_per_s
-    all_reduces_s = 2 * model.layers * ALL_REDUCE_S if gpus > 1 else 0.0
+    kv_s = model.kv_bytes_per_token(kv_dtype) / bytes_per_s
     # FP8 keys and values would halve what is read: the floor allows for a server that was told to keep them so.
-    fp8_kv_s = kv_s * KV_ELEMENT_BYTES["fp8"] / KV_ELEMENT_BYTES["bf16"]
+    fp8_kv_s = model.kv_bytes_per_token("fp8") / bytes_per_s
+    # A multiply-add for each element of the keys and values, and for each query head that shares it.
+    attention_flops = 2 * QUERY_GROUP * model.kv_elements_per_token
     return Roofline(
         base_s=_span(
             weights_s * model.active_parameters / model.parameters,
-            LIKELY_STREAM_SLOWNESS * weights_s + LIKELY_STEP_S + all_reduces_s,
+            LIKELY_STREAM_SLOWNESS * weights_s + LIKELY_STEP_S + all_reduces_s(model, gpus),
         ),
         prompt_token_s=_span(token_s, LIKELY_MULTIPLY_SLOWNESS * token_s),
         sequence_s=_span(token_s, LIKELY_MULTIPLY_SLOWNESS * token_s + LIKELY_SEQUENCE_S),
         kv_token_s=_span(fp8_kv_s, LIKELY_READ_SLOWNESS * kv_s),
-        prompt_context_s=_span(0.0, LIKELY_MULTIPLY_SLOWNESS * QUERY_GROUP * kv_bytes / flops),
-        batch=BatchBounds(_max_num_seqs(gpu), gpu.max_num_batched_tokens, _kv_tokens(gpu, gpus, model, dtype)),
+        prompt_context_s=_span(0.0, LIKELY_MULTIPLY_SLOWNESS * attention_flops / flops),
+        batch=BatchBounds(
+            gpu.max_num_seqs,
+            gpu.max_num_batched_tokens,
+            max(1.0, kv_cache_bytes(gpu, gpus, model, dtype) / model.kv_bytes_per_token(kv_dtype)),
+        ),
         source=f"{model.name} in {dtype} on {gpus} × {gpu.name}",
     )
 
@@ -130,9 +134,14 @@ def typical_roofline(gpu: GpuFacts | None = None, gpus: int = 1) -> Roofline:
     )
 
 
-def weight_dtype(name: str, model: ModelFacts) -> WeightDtype:
-    """The precision that a checkpoint's name or a serve command tells; else the one the model is published in."""
-    return next((dtype for dtype in WEIGHT_BYTES if dtype in name.lower()), model.weight_dtype)
+def all_reduces_s(model: ModelFacts, gpus: int) -> float:
+    """What a split model waits for in a step; nothing on one GPU."""
+    return 2 * model.layers * ALL_REDUCE_S if gpus > 1 else 0.0
+
+
+def kv_cache_bytes(gpu: GpuFacts, gpus: int, model: ModelFacts, dtype: WeightDtype) -> float:
+    """What vLLM leaves of the GPUs' memory for keys and values; negative where the weights do not fit."""
+    return (gpu.memory_bytes * MEMORY_UTILIZATION - ACTIVATION_BYTES) * gpus - model.weight_bytes(dtype)
 
 
 def _span(least_s: float, likely_s: float) -> Span:
@@ -141,12 +150,3 @@ def _span(least_s: float, likely_s: float) -> Span:
 
 def _loose(span: Span) -> Span:
     return Span(span.likely / 1e4, span.likely, span.likely * 1e4)
-
-
-def _max_num_seqs(gpu: GpuFacts) -> int:
-    return MAX_NUM_SEQS_SMALL if gpu.name == "A100" else MAX_NUM_SEQS
-
-
-def _kv_tokens(gpu: GpuFacts, gpus: int, model: ModelFacts, dtype: WeightDtype) -> float:
-    free_bytes = (gpu.memory_bytes * MEMORY_UTILIZATION - ACTIVATION_BYTES) * gpus - model.weight_bytes(dtype)
-    return max(1.0, free_bytes / (model.kv_elements_per_token * KV_ELEMENT_BYTES["bf16"]))

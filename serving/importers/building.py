@@ -8,14 +8,15 @@ from math import floor
 
 import msgspec
 
-from serving.benchgroups import ServerFacts, server_facts, server_roofline
+from serving.benchgroups import ServerFacts, context_of, server_facts, server_roofline
 from serving.benchrows import ServedAs
 from serving.capacity import EngineLimits
 from serving.fit import FitResult, fit_profile
 from serving.importers.results import Anchor, Imported, ImporterError, Run, Subject, with_common_mixes
 from serving.plausible import contradictions
 from serving.profile import Profile, Provenance, ProvenanceKind
-from serving.roofline import BatchBounds, Roofline, weight_dtype
+from serving.roofline import BatchBounds, Roofline
+from serving.servecommand import parse_command
 
 #: MLPerf names a model with the accuracy that it had to reach.
 _ACCURACY = re.compile(r"-99(\.9)?$")
@@ -130,16 +131,16 @@ def _one_subject(subjects: Iterable[Subject]) -> Subject:
 def _server(subject: Subject, stated: Stated) -> tuple[ServedAs, ServerFacts]:
     """What the serve command and the data sheets tell of the server, where the user does not say otherwise."""
     served = ServedAs(subject.model, subject.gpu, subject.engine, subject.serve_command)
-    facts = server_facts(served)
-    dtype = weight_dtype(stated.dtype, facts.model) if stated.dtype and facts.model else facts.dtype
-    return served, facts._replace(gpus=stated.gpus or facts.gpus, dtype=dtype)
+    facts = server_facts(served, stated_dtype=stated.dtype)
+    return served, facts._replace(gpus=stated.gpus or facts.gpus)
 
 
 def _bounds(served: ServedAs, facts: ServerFacts, stated: Stated) -> tuple[EngineLimits, Roofline]:
     """The engine's limits, as stated or else as data sheets and vLLM's defaults have them, and the fit's bounds."""
-    required = {"--kv-tokens": stated.kv_tokens, "--max-model-len": stated.max_model_len}
-    missing = [option for option, value in required.items() if value is None]
-    if missing and (facts.gpu is None or facts.model is None):
+    context = stated.max_model_len or context_of(served, facts)
+    kv_known = stated.kv_tokens is not None or (facts.gpu is not None and facts.model is not None)
+    missing = [option for option, known in (("--kv-tokens", kv_known), ("--max-model-len", context)) if not known]
+    if missing or context is None:
         raise ImporterError(
             f"benchmark files do not state the engine's limits, and there are no facts of {served.model} on "
             f"{served.gpu} to reckon them from; give {' and '.join(missing)}, as vLLM logs "
@@ -155,7 +156,7 @@ def _bounds(served: ServedAs, facts: ServerFacts, stated: Stated) -> tuple[Engin
         max_num_seqs=floor(batch.max_num_seqs),
         max_num_batched_tokens=floor(batch.max_num_batched_tokens),
         kv_tokens=floor(batch.kv_tokens),
-        max_model_len=stated.max_model_len or (facts.model.max_model_len if facts.model else 0),
+        max_model_len=context,
     )
     return limits, msgspec.structs.replace(roofline, batch=batch)
 
@@ -171,13 +172,14 @@ def _provenance(
     subjects = {run.subject for run in runs}
     used = [each for each in files if any(run.subject in subjects for run in each.runs)]
     kind: ProvenanceKind = "published" if any(each.origin == "published" for each in used) else "measured"
+    command = parse_command(subject.serve_command)
     assumed = [
         option
         for option, value in (
             ("KV tokens", stated.kv_tokens),
-            ("context", stated.max_model_len),
-            ("sequences", stated.max_num_seqs),
-            ("tokens of a step", stated.max_num_batched_tokens),
+            ("context", stated.max_model_len or command.max_model_len),
+            ("sequences", stated.max_num_seqs or command.max_num_seqs),
+            ("tokens of a step", stated.max_num_batched_tokens or command.max_num_batched_tokens),
         )
         if value is None
     ]

@@ -162,4 +162,4 @@ def test_weights_that_leave_no_room_are_refused() -> None:
 
 def test_keys_and_values_of_a_token_by_hand() -> None:
     """Llama 3.1 8B keeps 2 × 32 layers × 8 heads × 128 elements of one byte."""
-    assert MODELS["llama-3.1-8b"].kv_bytes_per_token == 65_536
+    assert MODELS["llama-3.1-8b"].kv_bytes_per_token("fp8") == 65_536

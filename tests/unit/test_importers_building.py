@@ -101,7 +101,7 @@ def test_runs_of_several_subjects_are_refused_until_one_is_chosen() -> None:
     [
         ({"model": "", "gpu": ""}, "give --kv-tokens and --max-model-len"),
         ({"gpu": "TPU v9"}, "no facts of llama-3.1-8b on TPU v9"),
-        ({"gpu": "TPU v9", "kv_tokens": 9000}, "give --max-model-len"),
+        ({"model": "mystery", "kv_tokens": 9000}, "give --max-model-len"),
         ({"max_model_len": 100}, "raise it to the server's"),
         ({"kv_tokens": 10**9}, "and 1 × H100 have"),
     ],
@@ -111,6 +111,17 @@ def test_what_nobody_states_or_cannot_be_is_asked_for(missing: dict[str, object]
     pytest.importorskip("scipy")
     with pytest.raises(ImporterError, match=said):
         profile_of(fitting_runs(), stated(**missing))
+
+
+def test_the_commands_own_context_bounds_the_profile() -> None:
+    """A server started with --max-model-len takes no longer context, however long the model's own is."""
+    pytest.importorskip("scipy")
+    command = "vllm serve openai/gpt-oss-120b --max-model-len 32768"
+    chosen = stated(model="", gpu="", only=(command, "h100"))
+    profile = profile_of([published("bench_serve_results.csv")], chosen)
+
+    assert profile.limits.max_model_len == 32768
+    assert "KV tokens, sequences, tokens of a step: not measured" in profile.provenance.source
 
 
 def test_what_the_files_do_not_say_is_asked_for() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from serving.gpus import GPUS, MODELS
-from serving.roofline import roofline_of, typical_roofline, weight_dtype
+from serving.roofline import roofline_of, typical_roofline
 
 
 @pytest.mark.parametrize("gpu", sorted(GPUS))
@@ -60,15 +60,16 @@ def test_an_unknown_model_gives_proportions_without_a_speed() -> None:
     assert all(span.most / span.least >= 1e8 for span in roofline.spans)
 
 
-@pytest.mark.parametrize(
-    ("command", "model", "dtype"),
-    [
-        ("vllm serve Qwen/Qwen3-32B-FP8", "qwen3-32b", "fp8"),
-        ("vllm serve Qwen/Qwen3-32B", "qwen3-32b", "bf16"),
-        ("vllm serve openai/gpt-oss-20b", "gpt-oss-20b", "mxfp4"),
-        ("vllm serve nvidia/Some-NVFP4", "llama-3.1-70b", "fp4"),
-    ],
-)
-def test_the_precision_is_read_from_the_command(command: str, model: str, dtype: str) -> None:
-    """A checkpoint's name tells its precision; else it is the one the model is published in."""
-    assert weight_dtype(command, MODELS[model]) == dtype
+def test_fp8_keys_and_values_halve_what_a_step_reads_and_double_the_cache() -> None:
+    """A server that was told to keep them so reads half of the bytes, and has room for twice the tokens."""
+    wide, narrow = (roofline_of(GPUS["H100"], 1, MODELS["qwen3-8b"], "bf16", kv) for kv in ("bf16", "fp8"))
+
+    assert narrow.kv_token_s.likely == pytest.approx(wide.kv_token_s.likely / 2)
+    assert narrow.batch.kv_tokens == pytest.approx(wide.batch.kv_tokens * 2)
+    assert narrow.base_s == wide.base_s
+
+
+@pytest.mark.parametrize("gpu", sorted(GPUS))
+def test_the_slots_of_a_batch_are_the_gpus(gpu: str) -> None:
+    """What vLLM chooses on a GPU stands once, in that GPU's facts."""
+    assert roofline_of(GPUS[gpu], 1, MODELS["qwen3-8b"], "bf16").batch.max_num_seqs == GPUS[gpu].max_num_seqs
