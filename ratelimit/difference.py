@@ -18,8 +18,9 @@ from ratelimit.publication import Limit, Publication, PublishedPool, TierLimits
 
 V = TypeVar("V")
 
-#: ``unlimited``: the callers are served and this bounds nothing. ``nothing``: no such tier, or nothing serves it.
-NoAmount = Literal["unlimited", "nothing"]
+#: ``unlimited``: the callers are served and this bounds nothing. ``borrowed``: so it is, but nothing keeps the tier's
+#: promise any more, so that it is assured nothing. ``nothing``: no such tier, or nothing serves it.
+NoAmount = Literal["unlimited", "borrowed", "nothing"]
 _MICROSECONDS_A_MINUTE = 60_000_000
 
 
@@ -123,8 +124,10 @@ class Difference(msgspec.Struct, frozen=True):
 
 def fall(before: Amount | NoAmount, after: Amount | NoAmount) -> float:
     """The largest share that one of a limit's numbers loses, from 0 to 1."""
-    if before == "nothing" or after == "unlimited":
-        return 0.0
+    if before in ("nothing", "borrowed") or after == "unlimited":
+        return 1.0 if (before, after) == ("borrowed", "nothing") else 0.0
+    if after == "borrowed":
+        return 1.0 if isinstance(before, Amount) and before.assured else 0.0
     if not isinstance(before, Amount) or not isinstance(after, Amount):
         return 1.0  # from no bound, or to nothing
     pairs = zip(msgspec.structs.astuple(before), msgspec.structs.astuple(after), strict=True)
@@ -185,8 +188,10 @@ def _limits_of(tier: TierLimits | None) -> dict[_Named, Limit]:
 
 def _amount(tier: TierLimits | None, named: _Named, publication: Publication) -> Amount | NoAmount:
     pool = publication.pool(tier.model) if tier else None
-    if tier is None or tier.note or pool is None or not pool.budget_per_minute:
+    if tier is None or pool is None or not pool.budget_per_minute:
         return "nothing"
+    if tier.note:
+        return "borrowed"
     limits = _limits_of(tier)
     found = limits.get(named)
     if found is not None:
@@ -215,32 +220,33 @@ def _together(each: Limit, tier: TierLimits) -> Amount:
 
 
 def _rule_changes(before: Iterable[LimitRule], after: Iterable[LimitRule]) -> list[LimitChange]:
-    """Of several rules about the same limit and callers the lowest binds, so it stands for them."""
-    old, new = _lowest(before), _lowest(after)
+    """Several rules about the same limit and callers hold together, so the lowest of each number stands for them."""
+    old, new = _tightest(before), _tightest(after)
     changes = []
-    for named in _keys_of(new, old):
-        was, now = old.get(named), new.get(named)
-        amounts = _rule_amount(was), _rule_amount(now)
-        rule = now or was
-        if amounts[0] != amounts[1] and rule is not None:
+    for rule in _keys_of(new, old):
+        amounts: tuple[Amount | NoAmount, Amount | NoAmount]
+        amounts = old.get(rule, "unlimited"), new.get(rule, "unlimited")
+        if amounts[0] != amounts[1]:
             models = ", ".join(rule.models) if rule.models else "every model"
             changes.append(LimitChange(callers(rule), models, rule.name, rule.per, rule.window, *amounts, is_rule=True))
     return changes
 
 
-def _lowest(rules: Iterable[LimitRule]) -> dict[LimitRule, LimitRule]:
-    found: dict[LimitRule, LimitRule] = {}
+def _tightest(rules: Iterable[LimitRule]) -> dict[LimitRule, Amount]:
+    """By whom and what rules are about, the lowest amount and the lowest burst, which need not be of one rule."""
+    found: dict[LimitRule, Amount] = {}
     for rule in rules:
         named = msgspec.structs.replace(rule, amount=0, burst=None, reason="")
-        found[named] = min(found.get(named, rule), rule, key=lambda each: each.amount)
+        amount = _rule_amount(rule)
+        known = found.get(named, amount)
+        found[named] = Amount(0, min(known.most, amount.most), min(known.burst, amount.burst))
     return found
 
 
-def _rule_amount(rule: LimitRule | None) -> Amount | NoAmount:
-    if rule is None:
-        return "unlimited"
+def _rule_amount(rule: LimitRule) -> Amount:
     is_rated = rule.window == "minute" and rule.name != "concurrency"
-    return Amount(0, rule.amount, (rule.burst or rule.amount) if is_rated else 0)
+    burst = rule.amount if rule.burst is None else rule.burst
+    return Amount(0, rule.amount, burst if is_rated else 0)
 
 
 def callers(rule: LimitRule) -> str:

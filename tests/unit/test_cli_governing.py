@@ -9,7 +9,6 @@ import msgspec
 import pytest
 from typer.testing import CliRunner, Result
 
-from ratelimit import supply
 from ratelimit.approval import Waiting
 from ratelimit.audit import AuditLog, Entry
 from ratelimit.cli import app
@@ -19,6 +18,7 @@ from ratelimit.keys import KeyFile
 from ratelimit.overrides import OverrideFile, setting
 from ratelimit.publication import Limit, Publication, PublishedPool, TierLimits
 from ratelimit.publisher import published_file
+from serving import operating
 from serving.stepsim import Knee
 
 runner = CliRunner()
@@ -39,7 +39,7 @@ orgs: [{{name: acme}}]
 @pytest.fixture(autouse=True)
 def knees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Knees without simulation; pages that are wide enough not to be cut."""
-    monkeypatch.setattr(supply, "knee", lambda *_: Knee(10.0, 0.5, 0.5, 0.04, "tpot"))
+    monkeypatch.setattr(operating, "knee", lambda *_: Knee(10.0, 0.5, 0.5, 0.04, "tpot"))
     monkeypatch.setenv("COLUMNS", "200")
 
 

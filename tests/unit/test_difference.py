@@ -14,7 +14,7 @@ from ratelimit.publication import Limit, Publication, PublishedPool, PublishedRe
 MODEL = "m"
 
 amounts = st.builds(Amount, st.integers(0, 10**9), st.integers(0, 10**9), st.integers(0, 10**9))
-anything = st.one_of(amounts, st.sampled_from(["unlimited", "nothing"]))
+anything = st.one_of(amounts, st.sampled_from(["unlimited", "borrowed", "nothing"]))
 
 
 def pool(*gpus: str, rate: float = 10.0, model: str = MODEL) -> PublishedPool:
@@ -74,6 +74,11 @@ def test_what_stays_has_not_fallen(amount: Amount | NoAmount) -> None:
         (Amount(1, 1), "nothing", 1.0),
         (Amount(1, 1), "unlimited", 0.0),
         (Amount(0, 10), Amount(5, 8), pytest.approx(0.2)),
+        (Amount(1, 1), "borrowed", 1.0),
+        (Amount(0, 10), "borrowed", 0.0),
+        ("unlimited", "borrowed", 0.0),
+        ("borrowed", Amount(1, 1), 0.0),
+        ("borrowed", "nothing", 1.0),
     ],
 )
 def test_falls_from_and_to_no_amount(before: Amount | NoAmount, after: Amount | NoAmount, expected: float) -> None:
@@ -141,11 +146,14 @@ def test_a_pool_without_replicas_is_a_fall_to_nothing() -> None:
     assert found.pools[0].after.requests_per_s == 0
 
 
-def test_a_tier_whose_promise_nothing_can_keep_has_nothing() -> None:
-    """It has no limits because none serves it, though its pool serves others."""
-    hopeless = msgspec.structs.replace(tier(), note="no load meets its SLO")
+def test_a_tier_whose_promise_nothing_can_keep_is_assured_nothing() -> None:
+    """It has no limits because none meets its SLO; its pool serves it from what is idle, so only its promise falls."""
+    hopeless = msgspec.structs.replace(tier(), note="no load meets its SLO", assured=False, borrow_up_to=500)
+    found = only(between(published(tier(rated(100))), published(hopeless)))
 
-    assert only(between(published(tier(rated(100))), published(hopeless))).after == "nothing"
+    assert (found.after, found.fall) == ("borrowed", 1)
+    best_effort = published(tier(rated(100), assured=False))
+    assert between(best_effort, published(hopeless)).largest_fall == 0
 
 
 def test_a_tier_that_is_gone_has_nothing_and_a_new_one_had_nothing() -> None:
@@ -172,6 +180,17 @@ def test_an_operators_rule_is_compared_with_the_one_about_the_same_callers() -> 
     found = only(between(before, msgspec.structs.replace(before, rules=(lower,))))
 
     assert (found.who, found.is_rule, found.fall) == ("org acme", True, 0.75)
+
+
+def test_of_several_rules_the_lowest_of_each_number_counts() -> None:
+    """A rule whose amount is not the lowest still takes away by its burst, and so it is told."""
+    rules = (LimitRule("requests", 100, burst=100), LimitRule("requests", 200, burst=200))
+    before = msgspec.structs.replace(published(tier(rated(100))), rules=rules)
+    tight = (rules[0], LimitRule("requests", 200, burst=10))
+    found = only(between(before, msgspec.structs.replace(before, rules=tight)))
+
+    assert (found.before, found.after) == (Amount(0, 100, 100), Amount(0, 100, 10))
+    assert found.fall == pytest.approx(0.9)
 
 
 def test_an_org_that_loses_a_model_is_named() -> None:
