@@ -2,7 +2,8 @@
 
 Of a limit three numbers count: what is assured, the most that may be taken, and what may come at once. Its *fall* is
 the largest share that one of the three loses. A limit that appears where nothing was limited is a fall from no bound,
-so of 1; so is one that ends because nothing serves the tier any more.
+so of 1; so is one that ends because nothing serves the tier any more. A tier without limits in a pool that serves takes
+what is idle, so that its first limit is such a first bound, whether or not its promise could be kept before.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ V = TypeVar("V")
 #: ``unlimited``: the callers are served and this bounds nothing. ``borrowed``: so it is, but nothing keeps the tier's
 #: promise any more, so that it is assured nothing. ``nothing``: no such tier, or nothing serves it.
 NoAmount = Literal["unlimited", "borrowed", "nothing"]
+#: What stands for all limits of a tier that has none before and after.
+_ANY_LIMIT: tuple[LimitName, LimitScope, LimitWindow] = ("requests", "key", "minute")
 _MICROSECONDS_A_MINUTE = 60_000_000
 
 
@@ -124,8 +127,8 @@ class Difference(msgspec.Struct, frozen=True):
 
 def fall(before: Amount | NoAmount, after: Amount | NoAmount) -> float:
     """The largest share that one of a limit's numbers loses, from 0 to 1."""
-    if before in ("nothing", "borrowed") or after == "unlimited":
-        return 1.0 if (before, after) == ("borrowed", "nothing") else 0.0
+    if before in ("nothing", after) or after == "unlimited":
+        return 0.0
     if after == "borrowed":
         return 1.0 if isinstance(before, Amount) and before.assured else 0.0
     if not isinstance(before, Amount) or not isinstance(after, Amount):
@@ -170,7 +173,7 @@ def _tier_changes(before: Publication, after: Publication) -> list[LimitChange]:
     changes = []
     for tier, model in _keys_of(new, old):
         was, now = old.get((tier, model)), new.get((tier, model))
-        for named in _keys_of(_limits_of(now), _limits_of(was)):
+        for named in _keys_of(_limits_of(now), _limits_of(was)) or [_Named(*_ANY_LIMIT)]:
             amounts = _amount(was, named, before), _amount(now, named, after)
             if amounts[0] != amounts[1]:
                 keys = (was.active_keys if was else 0), (now.active_keys if now else 0)

@@ -77,7 +77,7 @@ def test_what_stays_has_not_fallen(amount: Amount | NoAmount) -> None:
         (Amount(1, 1), "borrowed", 1.0),
         (Amount(0, 10), "borrowed", 0.0),
         ("unlimited", "borrowed", 0.0),
-        ("borrowed", Amount(1, 1), 0.0),
+        ("borrowed", Amount(1, 1), 1.0),
         ("borrowed", "nothing", 1.0),
     ],
 )
@@ -154,6 +154,17 @@ def test_a_tier_whose_promise_nothing_can_keep_is_assured_nothing() -> None:
     assert (found.after, found.fall) == ("borrowed", 1)
     best_effort = published(tier(rated(100), assured=False))
     assert between(best_effort, published(hopeless)).largest_fall == 0
+
+
+@pytest.mark.parametrize("note", ["", "no limits: no load meets its SLO"])
+def test_a_tier_without_limits_is_not_refused(note: str) -> None:
+    """Its pool serves it from what is idle: the first limit takes from it, and so does the end of the pool."""
+    free = msgspec.structs.replace(tier(assured=False), note=note)
+
+    assert between(published(free), published(tier(rated(100)))).largest_fall == 1
+    lost = only(between(published(free), published(free, pools=(pool(),))))
+    assert (lost.after, lost.fall) == ("nothing", 1)
+    assert between(published(free, pools=(pool(),)), published(free)).largest_fall == 0
 
 
 def test_a_tier_that_is_gone_has_nothing_and_a_new_one_had_nothing() -> None:
