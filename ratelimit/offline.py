@@ -49,8 +49,11 @@ async def _planned(
             await found.wait()
             found.clear()
 
-    async with asyncio.timeout(_TIMEOUT_S), background(book.run()) as finding:
-        await or_stop(know(), asyncio.Event(), finding)
+    try:
+        async with asyncio.timeout(_TIMEOUT_S), background(book.run()) as finding:
+            await or_stop(know(), asyncio.Event(), finding)
+    except TimeoutError as error:
+        raise TimeoutError(f"what the replicas serve was not found within {_TIMEOUT_S:g} s; try again") from error
     by_model = {model: [spec for spec in specs if spec.model == model] for model in promises}
     return derive(
         epoch=0,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
+import os
+import pwd
 from itertools import islice
 from pathlib import Path
 from time import time
@@ -62,8 +63,8 @@ def diff(
     Limits of a config file are derived as if all its replicas were healthy, for the keys and overrides of its state
     folder (or that of --config). Exit status 3 where a limit falls by more than approval.falls_above, 0 otherwise.
     """
-    sides = _Sides(config, _counts(keys or []))
-    with failing_clearly(StateFileError, ProfileError, ValueError):
+    sides = _Sides(config, (before, after), _counts(keys or []))
+    with failing_clearly(StateFileError, ProfileError, ValueError, OSError):
         found = difference(sides.snapshot(before), sides.snapshot(after))
         allowed = falls_above if falls_above is not None else sides.falls_above()
     falls = bool(found.lost_access or found.falls_above(allowed)) if allowed is not None else False
@@ -110,7 +111,7 @@ def approve(
         if not 0 < valid_s <= LONGEST_APPROVAL_S:
             raise ApprovalError(f"an approval holds for at most {LONGEST_APPROVAL_S / 86_400:g} days; give less")
         now_s = time()
-        found = ApprovalFile(settings.state_dir).approve(digest, getpass.getuser(), now_s, valid_s)
+        found = ApprovalFile(settings.state_dir).approve(digest, _os_user(), now_s, valid_s)
     until = timestamp(now_s + valid_s)
     stderr.print(f"{found.digest} may take effect until {until}: {found.cause}", markup=False, soft_wrap=True)
 
@@ -163,22 +164,25 @@ def print_difference(console: Console, found: Difference) -> None:
 class _Sides:
     """What is compared, found by name, and the configs that were read on the way."""
 
-    def __init__(self, config: Path, keys: dict[str, int]) -> None:
+    def __init__(self, config: Path, names: tuple[str, ...], keys: dict[str, int]) -> None:
         self._config = read_config(config) if config.exists() or config != DEFAULT_CONFIG else None
+        self._compared = {name: read_config(Path(name)) for name in names if not _is_kept(name)}
+        known = {tier.name for each in self._compared.values() for tier in each.tiers}
+        if unknown := sorted(keys.keys() - known):
+            tiers = ", ".join(sorted(known)) or "none, for no config file is compared"
+            raise typer.BadParameter(f"--keys: there is no tier {', '.join(unknown)}; tiers are {tiers}")
         self._keys = keys
-        self._compared: list[Config] = []
 
     def snapshot(self, name: str) -> Snapshot:
-        """The limits that a name stands for. Raises ``StateFileError`` and ``ProfileError``."""
+        """The limits that a name stands for. Raises ``StateFileError``, ``ProfileError`` and ``OSError``."""
         if name == "published":
             published = read_published(self._state_dir(name))
             if published is None:
                 raise StateFileError(f"nothing has been published in {self._state_dir(name)} yet")
             return snapshot(published)
-        if name.isascii() and name.isdigit():
+        if _is_kept(name):
             return AuditLog(self._state_dir(name)).epoch(int(name)).published
-        settings = read_config(Path(name))
-        self._compared.append(settings)
+        settings = self._compared[name]
         with stderr.status("") as status:
 
             def found(what: str) -> None:
@@ -188,8 +192,7 @@ class _Sides:
 
     def falls_above(self) -> float | None:
         """The share of the config in force, so that a change cannot allow itself; else of those compared."""
-        configs = [self._config, *self._compared] if self._config else self._compared
-        shares = [each.approval.falls_above for each in configs if each]
+        shares = [each.approval.falls_above for each in (self._config, *self._compared.values()) if each]
         return next((share for share in shares if share is not None), None)
 
     def _state_dir(self, name: str) -> Path:
@@ -201,6 +204,20 @@ class _Sides:
         """The state folder whose keys and overrides a config is compared with; None where there is none."""
         folders = [settings.state_dir, *([self._config.state_dir] if self._config else [])]
         return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def _is_kept(name: str) -> bool:
+    """Whether the name is of something published, and of no config file."""
+    return name == "published" or (name.isascii() and name.isdigit())
+
+
+def _os_user() -> str:
+    """Who runs this, as the kernel says it: what the environment says may be set by anybody."""
+    uid = os.getuid()
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:  # as in a container that runs under a bare uid
+        return f"uid {uid}"
 
 
 def _counts(keys: list[str]) -> dict[str, int]:
@@ -277,7 +294,8 @@ def _losers(change: LimitChange) -> str:
 
 def _relative(change: LimitChange) -> str:
     if change.change is None:
-        return "lost" if change.after == "nothing" else "first bound" if change.fall else "new"
+        gone = change.after in ("nothing", "borrowed") and change.fall
+        return "lost" if gone or change.after == "nothing" else "first bound" if change.fall else "new"
     return _percent(change.change, "+")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 from pathlib import Path
 
 import msgspec
 import pytest
 from typer.testing import CliRunner, Result
 
+from ratelimit import offline
 from ratelimit.approval import Waiting
 from ratelimit.audit import AuditLog, Entry
 from ratelimit.cli import app
@@ -193,6 +196,37 @@ def test_a_wrong_count_of_keys_is_refused_with_the_right_form(tmp_path: Path) ->
     assert "--keys pro=40" in result.output
 
 
+def test_keys_of_a_tier_that_no_compared_config_has_are_refused(tmp_path: Path) -> None:
+    """A misspelt tier would be compared as if it had one key; the message names those that there are."""
+    a = write(tmp_path, "a.yaml")
+    result = limits("diff", a, a, "--keys", "por=40")
+
+    assert result.exit_code == 2
+    assert "no tier por; tiers are free, pro" in result.output
+
+
+def test_knees_that_are_not_found_in_time_are_an_error_with_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No traceback, but what took too long."""
+    monkeypatch.setattr(offline, "_TIMEOUT_S", 0.0)
+    a = write(tmp_path, "a.yaml")
+    result = limits("diff", a, a)
+
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    assert "was not found within 0 s" in result.output
+
+
+def test_an_audit_log_that_cannot_be_read_is_an_error_with_a_message(tmp_path: Path) -> None:
+    """A folder where a file should be, as after a slip of the hand: the message says which."""
+    a = write(tmp_path, "a.yaml")
+    (tmp_path / "state" / "audit" / "00000001.jsonl").mkdir(parents=True)
+    result = limits("diff", "1", "1", "--config", a)
+
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit)
+    assert "00000001.jsonl" in result.output
+
+
 def test_a_wrong_config_is_refused_with_its_line(tmp_path: Path) -> None:
     """A pipeline sees what `penstock check` would say."""
     a = write(tmp_path, "a.yaml")
@@ -224,6 +258,30 @@ def test_what_waits_is_shown_and_approved(tmp_path: Path) -> None:
     assert approval.digest == "aa11"
     assert approval.by
     assert approval.until - approval.at == 7200
+
+
+def test_who_approves_is_the_os_user_whatever_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable that anybody can set names nobody."""
+    config, state = write(tmp_path, "a.yaml"), tmp_path / "state"
+    waiting(state, "aa11")
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "somebody-else")
+
+    assert limits("approve", "--config", config).exit_code == 0
+    (approval,) = ApprovalFile(state).valid(0)
+    assert approval.by == pwd.getpwuid(os.getuid()).pw_name
+
+
+def test_a_user_without_a_name_approves_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may run under a uid that no passwd entry knows."""
+    config, state = write(tmp_path, "a.yaml"), tmp_path / "state"
+    waiting(state, "aa11")
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
+
+    assert limits("approve", "--config", config).exit_code == 0
+    assert [approval.by for approval in ApprovalFile(state).valid(0)] == ["uid 4000000"]
 
 
 def test_of_several_that_wait_the_digest_says_which(tmp_path: Path) -> None:
