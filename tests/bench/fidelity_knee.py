@@ -21,12 +21,12 @@ from tests.bench.fidelity_replay import Case, replay, schedule, stretched
 #: Each is short of something else: TPOT, slots, step tokens (seen as TTFT), KV cache.
 CASES = (
     Case("chat", 1 / 8, Slo(1.0, 0.03), slowdown=20.0),
-    Case("decode-heavy", 1 / 16, Slo(0.5, 0.03), slowdown=20.0, limits={"max_num_seqs": 64}),
+    Case("decode-heavy", 1 / 16, Slo(0.1, 0.03), slowdown=20.0, limits={"max_num_seqs": 64}),
     Case("prefill-heavy", 1 / 16, Slo(0.25, 0.05), slowdown=20.0, limits={"max_num_batched_tokens": 2048}),
     Case(
         "long-context",
         1 / 16,
-        Slo(1.0, 0.06),
+        Slo(0.4, 0.06),
         slowdown=10.0,
         limits={"kv_tokens": 16384, "max_num_batched_tokens": 2048},
     ),
@@ -89,14 +89,19 @@ async def run_knees(
 
 
 async def compare_knees(
-    engine: Engine, case: Case, duration_s: float, seed: int, tell: Callable[[str], None]
+    engine: Engine,
+    case: Case,
+    duration_s: float,
+    seed: int,
+    tell: Callable[[str], None],
+    shares: Sequence[float] = RATES,
 ) -> KneeResult:
     """The knee of a schedule of about that length, on a running virtual GPU of that case and simulated."""
     limit = knee(case.step_time, case.batch_limits, case.workload, case.slowed_slo).requests_per_s
     arrivals = schedule(case.workload, limit, duration_s, seed)
     factor = simulated_factor(case, arrivals)
     rates = []
-    for share in RATES:
+    for share in shares:
         tell(f"{case.mix}: {share:.0%} of its simulated knee")
         at_rate = stretched(arrivals, factor * share)
         ran = await replay(engine, at_rate)
@@ -119,7 +124,7 @@ async def compare_knees(
         simulated_per_s=limit * factor * predicted,
         virtual_per_s=limit * factor * seen,
         error=seen / predicted - 1,
-        is_beyond=not RATES[0] <= seen <= RATES[-1],
+        is_beyond=not shares[0] <= seen <= shares[-1],
         holds=abs(seen / predicted - 1) <= BOUND,
         rates=tuple(rates),
     )
