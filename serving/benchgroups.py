@@ -64,11 +64,25 @@ class ServerFacts(NamedTuple):
     kv_dtype: KvDtype
 
 
+class Group(NamedTuple):
+    """The rows of one group that can be used, and the others with what is wrong with them, by line."""
+
+    served: ServedAs
+    rows: tuple[BenchRow, ...]
+    refused: tuple[RefusedRow, ...]
+    facts: ServerFacts
+
+
 def fit_groups(lines: Iterable[str]) -> list[GroupReport]:
     """A report for each group of the file, in the order of their first rows.
 
     Raises ``BenchFileError``, and ``MissingSolverError`` where SciPy is not installed.
     """
+    return [fit_group(group) for group in groups_of(lines)]
+
+
+def groups_of(lines: Iterable[str]) -> list[Group]:
+    """The groups of the file, in the order of their first rows. Raises ``BenchFileError``."""
     rows, malformed = read_rows(lines)
     groups: dict[ServedAs, tuple[list[BenchRow], list[RefusedRow]]] = {}
     places = [(row.line, row.served) for row in rows] + [(row.line, row.served) for row in malformed]
@@ -78,22 +92,25 @@ def fit_groups(lines: Iterable[str]) -> list[GroupReport]:
         groups[row.served][0].append(row)
     for refused in malformed:
         groups[refused.served][1].append(refused)
-    return [fit_group(served, found, refused) for served, (found, refused) in groups.items()]
+    found = []
+    for served, (own, bad) in groups.items():
+        facts = server_facts(served, own)
+        usable, contradictory = sorted_out(own, facts)
+        every = sorted([*bad, *contradictory], key=lambda refused: refused.line)
+        found.append(Group(served, tuple(usable), tuple(every), facts))
+    return found
 
 
-def fit_group(served: ServedAs, rows: Sequence[BenchRow], malformed: Sequence[RefusedRow] = ()) -> GroupReport:
-    """The fit of one group's rows, those that contradict themselves left out."""
-    facts = server_facts(served, rows)
-    usable, refused = sorted_out(rows, facts)
-    problems = tuple(
-        f"line {each.line}: {each.problem}" for each in sorted([*malformed, *refused], key=lambda r: r.line)
-    )
-    points = points_of(usable)
+def fit_group(group: Group) -> GroupReport:
+    """The fit of one group's usable rows."""
+    served = group.served
+    problems = tuple(f"line {each.line}: {each.problem}" for each in group.refused)
+    points = points_of(group.rows)
     if not points:
         return _without_fit(served, 0, 0, f"no usable row of {len(problems)}: {problems[0]}", problems)
     mixes = len({point.mix for point in points})
     try:
-        result = fit_profile(points, server_roofline(served, facts))
+        result = fit_profile(points, server_roofline(served, group.facts))
     except MissingSolverError:
         raise
     except FitError as error:

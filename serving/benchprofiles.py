@@ -13,8 +13,8 @@ from math import floor
 
 import msgspec
 
-from serving.benchgroups import context_of, server_facts, server_roofline, sorted_out
-from serving.benchrows import BenchRow, ServedAs, points_of, read_rows
+from serving.benchgroups import context_of, groups_of, server_roofline
+from serving.benchrows import BenchRow, ServedAs, points_of
 from serving.capacity import EngineLimits, StepTimeModel
 from serving.fit import LEAST_MIXES, FitResult, fit_profile
 from serving.gpus import GpuFacts, ModelFacts
@@ -61,21 +61,12 @@ def bench_profiles(lines: Iterable[str]) -> list[Profile]:
 
 def known_groups(lines: Iterable[str]) -> list[Served]:
     """The groups of this engine whose GPU and model are known, without the rows that contradict themselves."""
-    rows, _ = read_rows(lines)
-    groups: dict[ServedAs, list[BenchRow]] = {}
-    for row in rows:
-        if row.served.engine == ENGINE:
-            groups.setdefault(row.served, []).append(row)
     found = []
-    for served, own in groups.items():
-        facts = server_facts(served, own)
-        if facts.gpu is not None and facts.model is not None:
-            usable, _ = sorted_out(own, facts)
+    for served, rows, _, facts in groups_of(lines):
+        if served.engine == ENGINE and facts.gpu is not None and facts.model is not None:
             roofline = server_roofline(served, facts)
             context = context_of(served, facts) or facts.model.max_model_len
-            found.append(
-                Served(served, tuple(usable), facts.gpu, facts.gpus, facts.model, facts.dtype, roofline, context)
-            )
+            found.append(Served(served, rows, facts.gpu, facts.gpus, facts.model, facts.dtype, roofline, context))
     return found
 
 

@@ -7,18 +7,20 @@ run. One that contradicts itself (``rowchecks``) is refused, with what is wrong 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 from typing import NamedTuple
 
 import msgspec
 
+from serving.denominators import command_problem, flag_problem
 from serving.points import MeasuredPoint
 
 TEXT_COLUMNS = ("model", "gpu", "engine", "serve_command")
 #: Text that helps to name a row, and may be missing.
 OPTIONAL_TEXT_COLUMNS = ("page", "hardware", "engine_versions", "section")
-TOTAL_COLUMNS = ("requests", "duration_s", "input_tokens", "output_tokens")
+COUNT_COLUMNS = ("requests", "input_tokens", "output_tokens")
+TOTAL_COLUMNS = ("duration_s", *COUNT_COLUMNS)
 #: Blank or missing where the source does not say.
 RATE_COLUMNS = ("req_s", "output_tok_s", "total_tok_s")
 LATENCY_COLUMNS = (
@@ -87,11 +89,9 @@ class RefusedRow(msgspec.Struct, frozen=True):
 def read_rows(lines: Iterable[str]) -> tuple[list[BenchRow], list[RefusedRow]]:
     """The rows that are numbers where they should be, and those that are not. Raises ``BenchFileError``."""
     reader = csv.DictReader(lines)
-    missing = [column for column in (*TEXT_COLUMNS, *TOTAL_COLUMNS) if column not in (reader.fieldnames or ())]
-    if missing:
-        raise BenchFileError(f"columns {', '.join(missing)} are missing; the first line must name the columns")
     rows, refused = [], []
     try:
+        _check_columns(reader.fieldnames or ())
         for record in reader:
             served = ServedAs(*((record[column] or "").strip() for column in TEXT_COLUMNS))
             problem = _malformed(record)
@@ -104,6 +104,12 @@ def read_rows(lines: Iterable[str]) -> tuple[list[BenchRow], list[RefusedRow]]:
     except csv.Error as error:
         raise BenchFileError(f"line {reader.line_num}: not CSV: {error}") from error
     return rows, refused
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    missing = [column for column in (*TEXT_COLUMNS, *TOTAL_COLUMNS) if column not in names]
+    if missing:
+        raise BenchFileError(f"columns {', '.join(missing)} are missing; the first line must name the columns")
 
 
 def points_of(rows: Iterable[BenchRow]) -> list[MeasuredPoint]:
@@ -151,31 +157,44 @@ def _point(row: BenchRow, mix: str) -> MeasuredPoint:
     )
 
 
-def _malformed(record: dict[str, str | None]) -> str | None:
+def _malformed(record: Mapping[str, str | None]) -> str | None:
     return next(_problems_of_form(record), None)
 
 
-def _problems_of_form(record: dict[str, str | None]) -> Iterator[str]:
+def _problems_of_form(record: Mapping[str, str | None]) -> Iterator[str]:
     for column in TEXT_COLUMNS:
         if not (record[column] or "").strip():
             yield f"{column} is empty: say which was measured"
+    disaggregated = command_problem(record["serve_command"] or "") or flag_problem(_named_cells(record))
+    if disaggregated is not None:
+        yield disaggregated
     for column in (*TOTAL_COLUMNS, *OPTIONAL_COLUMNS):
-        text = (record.get(column) or "").strip()
-        if not text:
-            if column in TOTAL_COLUMNS:
-                yield f"{column} is empty: a run cannot be reckoned without it"
-            continue
-        try:
-            value = float(text)
-        except ValueError:
-            yield f"{column} is {text!r}, it must be a number, without unit or thousands separator"
-            continue
-        if not isfinite(value) or value < 0:
-            yield f"{column} is {text}, it must be a finite number of at least 0; leave it blank if it is not known"
-        elif value == 0 and column != "input_tokens":
-            yield f"{column} is 0: nothing was measured; leave it blank if it is not known, or drop the row"
-        elif value and not LEAST_NUMBER <= value <= MOST_NUMBER:
-            yield f"{column} is {text}, beyond anything that was ever measured: is a decimal point missing?"
+        problem = _problem_of_number(column, (record.get(column) or "").strip())
+        if problem is not None:
+            yield problem
+
+
+def _problem_of_number(column: str, text: str) -> str | None:
+    if not text:
+        return f"{column} is empty: a run cannot be reckoned without it" if column in TOTAL_COLUMNS else None
+    try:
+        value = float(text)
+    except ValueError:
+        return f"{column} is {text!r}, it must be a number, without unit or thousands separator"
+    if not isfinite(value) or value < 0:
+        return f"{column} is {text}, it must be a finite number of at least 0; leave it blank if it is not known"
+    if value == 0:
+        return f"{column} is 0: nothing was measured; leave it blank if it is not known, or drop the row"
+    if not LEAST_NUMBER <= value <= MOST_NUMBER:
+        return f"{column} is {text}, beyond anything that was ever measured: is a decimal point missing?"
+    if column in COUNT_COLUMNS and not value.is_integer():
+        return f"{column} is {text}, it must be a whole number; give the run's total"
+    return None
+
+
+def _named_cells(record: Mapping[str, str | None]) -> Iterator[tuple[str, object]]:
+    """Without what stands beyond the last column, which ``csv`` puts under None."""
+    return ((column, cell) for column, cell in record.items() if isinstance(column, str))
 
 
 def _number(text: str | None) -> float | None:

@@ -9,23 +9,18 @@ points could not tell apart, and passes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
-from math import isfinite
 
 from serving.gpus import WEIGHT_BYTES, GpuFacts, ModelFacts, find_gpu, find_model
+from serving.pointchecks import beyond_peak, point_problems
 from serving.points import MeasuredPoint
 from serving.profile import Profile
 
-#: A rate beyond the roofline by more than this is an error, not a fast engine.
+#: A coefficient beyond the roofline by more than this is an error, not a fast engine.
 BEYOND_ROOFLINE = 2.0
 #: A coefficient this many times slower than the roofline is in the wrong unit.
 BEHIND_ROOFLINE = 200.0
 #: Share of an empty step below which a measured TPOT contradicts it; what is between is an error of the fit.
 LEAST_TPOT_SHARE = 0.7
-#: By how much the time spent in requests may exceed concurrency × duration: its means are of unlike weights.
-LITTLE_SLACK = 2.0
-
-_PERCENTILES = (("ttft_p50_s", "ttft_p95_s", "ttft_p99_s"), ("tpot_p50_s", "tpot_p95_s", "tpot_p99_s"))
 
 
 def contradictions(profile: Profile) -> tuple[str, ...]:
@@ -52,7 +47,7 @@ def unchecked(profile: Profile) -> str | None:
 def _of_points(profile: Profile) -> Iterator[str]:
     for point in profile.fit.points if profile.fit else ():
         name = f"point {point.mix!r} at {_load(point)}"
-        for problem in (*_of_numbers(point), *_of_times(point), *_beside(profile, point)):
+        for problem in (*point_problems(point), *_beside(profile, point)):
             yield f"{name}: {problem}"
 
 
@@ -60,35 +55,6 @@ def _load(point: MeasuredPoint) -> str:
     if point.concurrency is not None:
         return f"concurrency {point.concurrency:g}"
     return f"{point.offered_per_s:g} requests/s" if point.offered_per_s is not None else "an unstated load"
-
-
-def _of_numbers(point: MeasuredPoint) -> Iterator[str]:
-    for field in MeasuredPoint.__struct_fields__:
-        value = getattr(point, field)
-        if isinstance(value, int | float) and not (isfinite(value) and value >= 0):
-            yield f"{field} is {value}, it must be zero or a positive number"
-    if point.requests and point.output_tokens < point.requests:
-        yield f"{point.requests} requests gave {point.output_tokens} output tokens; each gives at least one"
-    if point.cached_tokens > point.input_tokens:
-        yield f"{point.cached_tokens} cached of {point.input_tokens} input tokens; cached ones are among the input"
-
-
-def _of_times(point: MeasuredPoint) -> Iterator[str]:
-    for fields in _PERCENTILES:
-        known = [(field, value) for field in fields if (value := getattr(point, field)) is not None]
-        for (low, at_low), (high, at_high) in pairwise(known):
-            if at_low > at_high:
-                yield f"{low} is {at_low:g}, above {high}, which is {at_high:g}; are they exchanged?"
-    ttft_s, tpot_s, concurrency = point.ttft_mean_s, point.tpot_mean_s, point.concurrency
-    if ttft_s is None or tpot_s is None or concurrency is None or not point.requests:
-        return
-    later_tokens = point.output_tokens / point.requests - 1
-    spent_s = point.requests * (ttft_s + later_tokens * tpot_s)
-    if spent_s > LITTLE_SLACK * concurrency * point.duration_s:
-        yield (
-            f"its requests took {spent_s:.3g} s in all, and {concurrency:g} at a time in "
-            f"{point.duration_s:g} s is less than half of that; are TTFT and TPOT in seconds?"
-        )
 
 
 def _beside(profile: Profile, point: MeasuredPoint) -> Iterator[str]:
@@ -169,12 +135,7 @@ def _roofs(gpus: int, gpu: GpuFacts, model: ModelFacts) -> dict[str, tuple[float
 
 
 def _of_rates(profile: Profile, gpu: GpuFacts, model: ModelFacts) -> Iterator[str]:
-    peak_tokens_per_s = max(gpu.flops.values()) * profile.gpus_per_replica / (2 * model.active_parameters)
     for point in profile.fit.points if profile.fit else ():
-        tokens = point.input_tokens - point.cached_tokens + point.output_tokens
-        if point.duration_s > 0 and tokens / point.duration_s > BEYOND_ROOFLINE * peak_tokens_per_s:
-            yield (
-                f"point {point.mix!r} at {_load(point)}: {tokens / point.duration_s:.0f} uncached tokens/s, and "
-                f"{profile.gpus_per_replica} × {gpu.name} multiply at most {peak_tokens_per_s:.0f} for {model.name}; "
-                f"are gpus_per_replica right, and were prompts cached?"
-            )
+        problem = beyond_peak(point, gpu, profile.gpus_per_replica, model) if point.duration_s > 0 else None
+        if problem is not None:
+            yield f"point {point.mix!r} at {_load(point)}: {problem}"

@@ -38,7 +38,7 @@ def fit(
 
 
 def _reports(file: Path) -> list[GroupReport]:
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
         return fit_groups(lines)
 
 

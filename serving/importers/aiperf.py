@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from serving.importers.checks import StatedRate, check_succeeded, checked
+from serving.importers.checks import check_succeeded, checked
 from serving.importers.fields import Fields
 from serving.importers.latency import Latency, with_latencies
 from serving.importers.results import Run, RunRefusedError, Subject, mix_name
+from serving.pointchecks import StatedRate
 from serving.points import MeasuredPoint
 
 TOOL = "AIPerf"

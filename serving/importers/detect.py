@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import TypeVar
 
+from serving.denominators import are_per_gpu
 from serving.importers import aiperf, columns, guidellm, mlperf, vllm_bench
-from serving.importers.denominators import are_per_gpu, check_flags
+from serving.importers.checks import check_flags
 from serving.importers.fields import Fields
 from serving.importers.results import (
     Imported,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from serving.importers.checks import RATE_TOLERANCE
-from serving.importers.denominators import check_flags
+from serving.importers.checks import check_flags
 from serving.importers.results import Anchor, RunRefusedError
 from serving.importers.table import typed
+from serving.pointchecks import RATE_TOLERANCE
 
 TOOL = "MLPerf rows"
 SIGNATURE = frozenset({"gpu", "gpus", "model", "scenario", "output_tok_s", "result_id"})

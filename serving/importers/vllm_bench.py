@@ -13,10 +13,11 @@ from math import fsum
 
 import msgspec
 
-from serving.importers.checks import StatedRate, check_succeeded, checked
+from serving.importers.checks import check_succeeded, checked
 from serving.importers.fields import Fields, numbers_of
 from serving.importers.latency import Latency, in_seconds, latency_of, measured, with_latencies
 from serving.importers.results import Run, RunRefusedError, Subject, mix_name
+from serving.pointchecks import StatedRate
 from serving.points import MeasuredPoint
 
 TOOL = "vllm bench serve"

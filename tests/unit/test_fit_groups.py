@@ -117,6 +117,16 @@ def test_an_unreadable_file_is_one_clear_line(tmp_path: Path, content: bytes | N
     assert problem in result.output
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    """Spreadsheets put one before the header; the file is read as any other."""
+    path = tmp_path / "runs.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + b"".join(PUBLISHED.read_bytes().splitlines(keepends=True)[:2]))
+    result = CliRunner().invoke(app, ["fit", str(path), "--json"])
+
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["model"] == "deepseek-r1"
+
+
 def test_a_missing_scipy_fails_the_command_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the extra there is one message that names it, not a refusal for each group."""
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)

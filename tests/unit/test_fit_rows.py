@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from serving.benchgroups import GroupReport, fit_groups
 from serving.benchrows import OPTIONAL_COLUMNS, TEXT_COLUMNS, TOTAL_COLUMNS, BenchFileError, read_rows
+from serving.importers import import_results
 from serving.rowchecks import row_problem
 
 COLUMNS = ("section", "hardware", *TEXT_COLUMNS, *TOTAL_COLUMNS, *OPTIONAL_COLUMNS)
@@ -70,30 +71,34 @@ def test_the_good_row_has_no_problem() -> None:
         ({"requests": "0"}, "requests is 0: nothing was measured"),
         ({"itl_mean_ms": "0.00"}, "itl_mean_ms is 0: nothing was measured"),
         ({"model": ""}, "model is empty"),
+        ({"requests": "0.4", "input_tokens": "5", "output_tokens": "5"}, "requests is 0.4, it must be a whole number"),
+        ({"output_tokens": "501000.5"}, "output_tokens is 501000.5, it must be a whole number"),
+        ({"serve_command": "vllm serve m --kv-transfer-config kv_producer"}, "prefill and decode ran on GPUs of their"),
+        ({"serve_command": "python -m sglang.launch_server --disaggregation-mode prefill"}, "no rate of one replica"),
         ({"input_tokens": "1e300"}, "input_tokens is 1e300, beyond anything that was ever measured"),
         ({"duration_s": "1e-9"}, "duration_s is 1e-9, beyond anything"),
-        ({"output_tokens": "900"}, "fewer output_tokens than requests"),
+        ({"output_tokens": "900"}, "each has at least one of both"),
         ({"peak_concurrency": "1001"}, "no more can be in flight than there are"),
         ({"section": "Choosing > SGLang"}, "section is of sglang, engine says vllm"),
-        ({"output_tok_s": "1100"}, "output_tok_s is 1100, but the totals over duration_s give 1002"),
-        ({"duration_s": "500000"}, "req_s is 2, but .*factor of about 1000"),
-        ({"duration_s": "0.5"}, "req_s is 2, but .*factor of about 1000"),
+        ({"output_tok_s": "1100"}, "output_tok_s is 1100, but its total of 501000 in 500 s makes 1002"),
+        ({"duration_s": "500000"}, "req_s is 2, but .*factor of 1000"),
+        ({"duration_s": "0.5"}, "req_s is 2, but .*factor of 1000"),
         ({"input_tokens": "1000"}, "total_tok_s is 3002, but"),
-        ({"ttft_p50_ms": "400"}, "ttft_p50_ms is 400, above ttft_p99_ms of 300"),
-        ({"ttft_mean_ms": "100000"}, "ttft_mean_ms is 100000, far above"),
-        ({"tpot_mean_ms": "0.01"}, "tpot_mean_ms is 0.01 and tpot_p50_ms 9.8 .*1000"),
-        ({"tpot_mean_ms": "0.3", "tpot_p50_ms": "0.3"}, "tpot_mean_ms is 0.3 and itl_mean_ms 10"),
-        ({"itl_mean_ms": "10000"}, "tpot_mean_ms is 10 and itl_mean_ms 10000 .*1000"),
+        ({"ttft_p50_ms": "400"}, "TTFT is 0.4 s at the 50th percentile, above 0.3 s at the 99th"),
+        ({"ttft_mean_ms": "100000"}, "mean TTFT of 100 s is far above its 99th percentile"),
+        ({"tpot_mean_ms": "0.01"}, "mean TPOT is 1e-05 s and the median 0.0098 s; .*units"),
+        ({"tpot_mean_ms": "0.3", "tpot_p50_ms": "0.3"}, "mean TPOT is 0.3 ms and its mean ITL 10 ms"),
+        ({"itl_mean_ms": "10000"}, "mean TPOT is 10 ms and its mean ITL 1e.04 ms"),
         (
             {"tpot_mean_ms": "0.01", "tpot_p50_ms": "0.0098", "tpot_p99_ms": "0.014", "itl_mean_ms": "0.01"},
-            "no engine gives one stream a token each 0.25 ms",
+            "tpot_mean_s is 0.01 ms, which no server reaches",
         ),
         (
             {"tpot_mean_ms": "10000", "tpot_p50_ms": "9800", "tpot_p99_ms": "14000", "itl_mean_ms": "10000"},
-            "the mean request took 5000 s .* of a run of 500 s",
+            "requests took 5e.03 s in the mean, longer than the run of 500 s",
         ),
-        ({"peak_concurrency": "9"}, "10 requests were in flight in the mean, but peak_concurrency is 9"),
-        ({"peak_concurrency": "1000"}, "all requests were sent at once and took 5.1 s in the mean, yet the run lasted"),
+        ({"peak_concurrency": "5"}, "10.2 requests in flight in the mean, above the 5 that it allowed"),
+        ({"peak_concurrency": "1000"}, "10.2 requests in flight in the mean, of 1000 that were sent together"),
     ],
 )
 def test_a_row_that_cannot_be_true_is_refused_with_its_problem(change: dict[str, str], problem: str) -> None:
@@ -155,6 +160,45 @@ def test_whatever_a_row_holds_it_ends_in_a_status(change: dict[str, str]) -> Non
     for report in reports:
         assert report.status in ("estimated", "refused")
         assert report.residual_max is None or 0 <= report.residual_max < float("inf")
+
+
+@pytest.mark.parametrize("column", ["is_disagg", "num_decode_gpus"])
+def test_a_column_that_says_disaggregated_is_heeded(column: str) -> None:
+    """Columns beside ours are not read, but for those that say what the rates are divided by."""
+    header, row = lines({})
+    (report,) = fit_groups([f"{header},{column}", f"{row},4"])
+    (unset,) = fit_groups([f"{header},{column}", f"{row},0"])
+
+    assert report.status == "refused"
+    assert f"{column} is '4': prefill and decode" in report.refused[0]
+    assert unset.status == "estimated"
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_cell_without_end_is_no_traceback(place: int) -> None:
+    """What the CSV reader refuses is a file that cannot be read, in the first line as in any other."""
+    broken = lines({})
+    broken[place] = "x" * 200_000 + "," + broken[place]
+
+    with pytest.raises(BenchFileError, match=rf"line {place}: not CSV: field larger"):
+        fit_groups(broken)
+
+
+def test_fit_and_import_refuse_the_same_rows() -> None:
+    """One set of rules: what the one leaves out, the other does, for the same reason."""
+    rows = lines(
+        {},
+        {"section": "the same again"},
+        {"requests": "1000.5"},
+        {"ttft_p50_ms": "400"},
+        {"input_tokens": "100000000", "total_tok_s": "201002.00"},
+        {"serve_command": "vllm serve m --kv-transfer-config kv_consumer"},
+    )
+    fitted = {refusal for report in fit_groups(rows) for refusal in report.refused}
+    imported = import_results("\n".join(rows).encode(), "rows.csv").refused
+
+    assert {f"{each.where.removeprefix('rows.csv ')}: {each.reason}" for each in imported} == fitted
+    assert len(fitted) == 5
 
 
 def test_a_file_without_the_columns_is_refused() -> None:

@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 from serving.importers import ImporterError, import_results
-from serving.importers.checks import StatedRate, checked
+from serving.importers.checks import checked
 from serving.importers.results import RunRefusedError
+from serving.pointchecks import StatedRate
 from serving.points import MeasuredPoint
 from tests.support.benchfiles import SOUND, content
 
@@ -142,7 +143,7 @@ def test_a_report_of_guidellm_that_makes_no_sense_is_refused(change: Callable[[A
         (lambda d: d.pop("total_isl"), "total_isl is missing"),
         (lambda d: d["time_to_first_token"].update(unit="fortnights"), "time_to_first_token.unit is 'fortnights'"),
         (lambda d: d["benchmark_duration"].update(unit="ms"), "milliseconds where seconds belong"),
-        (lambda d: d["inter_token_latency"].update(unit="sec"), "are TTFT and TPOT in milliseconds"),
+        (lambda d: d["inter_token_latency"].update(unit="sec"), "are TTFT, TPOT and the duration in their units"),
     ],
 )
 def test_an_export_of_aiperf_that_makes_no_sense_is_refused(change: Callable[[Any], object], said: str) -> None:
@@ -253,8 +254,10 @@ def test_what_is_sound_passes_with_its_latencies_halved_or_doubled(name: str) ->
 def test_latencies_of_a_burst_that_are_a_thousandth_are_refused() -> None:
     """Slow tokens stay above any server's least even in the wrong unit; hardly any request in flight tells."""
     burst = MeasuredPoint(
-        "mix", 1000, 76.59, 219_171, 200_752, concurrency=1000, ttft_mean_s=0.01774, tpot_mean_s=0.000227
+        "mix", 1000, 76.59, 219_171, 200_752, concurrency=1000, ttft_mean_s=0.01774, tpot_mean_s=0.0005
     )
 
-    with pytest.raises(RunRefusedError, match="of 1000 that were sent together; are TTFT and TPOT in milliseconds"):
+    with pytest.raises(
+        RunRefusedError, match="of 1000 that were sent together; are TTFT, TPOT and the duration in their units"
+    ):
         checked(burst)

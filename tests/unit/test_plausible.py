@@ -46,14 +46,14 @@ def test_a_sound_point_passes() -> None:
     ("changes", "told"),
     [
         ({"tpot_p50_s": 0.0005, "tpot_mean_s": None}, "below the 3.7 ms of an empty step"),
-        ({"tpot_mean_s": 20.0, "tpot_p50_s": None, "tpot_p95_s": None}, "are TTFT and TPOT in seconds"),
+        ({"tpot_mean_s": 20.0, "tpot_p50_s": None, "tpot_p95_s": None}, "longer than the run of 100 s"),
         ({"ttft_p50_s": 0.6}, "are they exchanged"),
         ({"tpot_mean_s": nan}, "must be zero or a positive number"),
         ({"duration_s": -1.0}, "must be zero or a positive number"),
-        ({"output_tokens": 500}, "each gives at least one"),
-        ({"cached_tokens": 2_000_000}, "cached ones are among the input"),
+        ({"output_tokens": 500}, "each has at least one of both"),
+        ({"cached_tokens": 2_000_000}, "cached ones are among them"),
         ({"input_tokens": 200_000_000}, "above limits.max_model_len"),
-        ({"duration_s": 0.1, "concurrency": None}, "are gpus_per_replica right, and were prompts cached"),
+        ({"duration_s": 0.1, "concurrency": None}, "the number of GPUs right, and were prompts cached"),
     ],
 )
 def test_a_point_that_cannot_be_is_named_with_its_mend(changes: dict[str, Any], told: str) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from serving.importers.results import RunRefusedError
-
 #: Columns or keys that say it of a row, where they are set.
 _FLAGS = frozenset({"disagg", "disaggregated", "is_disagg", "is_disaggregated"})
 _UNSET = frozenset({"", "0", "false", "no", "none", "null"})
@@ -26,19 +24,19 @@ _REASON = (
 )
 
 
-def check_command(command: str) -> None:
-    """Raise ``RunRefusedError`` for the server command of one half of a disaggregated pair."""
-    if any(mark in command for mark in _COMMANDS):
-        raise RunRefusedError(_REASON)
+def command_problem(command: str) -> str | None:
+    """What is wrong with the server command of one half of a disaggregated pair; None for any other."""
+    return _REASON if any(mark in command for mark in _COMMANDS) else None
 
 
-def check_flags(flags: Iterable[tuple[str, object]]) -> None:
-    """Raise ``RunRefusedError`` where a key or column says that the row is of a disaggregated deployment."""
+def flag_problem(flags: Iterable[tuple[str, object]]) -> str | None:
+    """Which key or column says that the row is of a disaggregated deployment; None where none does."""
     for key, value in flags:
         name = key.lower()
         is_set = value is not None and value is not False and str(value).strip().lower() not in _UNSET
         if is_set and (name in _FLAGS or any(count in name for count in _GPU_COUNTS)):
-            raise RunRefusedError(f"{name} is {str(value)[:40]!r}: {_REASON}")
+            return f"{name} is {str(value)[:40]!r}: {_REASON}"
+    return None
 
 
 def are_per_gpu(keys: Iterable[str]) -> bool:
