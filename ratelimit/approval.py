@@ -19,7 +19,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from ratelimit.difference import Difference, difference, snapshot
+from ratelimit.difference import Difference, Setting, difference, snapshot
 from ratelimit.publication import Publication
 
 #: What limits are derived from, of whatever type.
@@ -46,11 +46,15 @@ class Approval(msgspec.Struct, frozen=True):
 
 
 class Change(NamedTuple, Generic[I]):
-    """One change of what is decided: what it is in words, its digest, and the inputs with it."""
+    """One change of what is decided: what it is in words, its digest, and the inputs with it.
+
+    ``settings`` are what it does that no limit shows.
+    """
 
     cause: str
     digest: str
     applied: Callable[[I], I]
+    settings: tuple[Setting, ...] = ()
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -96,7 +100,8 @@ def decide(
     if falls_above is None or not changes:
         return Decision(together, wanted, (), ())
     standing = derived(base)
-    if difference(snapshot(standing), snapshot(wanted)).largest_fall <= falls_above:
+    all_of_it = _does(standing, wanted, [setting for change in changes for setting in change.settings])
+    if all_of_it.largest_fall <= falls_above:
         return Decision(together, wanted, (), ())
     used: list[str] = []
     held: list[tuple[Change[I], Difference]] = []
@@ -104,7 +109,7 @@ def decide(
     for change in changes:
         tried = change.applied(inputs)
         candidate = derived(tried)
-        does = difference(snapshot(publication), snapshot(candidate))
+        does = _does(publication, candidate, change.settings)
         falls = does.largest_fall > falls_above
         if falls and change.digest not in approved:
             held.append((change, does))
@@ -112,6 +117,11 @@ def decide(
         used += [change.digest] if falls else []
         inputs, publication = tried, candidate
     return Decision(inputs, publication, tuple(used), tuple(held))
+
+
+def _does(before: Publication, after: Publication, settings: Iterable[Setting]) -> Difference:
+    found = difference(snapshot(before), snapshot(after))
+    return msgspec.structs.replace(found, settings=(*found.settings, *settings))
 
 
 def still_valid(approvals: Iterable[Approval], now_s: float) -> tuple[Approval, ...]:

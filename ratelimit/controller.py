@@ -226,7 +226,8 @@ class Controller:
         if now == self._settled and not lost.publication:
             return
         inputs_of = self._inputs_of(fleet)
-        seen = (inputs_of(wanted), inputs_of(base), approvals)
+        bounds = wanted.adopted.falls_above, base.adopted.falls_above
+        seen = (inputs_of(wanted), inputs_of(base), bounds, approvals)
         self._settled = now if seen == self._seen else None
         if self._settled and not lost.publication:
             return

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from ratelimit.approval import Change, digest_of
+from ratelimit.difference import bound_changed
 from ratelimit.keys import KeyRecord, active_keys, valid_records
 from ratelimit.overrides import Override, active
 from ratelimit.policy import Policy
@@ -128,6 +129,7 @@ def _config_change(before: Adopted, after: Adopted) -> Change[Decided]:
         "the config or a profile changed",
         digest_of("config", before, after),
         lambda decided: msgspec.structs.replace(decided, adopted=after),
+        bound_changed(before.falls_above, after.falls_above),
     )
 
 

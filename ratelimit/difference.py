@@ -96,11 +96,12 @@ class PoolChange(msgspec.Struct, frozen=True):
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """Something published that is no number of a limit, in words."""
+    """Something that is no number of a limit, in words; ``fall`` is 1 where it takes a protection away, else 0."""
 
     what: str
     before: str
     after: str
+    fall: float = 0.0
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -117,8 +118,9 @@ class Difference(msgspec.Struct, frozen=True):
 
     @property
     def largest_fall(self) -> float:
-        """The largest share that any limit loses; 1 where an org loses a model."""
-        return max((1.0 if self.lost_access else 0.0, *(change.fall for change in self.limits)))
+        """The largest share that any limit loses; 1 where an org loses a model, or the limits lose their guard."""
+        falls = (change.fall for change in (*self.limits, *self.settings))
+        return max((1.0 if self.lost_access else 0.0, *falls))
 
     def falls_above(self, share: float) -> tuple[LimitChange, ...]:
         """The limits that lose more than ``share``, the largest falls first."""
@@ -135,6 +137,21 @@ def fall(before: Amount | NoAmount, after: Amount | NoAmount) -> float:
         return 1.0  # from no bound, or to nothing
     pairs = zip(msgspec.structs.astuple(before), msgspec.structs.astuple(after), strict=True)
     return max(max(0.0, 1 - now / was) if was else 0.0 for was, now in pairs)
+
+
+def bound_changed(before: float | None, after: float | None) -> tuple[Setting, ...]:
+    """What becomes of the share that a limit may lose without approval (None: any share), if anything does.
+
+    To allow more is a fall of its own: whatever comes next would fall unasked.
+    """
+    if before == after:
+        return ()
+    loosened = before is not None and (after is None or after > before)
+    return (Setting("approval.falls_above", _share(before), _share(after), 1.0 if loosened else 0.0),)
+
+
+def _share(bound: float | None) -> str:
+    return "unset: nothing waits" if bound is None else f"{100 * bound:g} %"
 
 
 def snapshot(publication: Publication) -> Snapshot:

@@ -237,14 +237,15 @@ class Governor:
 
 def _say(waiting: Waiting) -> None:
     falls = waiting.does.falls_above(waiting.falls_above)
-    worst = f"{falls[0].limit} of {falls[0].who} on {falls[0].model}" if falls else waiting.does.lost_access[0]
+    worst = [f"{fall.limit} of {fall.who} on {fall.model} loses {100 * fall.fall:.0f} %" for fall in falls[:1]]
+    worst += [*waiting.does.lost_access[:1]]
+    worst += [f"{each.what} goes from {each.before} to {each.after}" for each in waiting.does.settings if each.fall]
     log.warning(
-        "WAITING FOR APPROVAL: %s. By it %s loses %.0f %%, and %d limit(s) lose more than the %.0f %% that "
+        "WAITING FOR APPROVAL: %s. By it %s, and %d limit(s) lose more than the %.0f %% that "
         "approval.falls_above allows. What is in force stays, and follows the fleet. `penstock limits pending` shows "
         "it, `penstock limits approve %s` lets it through.",
         waiting.cause,
-        worst,
-        100 * waiting.does.largest_fall,
+        "; ".join(worst),
         len(falls),
         100 * waiting.falls_above,
         waiting.digest,

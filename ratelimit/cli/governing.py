@@ -25,7 +25,9 @@ from ratelimit.difference import (
     LimitChange,
     NoAmount,
     PoolSupply,
+    Setting,
     Snapshot,
+    bound_changed,
     difference,
     snapshot,
 )
@@ -66,8 +68,9 @@ def diff(
     sides = _Sides(config, (before, after), _counts(keys or []))
     with failing_clearly(StateFileError, ProfileError, ValueError, OSError):
         found = difference(sides.snapshot(before), sides.snapshot(after))
+        found = msgspec.structs.replace(found, settings=(*found.settings, *sides.bound_changed(before, after)))
         allowed = falls_above if falls_above is not None else sides.falls_above()
-    falls = bool(found.lost_access or found.falls_above(allowed)) if allowed is not None else False
+    falls = allowed is not None and found.largest_fall > allowed
     if as_json:
         typer.echo(msgspec.json.encode({"falls_above": allowed, "falls": falls} | _document(found)).decode())
     else:
@@ -195,6 +198,12 @@ class _Sides:
         shares = [each.approval.falls_above for each in (self._config, *self._compared.values()) if each]
         return next((share for share in shares if share is not None), None)
 
+    def bound_changed(self, before: str, after: str) -> tuple[Setting, ...]:
+        """What becomes of approval.falls_above; what is published has that of the config in force."""
+        sides = [self._compared.get(name, self._config) for name in (before, after)]
+        bounds = [side.approval.falls_above for side in sides if side]
+        return bound_changed(bounds[0], bounds[1]) if len(bounds) == len(sides) else ()
+
     def _state_dir(self, name: str) -> Path:
         if self._config is None:
             raise StateFileError(f"{name!r} is looked for in a state folder; say whose by --config")
@@ -258,9 +267,9 @@ def _print_verdict(console: Console, found: Difference, allowed: float | None) -
     if allowed is None:
         console.print("approval.falls_above is not set: nothing would wait for approval", style="dim")
         return
-    falls = found.falls_above(allowed)
-    if falls or found.lost_access:
-        count = len(falls) + len(found.lost_access)
+    if found.largest_fall > allowed:
+        loosened = [setting for setting in found.settings if setting.fall]
+        count = len(found.falls_above(allowed)) + len(found.lost_access) + len(loosened)
         said = f"{count} fall(s) by more than {_percent(allowed)}: it would wait for approval, unless the fleet is why"
         console.print(said, style="bold red", highlight=False)
     else:

@@ -167,6 +167,18 @@ async def test_a_change_cannot_allow_itself(redis_client: Redis, tmp_path: Path,
         assert await stack.publication() == before
 
 
+async def test_a_bound_cannot_be_taken_away_before_the_cut(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """Two edits, first the bound and then the share, wait as one edit does."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        stack.controller.adopt(config_of(tmp_path, falls_above=None))
+        loosened = await one_waits(tmp_path)
+        assert loosened.does.largest_fall == 1
+        stack.controller.adopt(config_of(tmp_path, share=0.1, falls_above=None))
+        await one_waits(tmp_path, lambda found: found.digest != loosened.digest)
+        assert await stack.publication() == before
+
+
 async def test_an_approval_is_for_one_change_alone(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
     """A change that was made to the config after the approval waits anew."""
     async with running(config_of(tmp_path), redis_client) as stack:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit.approval import Approval, ApprovalError, Change, Waiting, decide, digest_of, still_valid, waiting_named
-from ratelimit.difference import Difference
+from ratelimit.difference import Difference, bound_changed
 from ratelimit.publication import Limit, Publication, PublishedPool, TierLimits
 
 Shares = tuple[float, ...]
@@ -50,6 +50,27 @@ def test_a_fall_by_just_the_allowed_share_does_not_wait() -> None:
     """Only what falls by more waits."""
     assert decide(NOTHING, [times(0.5)], derived, 0.5, ()).held == ()
     assert decide(NOTHING, [times(0.5), times(0.1)], derived, 0.5, ()).inputs == (0.5,)
+
+
+def test_a_change_that_loosens_the_bound_waits_though_no_limit_falls() -> None:
+    """What comes after it would fall unasked; beside it a harmless change takes effect."""
+    loosens = times(1.0)._replace(settings=bound_changed(0.5, None))
+    decision = decide(NOTHING, [times(0.9), loosens], derived, 0.5, ())
+
+    assert decision.inputs == (0.9,)
+    ((change, does),) = decision.held
+    assert (change, does.largest_fall) == (loosens, 1.0)
+    assert decide(NOTHING, [loosens], derived, 0.5, [loosens.digest]).approved == (loosens.digest,)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "falls"),
+    [(0.5, None, 1.0), (0.5, 0.9, 1.0), (0.5, 0.2, 0.0), (None, 0.5, 0.0)],
+)
+def test_only_a_bound_that_allows_more_is_a_fall(before: float | None, after: float | None, falls: float) -> None:
+    """To ask more often takes nothing from anybody."""
+    assert [setting.fall for setting in bound_changed(before, after)] == [falls]
+    assert bound_changed(before, before) == ()
 
 
 def test_an_approved_change_takes_effect_and_no_other() -> None:

@@ -108,8 +108,22 @@ def test_a_change_is_measured_by_the_bound_before_it(tmp_path: Path) -> None:
     a = write(tmp_path, "a.yaml", more="approval: {falls_above: 0.2}")
     b = write(tmp_path, "b.yaml", share=0.2, more="approval: {falls_above: 0.9}")
 
+    c = write(tmp_path, "c.yaml", share=0.2, more="approval: {falls_above: 0.2}")
+
     assert limits("diff", a, b).exit_code == 3
-    assert limits("diff", a, b, "--falls-above", "0.6").exit_code == 0
+    assert limits("diff", a, c).exit_code == 3
+    assert limits("diff", a, c, "--falls-above", "0.6").exit_code == 0
+
+
+def test_a_bound_that_is_taken_away_is_told_and_stops_a_pipeline(tmp_path: Path) -> None:
+    """No limit differs, and yet nothing would wait any more; the way back is no fall."""
+    a = write(tmp_path, "a.yaml", more="approval: {falls_above: 0.2}")
+    b = write(tmp_path, "b.yaml")
+
+    result = limits("diff", a, b)
+    assert result.exit_code == 3
+    assert "approval.falls_above: 20 % → unset" in result.output
+    assert limits("diff", b, a).exit_code == 0
 
 
 def test_without_a_bound_nothing_gates(tmp_path: Path) -> None:
