@@ -87,36 +87,55 @@ def decide(
     derived: Callable[[I], Publication],
     falls_above: float | None,
     approved: Collection[str],
+    later: Callable[[I], I] | None = None,
 ) -> Decision[I]:
     """Take up the changes one after another, but for those by which a limit loses more than ``falls_above`` of itself.
 
     ``base`` is what was decided so far with the fleet as it is now. A change whose digest is in ``approved`` is taken
-    up whatever it does. With ``falls_above`` None nothing waits.
+    up whatever it does. With ``falls_above`` None nothing waits. ``later`` is what inputs come to by themselves in
+    time: a change is weighed then too, for what hides its fall now will not hide it for ever.
     """
+    views = [derived] if later is None else [derived, lambda inputs: derived(later(inputs))]
     together = base
     for change in changes:
         together = change.applied(together)
-    wanted = derived(together)
+    wanted = _Seen(together, [view(together) for view in views])
     if falls_above is None or not changes:
-        return Decision(together, wanted, (), ())
-    standing = derived(base)
-    all_of_it = _does(standing, wanted, [setting for change in changes for setting in change.settings])
-    if all_of_it.largest_fall <= falls_above:
-        return Decision(together, wanted, (), ())
+        return Decision(together, wanted.now, (), ())
+    standing = _Seen(base, [view(base) for view in views])
+    all_settings = [setting for change in changes for setting in change.settings]
+    if _worst(standing, wanted, all_settings).largest_fall <= falls_above:
+        return Decision(together, wanted.now, (), ())
     used: list[str] = []
     held: list[tuple[Change[I], Difference]] = []
-    inputs, publication = base, standing
     for change in changes:
-        tried = change.applied(inputs)
-        candidate = derived(tried)
-        does = _does(publication, candidate, change.settings)
+        inputs = change.applied(standing.inputs)
+        candidate = _Seen(inputs, [view(inputs) for view in views])
+        does = _worst(standing, candidate, change.settings)
         falls = does.largest_fall > falls_above
         if falls and change.digest not in approved:
             held.append((change, does))
             continue
         used += [change.digest] if falls else []
-        inputs, publication = tried, candidate
-    return Decision(inputs, publication, tuple(used), tuple(held))
+        standing = candidate
+    return Decision(standing.inputs, standing.now, tuple(used), tuple(held))
+
+
+class _Seen(NamedTuple, Generic[I]):
+    """Inputs and what they come to: now, and later where that is asked for."""
+
+    inputs: I
+    publications: Sequence[Publication]
+
+    @property
+    def now(self) -> Publication:
+        return self.publications[0]
+
+
+def _worst(before: _Seen[I], after: _Seen[I], settings: Sequence[Setting]) -> Difference:
+    """What a change does in the view in which a limit falls furthest; of equal ones in that of now."""
+    pairs = zip(before.publications, after.publications, strict=True)
+    return max((_does(*pair, settings) for pair in pairs), key=lambda does: does.largest_fall)
 
 
 def _does(before: Publication, after: Publication, settings: Iterable[Setting]) -> Difference:

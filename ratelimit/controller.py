@@ -28,7 +28,7 @@ from redis.exceptions import RedisError
 
 from ratelimit.config import Config, PoolConfig, policy_of
 from ratelimit.controllermetrics import ControllerMetrics
-from ratelimit.decided import Adopted, Decided, changes, held_together, standing
+from ratelimit.decided import Adopted, Decided, changes, held_together, standing, without_overrides
 from ratelimit.derive import GroupSupply, derive
 from ratelimit.governor import Governor, IssuedKeys
 from ratelimit.inputs import FleetNow, Inputs, counted, same_limits, what_changed
@@ -237,7 +237,8 @@ class Controller:
             found = self._derive(inputs_of(decided), epoch)
             return held_together(found, wanted.active_keys, decided.overrides)
 
-        decision = self._governor.decide(base, changes(base, wanted), derived, base.adopted.falls_above)
+        later = without_overrides if base.overrides or wanted.overrides else None
+        decision = self._governor.decide(base, changes(base, wanted), derived, base.adopted.falls_above, later)
         self._governor.took_up(
             decision.inputs
         )  # first, so that a controller which dies now has not let it through unseen

@@ -87,6 +87,11 @@ def standing(before: Decided, wanted: Decided, now_s: float) -> Decided:
     return Decided(before.adopted, active(before.overrides, now_s), issued, counts)
 
 
+def without_overrides(decided: Decided) -> Decided:
+    """What this comes to by itself: each override ends at its time."""
+    return msgspec.structs.replace(decided, overrides=())
+
+
 def changes(now: Decided, wanted: Decided) -> list[Change[Decided]]:
     """What turns ``now`` into ``wanted``, one after the other: overrides, the keys of each tier, and the config whole.
 

@@ -137,12 +137,17 @@ class Governor:
         return self._valid() if self._waiting else ()
 
     def decide(
-        self, base: I, changes: Sequence[Change[I]], derived: Callable[[I], Publication], falls_above: float | None
+        self,
+        base: I,
+        changes: Sequence[Change[I]],
+        derived: Callable[[I], Publication],
+        falls_above: float | None,
+        later: Callable[[I], I] | None = None,
     ) -> Decision[I]:
         """Which of the changes take effect; those that wait are said in the log, once each, and kept."""
         self._resume()
         digests = {approval.digest for approval in self._valid()} if changes else set()
-        decision = decide(base, changes, derived, falls_above, digests)
+        decision = decide(base, changes, derived, falls_above, digests, later)
         since = {each.digest: each.since for each in self._waiting or ()}
         waiting = tuple(
             Waiting(change.digest, change.cause, since.get(change.digest, self._clock()), falls_above or 0.0, does)

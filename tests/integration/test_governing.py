@@ -13,13 +13,14 @@ import pytest
 from redis.asyncio import Redis
 
 from ratelimit import audit
+from ratelimit import controller as controller_module
 from ratelimit.approval import Waiting
 from ratelimit.audit import AuditLog
 from ratelimit.config import Config
 from ratelimit.difference import difference, snapshot
 from ratelimit.governor import ApprovalFile, waiting_file
 from ratelimit.keys import KeyFile, new_key
-from ratelimit.overrides import OverrideFile, setting
+from ratelimit.overrides import OverrideFile, freezing, setting
 from ratelimit.publication import Publication
 from tests.integration.test_controller import A, B, Knees, Running, knees, running, urls
 from tests.support.waiting import eventually_async
@@ -258,6 +259,35 @@ async def test_an_override_ends_at_its_time(redis_client: Redis, tmp_path: Path,
         OverrideFile(tmp_path).add(setting("free", "output_tokens", 10**9, time() + 1, "trial"), time())
         await stack.until(lambda p: assured(p, "free") == 10**9)
         await stack.until(lambda p: assured(p, "free") == assured(before, "free"))
+
+
+@pytest.mark.parametrize("how", ["freeze", "set"])
+async def test_an_override_hides_no_fall_until_its_end(
+    redis_client: Redis, tmp_path: Path, knees: Knees, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config that cuts limits which are overridden for now waits; the end of the override lets nothing through."""
+    later_s = 0.0
+    monkeypatch.setattr(controller_module, "time", lambda: time() + later_s)
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        limits, until = before.limits("pro", "m"), time() + 600
+        most = {x.name: x.ceiling_per_minute or x.per_minute or x.burst for x in limits if x.per == "key"}
+        for override in {
+            "freeze": [freezing(before, "pro", until, "trial")],
+            "set": [setting("pro", name, value, until, "trial") for name, value in most.items()],
+        }[how]:
+            OverrideFile(tmp_path).add(override, time())
+        await stack.until(lambda p: all("trial" in x.explanation for x in p.limits("pro", "m")))
+        stack.controller.adopt(config_of(tmp_path, share=0.04))
+        waiting = await one_waits(tmp_path)
+        assert waiting.does.largest_fall == pytest.approx(0.9, abs=0.05)
+
+        later_s = 3600.0
+        await stack.until(lambda p: not any("trial" in x.explanation for x in p.limits("pro", "m")))
+        assert (await one_waits(tmp_path)).digest == waiting.digest
+        published = await stack.publication()
+        assert published is not None
+        assert published.limits("pro", "m") == limits
 
 
 async def test_while_a_count_of_keys_waits_its_tier_is_assured_no_more_than_before(

@@ -52,6 +52,18 @@ def test_a_fall_by_just_the_allowed_share_does_not_wait() -> None:
     assert decide(NOTHING, [times(0.5), times(0.1)], derived, 0.5, ()).inputs == (0.5,)
 
 
+def test_what_hides_a_fall_for_a_while_does_not_let_it_through() -> None:
+    """A change is weighed as of now and as of later; the larger fall counts, and what is published is of now."""
+    hiding = lambda shares: derived(()) if 1.0 in shares else derived(shares)  # noqa: E731 - like ``derived``
+    ended: Callable[[Shares], Shares] = lambda shares: tuple(s for s in shares if s != 1.0)  # noqa: E731 - as above
+    decision = decide((1.0,), [times(0.1), times(0.9)], hiding, 0.5, (), ended)
+
+    assert decision.inputs == (1.0, 0.9)
+    ((change, does),) = decision.held
+    assert (change.cause, round(does.largest_fall, 3)) == ("× 0.1", 0.9)
+    assert amount(decision.publication) == amount(derived(()))
+
+
 def test_a_change_that_loosens_the_bound_waits_though_no_limit_falls() -> None:
     """What comes after it would fall unasked; beside it a harmless change takes effect."""
     loosens = times(1.0)._replace(settings=bound_changed(0.5, None))
