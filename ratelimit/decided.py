@@ -13,12 +13,15 @@ import msgspec
 
 from ratelimit.approval import Change, digest_of
 from ratelimit.difference import bound_changed
+from ratelimit.keylimits import added_up, countable
 from ratelimit.keys import KeyRecord, active_keys, valid_records
 from ratelimit.overrides import Override, active
 from ratelimit.policy import Policy
-from ratelimit.publication import Limit, Publication, TierLimits
+from ratelimit.publication import Publication, TierLimits
 from serving.fleet import ReplicaSpec
 from serving.profile import Profile
+
+_WHY_TOGETHER = ", because more of its keys wait for approval and the tier must not be assured more than its share"
 
 
 class Adopted(msgspec.Struct, frozen=True):
@@ -158,25 +161,9 @@ def held_together(
 def _bounded(tier: TierLimits, overrides: tuple[Override, ...]) -> TierLimits:
     bounded = {limit.name for limit in tier.limits if limit.per == "tier" and limit.window == "minute"}
     added = [
-        _together(limit, tier)
+        countable(added_up(tier.tier, tier.active_keys, limit, _WHY_TOGETHER))
         for limit in tier.limits
         if limit.per == "key" and limit.per_minute and limit.name not in bounded
         if not any(each.tier == tier.tier and each.sets(tier.model, limit.name) is not None for each in overrides)
     ]
     return msgspec.structs.replace(tier, limits=(*tier.limits, *added))
-
-
-def _together(limit: Limit, tier: TierLimits) -> Limit:
-    keys = tier.active_keys
-    per_minute, burst = keys * limit.per_minute, keys * limit.burst
-    two_colours = limit.ceiling_per_minute > 0
-    return msgspec.structs.replace(
-        limit,
-        per="tier",
-        per_minute=per_minute,
-        burst=burst,
-        ceiling_per_minute=max(per_minute, limit.ceiling_per_minute) if two_colours else 0,
-        ceiling_burst=max(burst, limit.ceiling_burst) if two_colours else 0,
-        explanation=f"all keys of {tier.tier} together: {keys} × what each is assured, because more of its "
-        "keys wait for approval and the tier must not be assured more than its share",
-    )

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import get_args
 
 import msgspec
 
@@ -32,6 +33,7 @@ from ratelimit.meter import THOUSANDTHS
 from ratelimit.overrides import Override
 from ratelimit.policy import (
     LEAST_BORROW,
+    LimitName,
     Policy,
     PoolPolicy,
     Promise,
@@ -83,10 +85,10 @@ def derive(
         grants = grants_of(pool, policy.tiers, keys, theirs)
         for tier, supply, grant in zip(policy.tiers, theirs, grants, strict=True):
             limits = _tier_limits(tier, pool, keys[tier.name], supply, grant, overrides)
-            shown = _published_tier(tier, pool.model, keys[tier.name], limits, thresholds[tier.name])
-            if not limits:
-                shown = msgspec.structs.replace(shown, note=f"no limits: {supply.text}")
-            tiers.append(shown if limits or not found[own].usable else _without_promise(shown))
+            published = _published_tier(tier, pool.model, keys[tier.name], limits, thresholds[tier.name])
+            if not limits and not (_is_unlimited(tier) and found[own].usable):
+                published = msgspec.structs.replace(published, note=f"no limits: {supply.text}")
+            tiers.append(published if limits or not found[own].usable else _without_promise(published))
         warnings += _warnings(pool, policy.tiers, grants, found)
     return Publication(
         epoch,
@@ -145,6 +147,11 @@ def _tier_limits(
     return (*keyed, *map(countable, tier_limits(tier, keys, supply, lengths, unset)))
 
 
+def _is_unlimited(tier: TierPolicy) -> bool:
+    """Whether the operator gives the tier no derived limit: what it lacks then is none that could have been kept."""
+    return set(get_args(LimitName)) <= set(tier.unlimited)
+
+
 def _without_promise(tier: TierLimits) -> TierLimits:
     """A tier whose promise no replica can keep, in a pool that serves others: it borrows what is idle, as the last."""
     return msgspec.structs.replace(tier, assured=False, borrow_up_to=tier.borrow_up_to or LEAST_BORROW)
@@ -176,7 +183,7 @@ def _overridden(limit: Limit, model: str, tier: TierPolicy, overrides: Sequence[
             return _replaced(limit, (0, value), (0, 0), "set to", override)
         if value is not None:
             amount = (value, shown(burst_of(Fraction(value), tier.burst_s)))
-            return _replaced(limit, amount, amount, "set to", override)
+            return _replaced(limit, amount, amount, f"set, with a burst of {number(tier.burst_s)} s, to", override)
     return limit
 
 

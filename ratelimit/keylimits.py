@@ -266,28 +266,35 @@ def _lifted(tier: TierPolicy, active_keys: int, supply: Supply, limit: Limit, ce
         text = f"{supply.text}\nall keys of {tier.name} together: {ceiling.text}"
         return Limit(ceiling.name, ceiling.per_minute, ceiling.burst, text, per="tier")
     whole = msgspec.structs.replace(limit, ceiling_per_minute=ceiling.per_minute, ceiling_burst=ceiling.burst)
-    together = _together(tier, active_keys, whole)
-    text = f"{together.explanation}\nwithout bounds that ceiling is: {ceiling.text}"
+    together = added_up(tier.name, active_keys, whole)
+    text = f"{together.explanation}\nthat ceiling without bounds: {ceiling.text}"
     return msgspec.structs.replace(together, explanation=f"{supply.text}\n{text}")
 
 
 def _together(tier: TierPolicy, active_keys: int, limit: Limit) -> Limit:
-    """A key's limit as that of all the tier's keys: their assured amounts added up, and the same ceiling."""
-    if not limit.ceiling_per_minute:
-        text = f"all keys of {tier.name} together: what one alone may take, {amount_text(limit)}"
-        return msgspec.structs.replace(limit, per="tier", explanation=text)
-    per_minute, burst = active_keys * limit.per_minute, active_keys * limit.burst
+    """A key's limit as that of all the tier's keys; without two colours one key alone may take what all may."""
+    if limit.ceiling_per_minute:
+        return added_up(tier.name, active_keys, limit)
+    text = f"all keys of {tier.name} together: what one alone may take → {amount_text(limit)}"
+    return msgspec.structs.replace(limit, per="tier", explanation=text)
+
+
+def added_up(tier: str, keys: int, limit: Limit, why: str = "") -> Limit:
+    """The limit of all of a tier's ``keys`` together: what each is assured added up, under the ceiling of one alone."""
+    per_minute, burst = keys * limit.per_minute, keys * limit.burst
+    two_colours = limit.ceiling_per_minute > 0
     together = msgspec.structs.replace(
         limit,
         per="tier",
         per_minute=per_minute,
         burst=burst,
-        ceiling_per_minute=max(per_minute, limit.ceiling_per_minute),
-        ceiling_burst=max(burst, limit.ceiling_burst),
+        ceiling_per_minute=max(per_minute, limit.ceiling_per_minute) if two_colours else 0,
+        ceiling_burst=max(burst, limit.ceiling_burst) if two_colours else 0,
     )
+    ceiling = ", and the ceiling that one alone has (at least what is assured)" if two_colours else ""
     text = (
-        f"all keys of {tier.name} together: {active_keys} × what each is assured, and the ceiling that one alone has "
-        f"(at least what is assured) → {amount_text(together)}"
+        f"all keys of {tier} together: {keys:,} × what each is assured{ceiling}{why}; of each: {amount_text(limit)} "
+        f"→ {amount_text(together)}"
     )
     return msgspec.structs.replace(together, explanation=text)
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from ratelimit.explain import shown, shown_up
-from ratelimit.publication import MOST_BURST, MOST_PER_MINUTE
+from ratelimit.publication import MOST_BURST, MOST_PER_MINUTE, Publication
 
 _NUMBER = r"\d[\d,]*(?:\.\d+)?"
 
@@ -26,17 +26,75 @@ class Found(NamedTuple):
     ceiling: Amount | None
 
 
+def check_explained(publication: Publication) -> None:
+    """Every limit of a publication is what its explanation comes to, and bounds on a tier are of its keys' limits."""
+    for tier in publication.tiers:
+        keyed = {limit.name: Amount(limit.per_minute, limit.burst) for limit in tier.limits if limit.per == "key"}
+        for limit in tier.limits:
+            ceiling = Amount(limit.ceiling_per_minute, limit.ceiling_burst)
+            found = recomputed(limit.explanation)
+            assert found.amount == Amount(limit.per_minute, limit.burst), limit
+            assert (found.ceiling or Amount(0, 0)) == ceiling, limit
+            each = re.search(r"; of each: (.*) → ", limit.explanation)
+            assert each is None or _amounts(each[1]).amount == keyed[limit.name], limit
+
+
 def recomputed(explanation: str) -> Found:
-    """The numbers of one key's derived limit, its supply line included. Fails where a printed step is wrong."""
-    *lines, last = [line for line in explanation.split("\n") if not line.startswith("nothing from ")]
-    if not last.startswith("cut to "):
-        return _derived(lines, last)
-    found = _derived(lines[:-1], lines[-1])
-    return Found(_cut(found.amount), found.ceiling and _cut(found.ceiling))
+    """The numbers of a limit, its supply line included. Fails where a printed step is wrong."""
+    whole, cut, _ = explanation.partition("\ncut to ")
+    overridden, _, without = whole.partition("\nwithout it: ")
+    by_operator = re.match(
+        r"(?:set to|set, with a burst of (\S+) s, to|frozen at) (.*?) by operator until ", overridden
+    )
+    if by_operator is None:
+        found = _of_lines([line for line in whole.split("\n") if not line.startswith("nothing from ")])
+    else:
+        found = _amounts(by_operator[2])
+        recomputed(without)
+        assert by_operator[1] is None or found.amount.burst == shown(
+            found.amount.per_minute * Fraction(by_operator[1]) / 60
+        )
+    return Found(_cut(found.amount), found.ceiling and _cut(found.ceiling)) if cut else found
 
 
 def _cut(amount: Amount) -> Amount:
-    return Amount(min(amount.per_minute, MOST_PER_MINUTE), min(amount.burst, MOST_BURST))
+    most_at_once = MOST_BURST if amount.per_minute else MOST_PER_MINUTE
+    return Amount(min(amount.per_minute, MOST_PER_MINUTE), min(amount.burst, most_at_once))
+
+
+def _of_lines(lines: list[str]) -> Found:
+    at = next((i for i, line in enumerate(lines) if line.startswith("all keys of ")), None)
+    if at is None:
+        return _derived(lines[:-1], lines[-1])
+    said = lines[at].partition(" together: ")[2]
+    if said.startswith("what one alone may take → "):
+        return _amounts(said)
+    added = re.fullmatch(rf"({_NUMBER}) × what each is assured.*; of each: (.*) → (.*)", said)
+    if added is None:
+        return Found(_rated(said, usable_requests_per_s(lines[:at])), None)
+    keys, each = int(_value(added[1])), _amounts(added[2])
+    found = Found(Amount(keys * each.amount.per_minute, keys * each.amount.burst), None)
+    if each.ceiling is not None:
+        found = Found(found.amount, _most(found.amount, each.ceiling))
+    assert found == _amounts(added[3])
+    if lines[at + 1 :]:
+        without_bounds = lines[at + 1].removeprefix("that ceiling without bounds: ")
+        assert _rated(without_bounds, usable_requests_per_s(lines[:at])) == each.ceiling
+    return found
+
+
+def _amounts(text: str) -> Found:
+    """Amounts as they are printed: a rate and a burst, perhaps the ceiling's too, or requests in flight."""
+    in_flight = re.search(rf"({_NUMBER}) in flight", text)
+    if in_flight is not None:
+        return Found(Amount(0, int(_value(in_flight[1]))), None)
+    rates = re.findall(rf"({_NUMBER})/min, burst ({_NUMBER})", text)
+    amount, *ceilings = (Amount(int(_value(rate)), int(_value(burst))) for rate, burst in rates)
+    return Found(amount, ceilings[0] if ceilings else None)
+
+
+def _most(one: Amount, other: Amount) -> Amount:
+    return Amount(max(one.per_minute, other.per_minute), max(one.burst, other.burst))
 
 
 def _derived(supply: list[str], last: str) -> Found:
@@ -45,7 +103,7 @@ def _derived(supply: list[str], last: str) -> Found:
         usable = usable_requests_per_s(supply)
         ceiling = _rated(last.partition(": ")[2], usable)
         amount = _rated(assured, usable)
-        return Found(amount, Amount(max(amount.per_minute, ceiling.per_minute), max(amount.burst, ceiling.burst)))
+        return Found(amount, _most(amount, ceiling))
     usable = usable_requests_per_s(supply)
     return Found(_in_flight(last, usable) if " in flight" in last else _rated(last, usable), None)
 

@@ -395,7 +395,8 @@ def test_set_override_is_enforced_and_visible() -> None:
     plain, derived = limits(published(supply())), limits(published(supply(), overrides=(override,)))
     assert (derived["output_tokens"].per_minute, derived["output_tokens"].burst) == (5_000, 410)
     assert derived["output_tokens"].explanation.startswith(
-        "set to 5,000/min, burst 410 by operator until 2026-11-21T12:00Z: incident 12\nwithout it: 1 × H100"
+        "set, with a burst of 5 s, to 5,000/min, burst 410 by operator until 2026-11-21T12:00Z: incident 12\n"
+        "without it: 1 × H100"
     )
     assert derived["input_tokens"] == plain["input_tokens"]
 
@@ -575,6 +576,14 @@ def test_every_set_of_limits_may_be_unset(share: float, ceiling: float, unlimite
     assert of_tier.assured == (share > 0 and bounded)
     assert of_tier.borrow_up_to == (0 if share == ceiling and bounded else BEST_BORROW)
     assert set(together(publication)) == (set() if share == ceiling else set(promise_carriers(tier)))
+
+
+def test_who_is_unlimited_by_policy_is_not_told_of_a_promise_that_nothing_keeps() -> None:
+    """No note is of a limit that was never to be; where nothing serves the tier, the note says so all the same."""
+    rules = policy(TierPolicy("pro", 0.3, 0.5, 0, 5.0, get_args(LimitName)))
+    (served,), (unserved,) = published(supply(), rules=rules).tiers, published(rules=rules).tiers
+    assert (served.limits, served.note) == ((), "")
+    assert unserved.note.startswith("no limits: ")
 
 
 def test_the_bursts_that_keys_are_assured_fit_the_tiers_ceiling() -> None:

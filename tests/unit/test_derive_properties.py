@@ -5,6 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from fractions import Fraction
 from itertools import combinations
+from typing import get_args
 
 import msgspec
 import pytest
@@ -12,11 +13,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace as replaced
 
+from ratelimit.decided import held_together
 from ratelimit.derive import GroupSupply, Promise, SupplyError, Trim, derive
 from ratelimit.keylimits import lengths_of
+from ratelimit.overrides import FrozenLimit, Override
 from ratelimit.policy import KeyAmounts, Policy, PoolPolicy, TierPolicy, promise_carriers, promise_of, promises_of
 from ratelimit.poolsupply import supply_of
-from ratelimit.publication import Limit, Publication
+from ratelimit.publication import MOST_PER_MINUTE, Limit, LimitName, Publication
 from serving.capacity import (
     EngineLimits,
     ReplicaGroup,
@@ -29,7 +32,7 @@ from serving.capacity import (
 )
 from serving.fleetcost import fleet_costs_s
 from serving.stepsim import Knee
-from tests.support.explained import Amount, recomputed
+from tests.support.explained import check_explained
 
 MODEL = "m"
 SLO = Slo(1.0, 0.05)
@@ -118,6 +121,20 @@ def _drawn_tier(draw: st.DrawFn, name: str, share: float) -> TierPolicy:
     )
 
 
+@st.composite
+def drawn_overrides(draw: st.DrawFn) -> Override:
+    """A limit that an operator set, of any size, or limits that one froze."""
+    tier, value = f"tier-{draw(st.integers(0, 3))}", st.one_of(st.integers(1, 3_000), st.integers(1, MOST_PER_MINUTE))
+    if draw(st.booleans()):
+        return Override(tier, draw(st.sampled_from([None, MODEL])), draw(limit_names), draw(value), 1e9, "incident 12")
+    frozen = []
+    for name in draw(st.lists(limit_names, unique=True)):
+        per_minute, ceiling = (0, 0) if name == "concurrency" else (draw(value), draw(value))
+        frozen.append(FrozenLimit(MODEL, name, per_minute, draw(value), ceiling, draw(value)))
+    return Override(tier, None, None, None, 1e9, "migration", tuple(frozen))
+
+
+limit_names = st.sampled_from(get_args(LimitName))
 trims = st.one_of(st.none(), st.builds(Trim, st.floats(0.5, 1), st.just("TTFT is above its bound")))
 key_counts = st.lists(st.integers(0, 200), min_size=4, max_size=4)
 unhurried = settings(deadline=None, max_examples=100)
@@ -133,10 +150,11 @@ def derived(
     keys: list[int],
     spare_domains: int = 0,
     trim: Trim | None = None,
+    overrides: tuple[Override, ...] = (),
 ) -> Publication:
     counts = {(tier.name, MODEL): count for tier, count in zip(tiers, keys, strict=False)}
     trims = {} if trim is None else {MODEL: trim}
-    return derive(1, "", "", policy_of(tiers, spare_domains), {MODEL: fleet}, counts, (), trims)
+    return derive(1, "", "", policy_of(tiers, spare_domains), {MODEL: fleet}, counts, overrides, trims)
 
 
 def by_name(publication: Publication, tier: str, per: str = "key") -> dict[str, Limit]:
@@ -150,18 +168,26 @@ def by_name(publication: Publication, tier: str, per: str = "key") -> dict[str, 
     keys=key_counts,
     spare=st.integers(0, 3),
     trim=trims,
+    overrides=st.lists(drawn_overrides(), max_size=3).map(tuple),
+    in_use=key_counts,
 )
 def test_every_printed_explanation_gives_its_limit(
-    fleet: list[Drawn], tiers: tuple[TierPolicy, ...], keys: list[int], spare: int, trim: Trim | None
+    fleet: list[Drawn],
+    tiers: tuple[TierPolicy, ...],
+    keys: list[int],
+    spare: int,
+    trim: Trim | None,
+    overrides: tuple[Override, ...],
+    in_use: list[int],
 ) -> None:
-    """Whoever parses what is printed and computes by hand finds each limit, its burst and its ceilings, exactly."""
-    publication = derived([each.group() for each in fleet], tiers, keys, spare, trim)
-    for tier in tiers:
-        for limit in by_name(publication, tier.name).values():
-            found = recomputed(limit.explanation)
-            assert found.amount == Amount(limit.per_minute, limit.burst)
-            ceiling = Amount(limit.ceiling_per_minute, limit.ceiling_burst)
-            assert ceiling == (found.ceiling or Amount(0, 0))
+    """Whoever parses what is printed and computes by hand finds each limit, its burst and its ceilings, exactly.
+
+    That is of each key and of all of a tier's, of those that an operator set or froze, and while new keys wait.
+    """
+    publication = derived([each.group() for each in fleet], tiers, keys, spare, trim, overrides)
+    check_explained(publication)
+    counts = {(tier.name, MODEL): count for tier, count in zip(tiers, in_use, strict=False)}
+    check_explained(held_together(publication, counts, overrides))
 
 
 def grown(fleet: list[Drawn], how: str, at: int, more: Drawn) -> list[Drawn]:
