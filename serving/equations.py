@@ -5,7 +5,8 @@ Over a run of D seconds, all of them spent in steps, the model says
     D = c0·(steps) + c_p·P + c_s·(output tokens) + c_k·Σ O·(I + O/2) + c_a·P·(I + O/2)/2
 
 with P uncached prompt tokens in all. c_a, attention over prompts, is no part of the linear model and belongs to its
-surface. This holds of a burst as well as of a steady run, as long as the engine was never idle and the steps are known:
+surface; its context is the mean one, I + O/2, by which a surface is asked. This holds of a burst as well as of a steady
+run, as long as the engine was never idle and the steps are known:
 
 - counted by the engine, they are taken as they are;
 - of a steady run, steps = D ÷ step time, and the step time is the gap between chunks (ITL), or else the TPOT;

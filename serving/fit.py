@@ -24,7 +24,7 @@ import msgspec
 
 from serving.capacity import StepTimeModel
 from serving.equations import UNKNOWN_BATCH, Equation, equation
-from serving.laws import Law, bounded_fitter, linear_law_with_surface, linear_share, rate_error
+from serving.laws import Law, bounded_fitter, linear_law_with_surface
 from serving.leftout import LeftOut, left_out_errors
 from serving.points import MeasuredPoint
 from serving.profile import ContextRange, Fit, ModelForm, ProvenanceKind
@@ -47,6 +47,7 @@ class FitResult(msgspec.Struct, frozen=True):
 
     ``provenance`` is ``measured`` where the model stands on enough steady points, else ``estimated``. ``steady`` are
     those points. ``reason`` says in one sentence why the form is what it is. ``surface`` is set for that form only.
+    ``linear_miss`` is the worst error of the linear fit by itself, whatever the form.
     """
 
     model: StepTimeModel
@@ -56,6 +57,7 @@ class FitResult(msgspec.Struct, frozen=True):
     steady: tuple[MeasuredPoint, ...]
     reason: str
     surface: Surface | None = None
+    linear_miss: float = 0.0
 
 
 def fit_profile(points: Sequence[MeasuredPoint], facts: Roofline | None = None) -> FitResult:
@@ -76,9 +78,11 @@ def fit_profile(points: Sequence[MeasuredPoint], facts: Roofline | None = None) 
     return _bounded(points, steady, facts or typical_roofline(), shortage)
 
 
-def residual(model: StepTimeModel, point: MeasuredPoint, batch: BatchBounds = UNKNOWN_BATCH) -> float:
-    """By how much the linear model's token rate exceeds the measured one at that point, as a share of it."""
-    return rate_error(linear_share(model, equation(point, batch)))
+def residual(
+    model: StepTimeModel, point: MeasuredPoint, batch: BatchBounds = UNKNOWN_BATCH, surface: Surface | None = None
+) -> float:
+    """By how much the model's token rate exceeds the measured one at that point, as a share of it."""
+    return Law(model, surface).error(equation(point, batch))
 
 
 def check_points(points: Sequence[MeasuredPoint]) -> None:
@@ -102,10 +106,10 @@ def check_points(points: Sequence[MeasuredPoint]) -> None:
 def _determined(steady: tuple[MeasuredPoint, ...], held: Sequence[Equation], law: Law, unsteady: int) -> FitResult:
     form: ModelForm = "linear" if law.surface is None else "surface"
     fit = _fit(steady, law, UNKNOWN_BATCH, form, left_out_errors(held, linear_law_with_surface))
-    reason = f"{len(steady)} steady points determine the coefficients{_missed(fit)}"
+    reason = f"{len(steady)} steady points determine the coefficients{_missed(law)}"
     if unsteady:
         reason += f"; {unsteady} unsteady ones are left out"
-    return FitResult(law.model, fit, form, "measured", steady, reason, law.surface)
+    return FitResult(law.model, fit, form, "measured", steady, reason, law.surface, law.linear_miss)
 
 
 def _bounded(
@@ -118,14 +122,14 @@ def _bounded(
     loaded = [point for point in points if point not in steady] or points
     left_out = left_out_errors([equation(point, facts.batch) for point in loaded], fitter)
     fit = _fit(points, law, facts.batch, form, left_out)
-    reason = f"{shortage}: bounded by the roofline of {facts.source}{_missed(fit)}"
-    return FitResult(law.model, fit, form, "estimated", steady, reason, law.surface)
+    reason = f"{shortage}: bounded by the roofline of {facts.source}{_missed(law)}"
+    return FitResult(law.model, fit, form, "estimated", steady, reason, law.surface, law.linear_miss)
 
 
 def _fit(
     points: Sequence[MeasuredPoint], law: Law, batch: BatchBounds, form: ModelForm, left_out: LeftOut | None
 ) -> Fit:
-    errors = sorted(abs(residual(law.model, point, batch)) for point in points)
+    errors = sorted(abs(law.error(equation(point, batch))) for point in points)
     contexts = [point.context_tokens for point in points]
     return Fit(
         points=tuple(points),
@@ -139,10 +143,8 @@ def _fit(
     )
 
 
-def _missed(fit: Fit) -> str:
-    if fit.model_form != "surface":
-        return ""
-    return f"; the linear model misses a point by {fit.residual_max:.0%}, hence a surface"
+def _missed(law: Law) -> str:
+    return "" if law.surface is None else f"; the linear model misses a point by {law.linear_miss:.0%}, hence a surface"
 
 
 def _shortage(steady: Sequence[MeasuredPoint]) -> str | None:

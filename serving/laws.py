@@ -18,16 +18,22 @@ LINEAR_MISS = 0.10
 
 
 class Law(msgspec.Struct, frozen=True):
-    """A law of step times: the linear model, and where it misses, the surface over it."""
+    """A law of step times: the linear model, and where it misses, the surface over it.
+
+    ``linear_miss`` is the size of the worst error of the linear fit by itself, which calls for a surface.
+    """
 
     model: StepTimeModel
     surface: Surface | None = None
+    linear_miss: float = 0.0
+
+    def step_time_at(self, kv_tokens: float, context_tokens: float) -> StepTimeModel:
+        """The linear model as it holds around that place."""
+        return self.model if self.surface is None else self.surface.step_time_at(self.model, kv_tokens, context_tokens)
 
     def error(self, held: Equation) -> float:
         """By how much the law's token rate exceeds the measured one, as a share of it."""
-        if self.surface is None:
-            return rate_error(linear_share(self.model, held))
-        return rate_error(linear_share(self.surface.step_time_at(self.model, held.kv_use, held.context), held))
+        return rate_error(linear_share(self.step_time_at(held.kv_use, held.context), held))
 
 
 #: From what the runs held to the law that explains them.
@@ -53,7 +59,8 @@ def linear_law(held: Sequence[Equation]) -> Law:
 def linear_law_with_surface(held: Sequence[Equation]) -> Law:
     """The same, with a surface where it misses."""
     law = linear_law(held)
-    return law if _fits(law, held) else _with_surface(law.model, held, 0.0)
+    miss = _miss(law, held)
+    return Law(law.model, None, miss) if miss <= LINEAR_MISS else _with_surface(law.model, held, 0.0, miss)
 
 
 def bounded_fitter(facts: Roofline) -> Fitter:
@@ -63,22 +70,23 @@ def bounded_fitter(facts: Roofline) -> Fitter:
         weights = mix_weights([each.mix for each in held])
         rows = [each.linear for each in held]
         law = Law(StepTimeModel(*bounded_coefficients(rows, weights, facts.spans[:4], speed_known=facts.scaled)))
-        if _fits(law, held):
-            return law
+        miss = _miss(law, held)
+        if miss <= LINEAR_MISS:
+            return Law(law.model, None, miss)
         attentive = [(*each.linear, each.prompt_context) for each in held]
         *linear, prompt_context_s = bounded_coefficients(attentive, weights, facts.spans, speed_known=facts.scaled)
-        return _with_surface(StepTimeModel(*linear), held, prompt_context_s)
+        return _with_surface(StepTimeModel(*linear), held, prompt_context_s, miss)
 
     return fitted
 
 
-def _fits(law: Law, held: Sequence[Equation]) -> bool:
-    return all(abs(law.error(each)) <= LINEAR_MISS for each in held)
+def _miss(law: Law, held: Sequence[Equation]) -> float:
+    return max(abs(law.error(each)) for each in held)
 
 
-def _with_surface(model: StepTimeModel, held: Sequence[Equation], prompt_context_s: float) -> Law:
+def _with_surface(model: StepTimeModel, held: Sequence[Equation], prompt_context_s: float, miss: float) -> Law:
     attentive = Surface((), prompt_context_s)
     places = [
         (each.kv_use, each.context, 1 / linear_share(attentive.attentive(model, each.context), each)) for each in held
     ]
-    return Law(model, surface_of(places, prompt_context_s))
+    return Law(model, surface_of(places, prompt_context_s), miss)

@@ -130,7 +130,7 @@ def _profile(
 
 def _source(target: Target, facts: EngineFacts, fit: FitResult, knees: Sequence[KneeReport]) -> str:
     slo = target.slo
-    worst = fit.fit.residual_max
+    worst = fit.linear_miss
     steady = f"{len(fit.steady)} steady points (anchors at concurrency 1, Poisson rates)"
     parts = [
         f"penstock measure: {steady}, mixes {', '.join(MIX_NAMES)}",

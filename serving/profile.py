@@ -50,6 +50,7 @@ class ContextRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Fit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How well the step-time model gives the measured points back, as relative errors of the token rate.
 
+    ``residual_*`` are those of the whole model: a surface gives each point that it was laid through back.
     ``loo_error_*`` are its errors at mixes that were left out of the fit, ``two_rate_error_median`` that of the plain
     envelope in/P_in + out/P_out = 1 at the same points left out in the same way; None where too few mixes were
     measured to leave one out.
@@ -85,19 +86,11 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         measured = None if self.fit is None else self.fit.context
         return measured is None or measured.least_tokens <= context_tokens <= measured.most_tokens
 
-    def step_time_for(self, kv_tokens: float, context_tokens: float) -> StepTimeModel:
+    def extrapolated_step_time(self, kv_tokens: float, context_tokens: float) -> tuple[StepTimeModel, str]:
         """The step-time model around that KV use (tokens read by a step) and mean context (I + O/2, tokens).
 
-        Raises ``OutOfRangeError`` where that context was not measured.
+        With a note to show beside whatever follows from it: empty where that context was measured.
         """
-        if not self.covers_context(context_tokens):
-            raise OutOfRangeError(
-                f"profile {self.name!r}: {self._outside(context_tokens)}; extrapolate on request only"
-            )
-        return self.extrapolated_step_time(kv_tokens, context_tokens)[0]
-
-    def extrapolated_step_time(self, kv_tokens: float, context_tokens: float) -> tuple[StepTimeModel, str]:
-        """The same wherever it was measured, and a note to show beside whatever follows from it: empty within range."""
         note = "" if self.covers_context(context_tokens) else f"extrapolated: {self._outside(context_tokens)}"
         if self.surface is None:
             return self.step_time, note

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from serving.capacity import StepTimeModel
 from serving.gpus import GPUS, MODELS, GpuFacts, KvDtype, ModelFacts, WeightDtype
 
 #: What stands in for a GPU or a model without facts.
@@ -77,11 +76,6 @@ class Roofline(msgspec.Struct, frozen=True):
     def spans(self) -> tuple[Span, ...]:
         """In the order of ``StepTimeModel``, then the attention over prompts."""
         return self.base_s, self.prompt_token_s, self.sequence_s, self.kv_token_s, self.prompt_context_s
-
-    @property
-    def likely(self) -> StepTimeModel:
-        """The model with every coefficient at its most likely value."""
-        return StepTimeModel(*(span.likely for span in self.spans[:4]))
 
 
 def roofline_of(

@@ -31,8 +31,9 @@ class SurfacePoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Surface(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Factors by which a step really lasts, over (KV use, context).
 
-    ``prompt_context_s`` is what attention adds to a prompt token for each token of the context before it, on average
-    half of the whole; 0 where the points do not tell it.
+    ``prompt_context_s`` is what attention adds to a prompt token for each token of the context before it, taken as half
+    of the mean context; 0 where the points do not tell it. That is an empirical regressor: prompts attend to half of
+    their own length, and to what was cached, but a place on the surface is known by its mean context alone.
     """
 
     points: tuple[SurfacePoint, ...]
@@ -43,15 +44,10 @@ class Surface(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         weights = []
         for point in self.points:
             distance2 = log(kv_tokens / point.kv_tokens) ** 2 + log(context_tokens / point.context_tokens) ** 2
-            if distance2 < _SAME:
+            if distance2 < _SAME**2:
                 return point.factor
             weights.append(1 / distance2)
         return fsum(w * p.factor for w, p in zip(weights, self.points, strict=True)) / fsum(weights)
-
-    def covers(self, kv_tokens: float, context_tokens: float) -> bool:
-        """Whether the place lies within what was measured on both axes."""
-        kv, context = [p.kv_tokens for p in self.points], [p.context_tokens for p in self.points]
-        return min(kv) <= kv_tokens <= max(kv) and min(context) <= context_tokens <= max(context)
 
     def step_time_at(self, model: StepTimeModel, kv_tokens: float, context_tokens: float) -> StepTimeModel:
         """The linear model as it holds around that place."""

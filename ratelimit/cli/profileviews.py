@@ -190,7 +190,7 @@ def _fit_text(fit: Fit) -> str:
 
 
 def _point_table(profile: Profile, fit: Fit) -> Table:
-    line = "" if profile.surface is None else "; residuals are the line's, which a surface of measured factors corrects"
+    line = "" if profile.surface is None else "; a surface of measured factors was laid through them"
     table = Table(title=f"points{line}", title_justify="left")
     table.add_column("mix")
     columns = (
@@ -230,7 +230,7 @@ def _point_row(profile: Profile, point: MeasuredPoint) -> tuple[str, ...]:
         f"{point.output_tokens:,}",
         f"{point.output_tokens / point.duration_s:,.0f}",
         *(_time(getattr(point, field)) for field in ("ttft_p50_s", "ttft_p95_s", "tpot_p50_s", "tpot_p95_s")),
-        f"{residual(profile.step_time, point, batch):+.1%}",
+        f"{residual(profile.step_time, point, batch, profile.surface):+.1%}",
     )
 
 

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from serving.capacity import StepTimeModel
+from serving.equations import equation
 from serving.fit import LEAST_STEADY, FitError, fit_profile, residual
 from serving.gpus import GPUS, MODELS
 from serving.points import MeasuredPoint
 from serving.roofline import Roofline, roofline_of
-from serving.solve import bounded_coefficients
+from serving.solve import bounded_coefficients, mix_weights
 
 MODEL = StepTimeModel(base_s=4e-3, prompt_token_s=2e-5, sequence_s=2.5e-5, kv_token_s=3e-8)
 MIXES = {"chat": (1150, 210), "decode-heavy": (128, 1024), "prefill-heavy": (4096, 64), "long-context": (16384, 256)}
@@ -162,6 +163,7 @@ def burst(inputs: int, outputs: int, requests: int, model: StepTimeModel, facts:
 
 
 FACTS = roofline_of(GPUS["H100"], 1, MODELS["llama-3.1-8b"], "bf16")
+LIKELY = StepTimeModel(*(span.likely for span in FACTS.spans[:4]))
 BURSTS = [(200, 200, 1000), (4000, 200, 500), (2000, 100, 500), (128, 4, 1000), (1000, 2000, 100)]
 COEFFICIENTS = StepTimeModel.__struct_fields__
 
@@ -213,7 +215,7 @@ def test_few_steady_points_are_held_to_the_roofline_and_called_estimated(errors:
     points = [
         replace(run, duration_s=run.duration_s * (1 + error))
         for shape, error in zip(BURSTS, errors, strict=True)
-        for run in [burst(*shape, FACTS.likely, FACTS)]
+        for run in [burst(*shape, LIKELY, FACTS)]
     ]
     result = fit_profile(points, FACTS)
 
@@ -228,10 +230,10 @@ def test_few_steady_points_are_held_to_the_roofline_and_called_estimated(errors:
 @given(st.floats(0.8, 4))
 def test_bursts_tell_how_much_slower_than_the_roofline_a_server_is(slowness: float) -> None:
     """A server in the likely proportions and slower by a factor is found to be slower by that factor."""
-    result = fit_profile([burst(*shape, FACTS.likely.slowed(slowness), FACTS) for shape in BURSTS], FACTS)
+    result = fit_profile([burst(*shape, LIKELY.slowed(slowness), FACTS) for shape in BURSTS], FACTS)
 
     assert result.form == "bounded"
-    assert result.model.prompt_token_s == pytest.approx(FACTS.likely.prompt_token_s * slowness, rel=0.1)
+    assert result.model.prompt_token_s == pytest.approx(LIKELY.prompt_token_s * slowness, rel=0.1)
     assert result.fit.residual_max < 0.05
     assert result.fit.loo_error_median is not None
     assert result.fit.loo_error_median < 0.1
@@ -239,7 +241,7 @@ def test_bursts_tell_how_much_slower_than_the_roofline_a_server_is(slowness: flo
 
 def test_without_facts_the_points_alone_tell_the_speed() -> None:
     """Of an unknown model only the proportions of a typical one are used: a server 50 times slower is still fitted."""
-    result = fit_profile([burst(*shape, FACTS.likely.slowed(50), FACTS) for shape in BURSTS])
+    result = fit_profile([burst(*shape, LIKELY.slowed(50), FACTS) for shape in BURSTS])
 
     assert result.provenance == "estimated"
     assert "unknown" in result.reason
@@ -255,12 +257,30 @@ def test_a_line_that_misses_by_more_than_a_tenth_gets_a_surface() -> None:
     result = fit_profile(points)
 
     assert result.form == result.fit.model_form == "surface"
-    assert result.fit.residual_max > 0.10
-    assert "misses a point" in result.reason
+    assert result.linear_miss > 0.10
+    assert f"the linear model misses a point by {result.linear_miss:.0%}" in result.reason
+    assert result.fit.residual_max < 1e-3
     assert result.surface is not None
     assert len(result.surface.points) == len(SWEEP)
     for each, place in zip(points, result.surface.points, strict=True):
         assert 1 / (1 + residual(result.model, each)) == pytest.approx(1 / place.factor, rel=1e-6)
+
+
+def test_the_miss_that_is_told_is_that_of_the_line_which_called_for_a_surface() -> None:
+    """Under bounds the line is fitted once without attention; what is told is how far that one is off."""
+    slow = [
+        burst(i, o, n, replace(LIKELY, prompt_token_s=LIKELY.prompt_token_s * i / 500), FACTS) for i, o, n in BURSTS
+    ]
+    result = fit_profile(slow, FACTS)
+    rows = [equation(run, FACTS.batch) for run in slow]
+    line = bounded_coefficients(
+        [row.linear for row in rows], mix_weights([row.mix for row in rows]), FACTS.spans[:4], speed_known=True
+    )
+
+    assert result.form == "surface"
+    assert result.linear_miss == pytest.approx(
+        max(abs(residual(StepTimeModel(*line), run, FACTS.batch)) for run in slow)
+    )
 
 
 def test_unsteady_points_are_left_out_of_a_measured_fit() -> None:

@@ -10,7 +10,6 @@ from msgspec.structs import replace
 from serving.profile import (
     ContextRange,
     Fit,
-    OutOfRangeError,
     Profile,
     ProfileError,
     dump_profile,
@@ -115,20 +114,19 @@ def test_within_the_measured_range_the_model_is_given_plainly() -> None:
     """No note stands beside what was measured."""
     profile = measured_from(100, 5000)
 
-    assert profile.step_time_for(1e4, 100) == profile.step_time
+    assert profile.extrapolated_step_time(1e4, 100) == (profile.step_time, "")
     assert profile.extrapolated_step_time(1e4, 5000) == (profile.step_time, "")
 
 
 @pytest.mark.parametrize("context", [99, 5001])
-def test_beyond_the_measured_range_the_model_is_given_on_request_only(context: float) -> None:
-    """Asked plainly, the profile refuses and names its range; asked to extrapolate, it marks what it gives."""
+def test_beyond_the_measured_range_the_model_is_marked(context: float) -> None:
+    """What is extrapolated says so, and names the range."""
     profile = measured_from(100, 5000)
 
-    with pytest.raises(OutOfRangeError, match="outside the measured range of 100 to 5000 tokens"):
-        profile.step_time_for(1e4, context)
     step_time, note = profile.extrapolated_step_time(1e4, context)
     assert step_time == profile.step_time
     assert note.startswith("extrapolated: ")
+    assert "outside the measured range of 100 to 5000 tokens" in note
 
 
 def test_an_estimate_without_a_range_claims_none() -> None:
@@ -140,8 +138,8 @@ def test_a_surface_scales_the_model_around_each_place() -> None:
     """The step-time model for a place is the linear one, times the factor measured there."""
     profile = replace(measured_from(100, 5000), surface=surface_of([(1e4, 1000, 1.5), (1e6, 4000, 0.8)]))
 
-    assert profile.step_time_for(1e4, 1000) == profile.step_time.slowed(1.5)
-    assert profile.step_time_for(1e6, 4000) == profile.step_time.slowed(0.8)
+    assert profile.extrapolated_step_time(1e4, 1000)[0] == profile.step_time.slowed(1.5)
+    assert profile.extrapolated_step_time(1e6, 4000)[0] == profile.step_time.slowed(0.8)
     assert parse_profile(dump_profile(profile)) == profile
 
 

@@ -51,13 +51,12 @@ def test_nearer_places_weigh_more() -> None:
     assert surface.factor_at(0.9e6, 9_000) > 1.95
 
 
-def test_what_was_measured_is_told_from_what_was_not() -> None:
-    """A place beyond the measured span of either axis is not covered."""
-    surface = surface_of([(1e3, 100, 1.0), (1e6, 10_000, 2.0)])
+def test_only_a_place_nearer_than_a_millionth_is_the_same() -> None:
+    """Half a thousandth away the factor is still interpolated, however little that changes it."""
+    surface = surface_of([(1e4, 1000, 1.0), (1.001e4, 1000, 2.0)])
 
-    assert surface.covers(1e4, 1000)
-    assert not surface.covers(1e4, 20_000)
-    assert not surface.covers(10, 1000)
+    assert 1.0 < surface.factor_at(1.0001e4, 1000) < 1.1
+    assert surface.factor_at(1e4 * (1 + 1e-8), 1000) == 1.0
 
 
 def test_attention_lengthens_prompts_with_their_context() -> None:
