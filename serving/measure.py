@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from serving.openloop import run_point
 from serving.records import Kind, PointRun, Record
 from serving.run_verdict import PointSettings, expected_s
 from serving.search import SearchPlan, Tried, check_plan, next_rate
+from serving.solve import check_solver
 
 #: The mixes shrink no further than this to fit a context.
 _SMALLEST_SCALE = 1 / 256
@@ -82,14 +84,19 @@ class Watcher(NamedTuple):
     news: Callable[[str], None]
 
 
-async def measure(target: MeasureTarget, journal_path: Path, watcher: Watcher) -> Measurement:
-    """Measure the endpoint, or go on measuring it, and fit its profile.
+async def measure(
+    target: MeasureTarget, journal_path: Path, watcher: Watcher, keep: Callable[[Measurement], None]
+) -> Measurement:
+    """Measure the endpoint, or go on measuring it, fit its profile, and have it kept.
 
-    Raises ``EndpointError`` where it is away or a request fails, ``FactsError`` where too little is known of the
-    engine, ``MeasureError`` and ``FitError`` where the runs make no profile, ``JournalError`` for a journal in use.
+    The journal counts as complete only when ``keep`` has returned: where it raises, the next call goes on from the runs
+    that are there. Raises ``EndpointError`` where the endpoint is away or a request fails, ``FactsError`` where too
+    little is known of the engine, ``MeasureError`` and ``FitError`` where the runs make no profile or SciPy is missing,
+    ``JournalError`` for a journal in use.
     """
     settings = target.settings
     check_settings(settings)
+    check_solver()
     async with Endpoint(target.url, target.api_key, settings.request_timeout_s) as endpoint:
         facts = settled_facts(await endpoint.report(target.model), target.stated)
         limits = engine_limits(facts)
@@ -108,6 +115,7 @@ async def measure(target: MeasureTarget, journal_path: Path, watcher: Watcher) -
             today = datetime.now(UTC).date().isoformat()
             made_of = Target(target.name, settings.slo, today, tokens_per_byte, target.notes)
             found = assemble(made_of, facts, limits, journal.records, settings.seed)
+            keep(found)
             journal.complete()
     return found
 
@@ -115,8 +123,13 @@ async def measure(target: MeasureTarget, journal_path: Path, watcher: Watcher) -
 def check_settings(settings: MeasureSettings) -> None:
     """Raise ``MeasureError`` for settings that nothing can be measured with."""
     point = settings.point
-    if not 0 < point.watch_s <= point.most_watch_s < float("inf") or point.warm_up_s < 0:
-        raise MeasureError("a point needs 0 < --point-s <= --most-point-s, and a --warm-up-s that is not negative")
+    if not 0 < point.watch_s <= point.most_watch_s < float("inf"):
+        raise MeasureError("a point needs 0 < --point-s <= --most-point-s, in seconds")
+    if not isfinite(point.warm_up_s) or point.warm_up_s < 0:
+        raise MeasureError(f"--warm-up-s is {point.warm_up_s}, it must be a number of seconds that is not negative")
+    for name, bound_s in (("--lag-ms", point.lag_bound_s), ("the timeout of a request", settings.request_timeout_s)):
+        if not 0 < bound_s < float("inf"):
+            raise MeasureError(f"{name} comes to {bound_s} s, it must be a positive, finite time")
     try:
         check_plan(SearchPlan(1.0, settings.tolerance, settings.search_points))
     except ValueError as error:

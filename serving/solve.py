@@ -27,6 +27,11 @@ class MissingSolverError(FitError):
     """SciPy is not installed; the message says which extra brings it."""
 
 
+def check_solver() -> None:
+    """Raise ``MissingSolverError`` where SciPy is missing: sooner than a fit would, which may come after hours."""
+    nonnegative_coefficients([[1.0]])
+
+
 def nonnegative_coefficients(rows: Sequence[Sequence[float]]) -> list[float]:
     """Coefficients ≥ 0 that bring each row's sum of products nearest to 1."""
     try:

@@ -79,10 +79,8 @@ def measure(
     stated = Stated(gpu, gpus, dtype, parallelism, max_num_seqs, max_num_batched_tokens)
     target = MeasureTarget(url.rstrip("/"), name or out.stem, settings, stated, model, api_key, notes)
     with failing_clearly(MeasureError, EndpointError, FactsError, FitError, JournalError, OSError):
+        _check_out(out)
         found = uvloop.run(_measured(target, out))
-    out_text = dump_profile(found.profile)
-    with failing_clearly(OSError):
-        _replace(out, out_text)
     _show(found, out)
     if as_json:
         typer.echo(msgspec.json.encode(found))
@@ -103,14 +101,41 @@ async def _measured(target: MeasureTarget, out: Path) -> Measurement:
             if not stderr.is_terminal:  # a bar would show nothing before its end
                 _say(f"{progress.done}/{progress.total} {progress.what}{left}")
 
-        return await measure_endpoint(target, out.with_name(out.name + ".journal.jsonl"), Watcher(show, _say))
+        journal = out.with_name(out.name + ".journal.jsonl")
+
+        def keep(found: Measurement) -> None:
+            try:
+                _replace(out, dump_profile(found.profile))
+            except OSError as error:
+                raise MeasureError(
+                    f"cannot write {out}: {error.strerror}; every run is kept in {journal}, "
+                    "so mend that and give the same command again"
+                ) from error
+
+        return await measure_endpoint(target, journal, Watcher(show, _say), keep)
+
+
+def _check_out(out: Path) -> None:
+    """Raise ``MeasureError`` where the profile could not be written: now, not when everything has been measured."""
+    if out.is_dir():
+        raise MeasureError(f"--out {out} is a directory; name the file that the profile is to be written to")
+    draft = _draft(out)
+    try:
+        draft.touch()
+        draft.unlink()
+    except OSError as error:
+        raise MeasureError(f"--out {out} cannot be written: {error.strerror}; name a file that can be") from error
 
 
 def _replace(path: Path, text: bytes) -> None:
     """Write the file whole or not at all."""
-    draft = path.with_name(path.name + ".tmp")
+    draft = _draft(path)
     draft.write_bytes(text)
     draft.replace(path)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
 
 
 def _minutes(seconds: float) -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+from math import inf, nan
 from pathlib import Path
 
 import msgspec
@@ -8,6 +10,7 @@ import pytest
 from serving.capacity import EngineLimits, RequestShape, Slo, WorkloadMix
 from serving.endpoint import SAMPLE_TEXT, Endpoint, EndpointError
 from serving.enginefacts import Stated, settled_facts
+from serving.fit import FitError
 from serving.journal import Journal
 from serving.measure import (
     MeasureSettings,
@@ -20,7 +23,7 @@ from serving.measure import (
     longest_s,
     measure,
 )
-from serving.measurement import MeasureError, fitted_points
+from serving.measurement import MeasureError, Measurement, fitted_points
 from serving.mixes import MIX_NAMES, load_mix
 from serving.openloop import run_point
 from serving.profile import dump_profile, parse_profile
@@ -53,6 +56,11 @@ def watcher(news: list[str], progress: list[Progress] | None = None) -> Watcher:
     return Watcher((progress if progress is not None else []).append, news.append)
 
 
+def profile_kept(found: Measurement) -> None:
+    """Nothing goes wrong with writing the profile."""
+    assert found.profile
+
+
 async def recorded(engine: FakeEngine, url: str, path: Path) -> MeasureTarget:
     """A journal of a whole measurement of an engine like the fake, interrupted before the profile was written."""
     what = target(url)
@@ -70,7 +78,7 @@ async def test_an_interrupted_measurement_goes_on_from_its_journal(engine: FakeE
     progress: list[Progress] = []
     async with engine.serving() as url:
         what = await recorded(engine, url, tmp_path / "journal")
-        found = await measure(what, tmp_path / "journal", watcher(news, progress))
+        found = await measure(what, tmp_path / "journal", watcher(news, progress), profile_kept)
 
     profile = found.profile
     assert parse_profile(dump_profile(profile)) == profile
@@ -91,7 +99,7 @@ async def test_knees_have_intervals_that_hold_the_simulated_ones(engine: FakeEng
     """The largest rate met lies at or below where the bound is crossed, and every knee is between tried rates."""
     async with engine.serving() as url:
         what = await recorded(engine, url, tmp_path / "journal")
-        found = await measure(what, tmp_path / "journal", watcher([]))
+        found = await measure(what, tmp_path / "journal", watcher([]), profile_kept)
 
     for knee in found.knees:
         assert knee.requests_per_s is not None
@@ -109,13 +117,38 @@ async def test_a_finished_measurement_is_not_continued(engine: FakeEngine, tmp_p
     """The next one says so, and the old points are kept aside."""
     async with engine.serving() as url:
         what = await recorded(engine, url, tmp_path / "journal")
-        await measure(what, tmp_path / "journal", watcher([]))
+        await measure(what, tmp_path / "journal", watcher([]), profile_kept)
         async with Endpoint(url, None, 20) as endpoint:
             facts = settled_facts(await endpoint.report(), STATED)
     with Journal(tmp_path / "journal", journal_settings(what, facts)) as journal:
         assert journal.records == []
         assert "was complete; measuring anew" in journal.news
     assert (tmp_path / "journal.old").exists()
+
+
+async def test_a_measurement_whose_profile_was_not_kept_goes_on(engine: FakeEngine, tmp_path: Path) -> None:
+    """A disk that is full at the end costs no run: the next call has them all, and writes the profile."""
+    news: list[str] = []
+
+    def failing(found: Measurement) -> None:
+        raise MeasureError(f"no room for {found.profile.name}")
+
+    async with engine.serving() as url:
+        what = await recorded(engine, url, tmp_path / "journal")
+        with pytest.raises(MeasureError, match="no room for fake"):
+            await measure(what, tmp_path / "journal", watcher([]), failing)
+        await measure(what, tmp_path / "journal", watcher(news), profile_kept)
+
+    assert "going on after" in news[0]
+
+
+async def test_want_of_scipy_is_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not after the last run."""
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(FitError, match=r"penstock\[measure\]"):
+        await measure(target("http://127.0.0.1:9"), tmp_path / "journal", watcher([]), profile_kept)
 
 
 def spoiled(records: list[Record], mix: str, kind: str) -> list[Record]:
@@ -225,7 +258,7 @@ async def test_an_answer_is_counted_by_its_usage(engine: FakeEngine) -> None:
 async def test_an_endpoint_that_is_away_is_named(tmp_path: Path) -> None:
     """Nothing listens: the message has the URL."""
     with pytest.raises(EndpointError, match=r"cannot reach http://127\.0\.0\.1:9"):
-        await measure(target("http://127.0.0.1:9"), tmp_path / "journal", watcher([]))
+        await measure(target("http://127.0.0.1:9"), tmp_path / "journal", watcher([]), profile_kept)
 
 
 async def test_no_success_quotes_the_first_refusal(engine: FakeEngine, tmp_path: Path) -> None:
@@ -233,7 +266,7 @@ async def test_no_success_quotes_the_first_refusal(engine: FakeEngine, tmp_path:
     engine.status = 503
     async with engine.serving() as url:
         with pytest.raises(EndpointError, match=r"answered 503: .*no capacity"):
-            await measure(target(url), tmp_path / "journal", watcher([]))
+            await measure(target(url), tmp_path / "journal", watcher([]), profile_kept)
     assert engine.bodies[0]["prompt"] == SAMPLE_TEXT
     assert not (tmp_path / "journal").exists()
 
@@ -292,6 +325,13 @@ def test_a_context_too_small_for_any_mix_is_refused() -> None:
     "settings",
     [
         MeasureSettings(SLO, PointSettings(watch_s=30, most_watch_s=10)),
+        MeasureSettings(SLO, PointSettings(warm_up_s=nan)),
+        MeasureSettings(SLO, PointSettings(warm_up_s=inf)),
+        MeasureSettings(SLO, PointSettings(watch_s=nan)),
+        MeasureSettings(SLO, PointSettings(lag_bound_s=nan)),
+        MeasureSettings(SLO, PointSettings(lag_bound_s=-1)),
+        MeasureSettings(SLO, request_timeout_s=nan),
+        MeasureSettings(SLO, tolerance=nan),
         MeasureSettings(SLO, search_points=0),
         MeasureSettings(SLO, tolerance=2),
     ],
@@ -299,7 +339,9 @@ def test_a_context_too_small_for_any_mix_is_refused() -> None:
 async def test_settings_that_measure_nothing_are_refused(settings: MeasureSettings, tmp_path: Path) -> None:
     """Before anything is asked of the engine."""
     with pytest.raises(MeasureError, match=r"needs|must"):
-        await measure(MeasureTarget("http://127.0.0.1:9", "x", settings), tmp_path / "journal", watcher([]))
+        await measure(
+            MeasureTarget("http://127.0.0.1:9", "x", settings), tmp_path / "journal", watcher([]), profile_kept
+        )
 
 
 def test_the_time_left_is_foretold_and_bounded() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,36 @@ def test_it_goes_on_and_writes_the_profile(url: str, tmp_path: Path) -> None:
         assert said in result.stderr
 
 
+def test_a_path_that_cannot_be_written_is_refused_before_the_sweep(url: str, tmp_path: Path) -> None:
+    """A directory, or a file in a folder that is not there, costs no measurement."""
+    for out, why in ((tmp_path, "is a directory"), (tmp_path / "none" / "fake.json", "No such file")):
+        result = runner.invoke(app, ["measure", url, "--out", str(out), *OPTIONS, *STATED])
+
+        assert result.exit_code == 1
+        assert why in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_at_the_end_loses_nothing(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says where the runs are, and the same command then goes on from them."""
+    out = tmp_path / "fake.json"
+    interrupted(url, out)
+
+    def full(path: Path, _text: bytes) -> int:
+        raise OSError(ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        failed = runner.invoke(app, ["measure", url, "--out", str(out), *OPTIONS, *STATED])
+    assert failed.exit_code == 1
+    assert "No space left on device; every run is kept in" in failed.output
+
+    result = runner.invoke(app, ["measure", url, "--out", str(out), *OPTIONS, *STATED])
+    assert result.exit_code == 0, result.output
+    assert "going on after" in result.stderr
+    assert load_profile(str(out)).name == "fake"
+
+
 def test_what_the_engine_does_not_tell_is_asked_for(url: str, tmp_path: Path) -> None:
     """The option is named, and neither profile nor journal appears."""
     result = runner.invoke(app, ["measure", url, "--out", str(tmp_path / "fake.json")])
@@ -86,6 +117,8 @@ def test_what_the_engine_does_not_tell_is_asked_for(url: str, tmp_path: Path) ->
         (("--ttft-ms", "0"), "TTFT bound"),
         (("--point-s", "20", "--most-point-s", "10"), "--most-point-s"),
         (("--tolerance", "2"), "tolerance"),
+        (("--warm-up-s", "nan"), "--warm-up-s is nan"),
+        (("--lag-ms", "nan"), "--lag-ms comes to nan"),
     ],
 )
 def test_senseless_options_are_refused(url: str, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
