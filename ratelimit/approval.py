@@ -13,7 +13,7 @@ no other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Generic, NamedTuple, TypeVar
 
@@ -30,6 +30,8 @@ _DIGEST_LENGTH = 16
 APPROVAL_VALID_S = 24 * 3600.0
 LONGEST_APPROVAL_S = 30 * 24 * 3600.0
 MOST_APPROVALS = 1000
+#: A change waits again where it leaves less than this of what it was approved to leave of the limit that falls most.
+LEAST_KEPT = 0.9
 
 
 class ApprovalError(ValueError):
@@ -37,12 +39,20 @@ class ApprovalError(ValueError):
 
 
 class Approval(msgspec.Struct, frozen=True):
-    """Somebody lets the change with this digest through. Times are seconds since 1970."""
+    """Somebody lets the change with this digest through, as long as no limit falls much further than ``fall``.
+
+    Times are seconds since 1970. ``fall`` is the largest that was shown to whoever approved.
+    """
 
     digest: str
     by: str
     at: float
     until: float
+    fall: float = 1.0
+
+    def covers(self, fall: float) -> bool:
+        """Whether a fall is what was approved, or not clearly more: the fleet moves a little all the time."""
+        return 1 - fall >= LEAST_KEPT * (1 - self.fall)
 
 
 class Change(NamedTuple, Generic[I]):
@@ -58,13 +68,17 @@ class Change(NamedTuple, Generic[I]):
 
 
 class Waiting(msgspec.Struct, frozen=True):
-    """A change that waits for approval: what it would do, and since when (seconds since 1970) it waits."""
+    """A change that waits for approval: what it would do, and since when (seconds since 1970) it waits.
+
+    ``approved_fall`` is the largest fall that it has been approved for, where by now it would be clearly larger.
+    """
 
     digest: str
     cause: str
     since: float
     falls_above: float
     does: Difference
+    approved_fall: float | None = None
 
 
 class Decision(NamedTuple, Generic[I]):
@@ -86,14 +100,14 @@ def decide(
     changes: Sequence[Change[I]],
     derived: Callable[[I], Publication],
     falls_above: float | None,
-    approved: Collection[str],
+    approved: Mapping[str, Approval],
     later: Callable[[I], I] | None = None,
 ) -> Decision[I]:
     """Take up the changes one after another, but for those by which a limit loses more than ``falls_above`` of itself.
 
-    ``base`` is what was decided so far with the fleet as it is now. A change whose digest is in ``approved`` is taken
-    up whatever it does. With ``falls_above`` None nothing waits. ``later`` is what inputs come to by themselves in
-    time: a change is weighed then too, for what hides its fall now will not hide it for ever.
+    ``base`` is what was decided so far with the fleet as it is now. ``approved`` is by digest: such a change is taken
+    up if it does no more than was approved. With ``falls_above`` None nothing waits. ``later`` is what inputs come to
+    by themselves in time: a change is weighed then too, for what hides its fall now will not hide it for ever.
     """
     views = [derived] if later is None else [derived, lambda inputs: derived(later(inputs))]
     together = base
@@ -113,7 +127,8 @@ def decide(
         candidate = _Seen(inputs, [view(inputs) for view in views])
         does = _worst(standing, candidate, change.settings)
         falls = does.largest_fall > falls_above
-        if falls and change.digest not in approved:
+        approval = approved.get(change.digest)
+        if falls and (approval is None or not approval.covers(does.largest_fall)):
             held.append((change, does))
             continue
         used += [change.digest] if falls else []

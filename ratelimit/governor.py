@@ -68,7 +68,7 @@ class ApprovalFile:
             others = [each for each in still_valid(approvals, now_s) if each.digest != found.digest]
             if len(others) >= MOST_APPROVALS:
                 raise ApprovalError(f"there are {MOST_APPROVALS} approvals already; wait until some expire")
-            approvals[:] = [*others, Approval(found.digest, by, now_s, now_s + valid_s)]
+            approvals[:] = [*others, Approval(found.digest, by, now_s, now_s + valid_s, found.does.largest_fall)]
         return found
 
     def use_up(self, used: Sequence[Approval]) -> None:
@@ -146,15 +146,22 @@ class Governor:
     ) -> Decision[I]:
         """Which of the changes take effect; those that wait are said in the log, once each, and kept."""
         self._resume()
-        digests = {approval.digest for approval in self._valid()} if changes else set()
-        decision = decide(base, changes, derived, falls_above, digests, later)
-        since = {each.digest: each.since for each in self._waiting or ()}
+        approved = {approval.digest: approval for approval in self._valid()} if changes else {}
+        decision = decide(base, changes, derived, falls_above, approved, later)
+        before = {each.digest: each for each in self._waiting or ()}
         waiting = tuple(
-            Waiting(change.digest, change.cause, since.get(change.digest, self._clock()), falls_above or 0.0, does)
+            Waiting(
+                change.digest,
+                change.cause,
+                before[change.digest].since if change.digest in before else self._clock(),
+                falls_above or 0.0,
+                does,
+                approved[change.digest].fall if change.digest in approved else None,
+            )
             for change, does in decision.held
         )
         for each in waiting:
-            if each.digest not in since:
+            if each.digest not in before or before[each.digest].approved_fall != each.approved_fall:
                 _say(each)
         self._are_unsaved = self._are_unsaved or waiting != self._waiting
         self._waiting = waiting
@@ -240,6 +247,11 @@ class Governor:
                 log.warning("no longer: %s", what)
 
 
+def outgrown(approved_fall: float) -> str:
+    """Why a change waits that has been approved, in words."""
+    return f"approved for a fall of {100 * approved_fall:.0f} %, which it would clearly exceed now"
+
+
 def _say(waiting: Waiting) -> None:
     falls = waiting.does.falls_above(waiting.falls_above)
     worst = [f"{fall.limit} of {fall.who} on {fall.model} loses {100 * fall.fall:.0f} %" for fall in falls[:1]]
@@ -249,7 +261,7 @@ def _say(waiting: Waiting) -> None:
         "WAITING FOR APPROVAL: %s. By it %s, and %d limit(s) lose more than the %.0f %% that "
         "approval.falls_above allows. What is in force stays, and follows the fleet. `penstock limits pending` shows "
         "it, `penstock limits approve %s` lets it through.",
-        waiting.cause,
+        waiting.cause if waiting.approved_fall is None else f"{waiting.cause} ({outgrown(waiting.approved_fall)})",
         "; ".join(worst),
         len(falls),
         100 * waiting.falls_above,

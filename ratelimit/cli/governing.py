@@ -33,7 +33,7 @@ from ratelimit.difference import (
 )
 from ratelimit.duration import parse_duration
 from ratelimit.explain import timestamp
-from ratelimit.governor import ApprovalFile, waiting_file
+from ratelimit.governor import ApprovalFile, outgrown, waiting_file
 from ratelimit.offline import planned
 from ratelimit.publisher import read_published
 from ratelimit.statefile import StateFileError
@@ -88,6 +88,7 @@ def pending(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) 
     if as_json:
         documents = [
             {"digest": each.digest, "cause": each.cause, "since": each.since, "falls_above": each.falls_above}
+            | {"approved_fall": each.approved_fall}
             | _document(each.does)
             for each in waiting
         ]
@@ -98,6 +99,8 @@ def pending(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) 
         console.print("no change waits for approval")
     for each in waiting:
         console.print(f"[bold]{each.digest}[/] waits since {timestamp(each.since)}: {escape(each.cause)}")
+        if each.approved_fall is not None:
+            console.print(f"  {outgrown(each.approved_fall)}", style="yellow")
         print_difference(console, each.does)
         console.print(f"`penstock limits approve {each.digest}` lets it through", markup=False)
 
@@ -116,7 +119,8 @@ def approve(
         now_s = time()
         found = ApprovalFile(settings.state_dir).approve(digest, _os_user(), now_s, valid_s)
     until = timestamp(now_s + valid_s)
-    stderr.print(f"{found.digest} may take effect until {until}: {found.cause}", markup=False, soft_wrap=True)
+    said = f"{found.digest}, by which limits fall by up to {_percent(found.does.largest_fall)}, may take effect until"
+    stderr.print(f"{said} {until}: {found.cause}", markup=False, soft_wrap=True)
 
 
 def history(

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from ratelimit import audit
 from ratelimit import controller as controller_module
-from ratelimit.approval import Waiting
+from ratelimit.approval import Approval, Waiting
 from ratelimit.audit import AuditLog
 from ratelimit.config import Config
 from ratelimit.difference import difference, snapshot
@@ -194,6 +194,26 @@ async def test_an_approval_is_for_one_change_alone(redis_client: Redis, tmp_path
 
         approve(tmp_path, other.digest)
         await stack.until(lambda p: assured(p) < assured(before) / 10)
+
+
+async def test_an_approved_change_that_has_grown_waits_again(
+    redis_client: Redis, tmp_path: Path, knees: Knees, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was approved at a small fall does not take effect at a large one; it is said why, and can be approved so."""
+    async with running(config_of(tmp_path, count=3), redis_client) as stack:
+        before = await stack.until(lambda p: len(urls(p)) == 3)
+        stack.controller.adopt(config_of(tmp_path, count=1))
+        waiting = await one_waits(tmp_path)
+        with ApprovalFile(tmp_path)._file.changing() as approvals:
+            approvals[:] = [Approval(waiting.digest, "ada", time(), time() + 60, fall=0.2)]
+        again = await one_waits(tmp_path, lambda found: found.approved_fall == 0.2)
+        assert again.digest == waiting.digest
+        assert urls(await stack.until(bool)) == urls(before)
+
+        approve(tmp_path, again.digest)
+        await stack.until(lambda p: urls(p) == {A})
+    said = [r.getMessage() for r in caplog.records if "approved for a fall of 20 %" in r.getMessage()]
+    assert len(said) == 1
 
 
 async def test_a_change_that_is_taken_back_no_longer_waits(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:

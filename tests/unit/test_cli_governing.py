@@ -272,6 +272,7 @@ def test_what_waits_is_shown_and_approved(tmp_path: Path) -> None:
     assert approval.digest == "aa11"
     assert approval.by
     assert approval.until - approval.at == 7200
+    assert approval.fall == pytest.approx(0.9)
 
 
 def test_who_approves_is_the_os_user_whatever_the_environment_says(
