@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from serving.capacity import Slo
-from serving.measured_knees import is_fitted
+from serving.measured_knees import infeasible, is_fitted
 from serving.outcomes import (
     Load,
     RequestOutcome,
@@ -79,3 +79,15 @@ def test_runs_of_short_spells_are_not_fitted() -> None:
     assert fitted(1000)
     assert not fitted(100)
     assert not fitted(1000, "over-saturated")
+
+
+@pytest.mark.parametrize(("slow", "impossible"), [(0, False), (1, False), (4, False), (6, True), (10, True)])
+def test_one_hiccup_of_a_lone_request_does_not_make_an_slo_infeasible(slow: int, impossible: bool) -> None:
+    """Of the ten requests of an anchor, most must miss the bound before the search is given up."""
+    firsts = [0.5 if k < slow else 0.05 for k in range(10)]
+    alone = [RequestOutcome(k, k, k + first, k + 0.9, 10, 100) for k, first in enumerate(firsts)]
+    run = PointRun(summary(Load("x", 1.0), alone, WINDOW, 900, 0.0), "steady", "", tuple(alone), (0.0, 10.0), 0.0)
+
+    found = infeasible(Record("anchor", "x", 1.0, run), Slo(ttft_s=0.1, tpot_s=1.0))
+    assert bool(found) is impossible
+    assert ("p50 TTFT of a lone request is 500 ms" in found) is impossible
