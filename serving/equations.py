@@ -49,8 +49,12 @@ class Equation(NamedTuple):
 
 def equation(point: MeasuredPoint, batch: BatchBounds = UNKNOWN_BATCH) -> Equation:
     """The run's equation, per second in which its engine was busy. Needs requests, duration and tokens above 0."""
-    busy_s = _busy_s(point)
-    steps = run_steps(point, batch)
+    busy_s = busy_seconds(point)
+    return equation_with(point, _run_steps(point, busy_s, batch), busy_s)
+
+
+def equation_with(point: MeasuredPoint, steps: float, busy_s: float) -> Equation:
+    """The equation of a run that took so many steps in so many busy seconds."""
     kv_token_steps = point.kv_token_steps or point.output_tokens * point.context_tokens
     prompt_tokens = point.input_tokens - point.cached_tokens
     return Equation(
@@ -65,18 +69,34 @@ def equation(point: MeasuredPoint, batch: BatchBounds = UNKNOWN_BATCH) -> Equati
     )
 
 
-def run_steps(point: MeasuredPoint, batch: BatchBounds = UNKNOWN_BATCH) -> float:
-    """Steps of the engine in the run: counted, else by its step time if it was steady, else by its load."""
-    if point.steps is not None:
-        return point.steps
-    if point.step_s is not None and unsteady_sign(point) is None:
-        return _busy_s(point) / point.step_s
+def is_open_loop(point: MeasuredPoint) -> bool:
+    """Whether the run was steady at a rate, not at a number in flight: it lasted as long as its arrivals did.
+
+    A closed loop is told by its bound where no rate is stated: in the mean nearly as many are in flight as at most.
+    """
+    if unsteady_sign(point) is not None:
+        return False
+    if point.offered_per_s is not None or point.concurrency is None:
+        return True
+    return point.in_flight is not None and point.in_flight < _CLOSED_LOOP_SHARE * point.concurrency
+
+
+def load_steps(point: MeasuredPoint, batch: BatchBounds = UNKNOWN_BATCH) -> float:
+    """Steps that a closed loop or a burst must take, from its lengths and how many are in flight.
+
+    In a burst prompts are read before answers are written. In a steady closed loop they are read beside them: a request
+    is in as many steps as it emits tokens, and in more where its prompt fills several.
+    """
     in_flight = point.requests if point.concurrency is None else min(point.requests, point.concurrency)
     resident = batch.resident(point.context_tokens, in_flight)
-    return point.output_tokens / resident + (point.input_tokens - point.cached_tokens) / batch.max_num_batched_tokens
+    prompt_steps = (point.input_tokens - point.cached_tokens) / batch.max_num_batched_tokens
+    if unsteady_sign(point) is not None:
+        return point.output_tokens / resident + prompt_steps
+    own_steps = point.output_tokens + max(0.0, prompt_steps - point.requests)
+    return max(own_steps / resident, prompt_steps)
 
 
-def _busy_s(point: MeasuredPoint) -> float:
+def busy_seconds(point: MeasuredPoint) -> float:
     """Seconds of the run in which something was in flight.
 
     Under Poisson arrivals with L in flight in the mean an engine is idle for a share e^(−L) of the time. A closed loop,
@@ -84,9 +104,15 @@ def _busy_s(point: MeasuredPoint) -> float:
     """
     if point.busy_s is not None:
         return point.busy_s
-    in_flight = point.in_flight
-    if point.steps is not None or in_flight is None or unsteady_sign(point) is not None:
+    if point.steps is not None or point.in_flight is None or not is_open_loop(point):
         return point.duration_s
-    if point.concurrency is not None and in_flight >= _CLOSED_LOOP_SHARE * point.concurrency:
-        return point.duration_s
-    return point.duration_s * (1 - exp(-in_flight))
+    return point.duration_s * (1 - exp(-point.in_flight))
+
+
+def _run_steps(point: MeasuredPoint, busy_s: float, batch: BatchBounds) -> float:
+    """Steps of the engine in the run: counted, else by its step time if it was steady, else by its load."""
+    if point.steps is not None:
+        return point.steps
+    if point.step_s is not None and unsteady_sign(point) is None:
+        return busy_s / point.step_s
+    return load_steps(point, batch)

@@ -23,7 +23,7 @@ from statistics import median
 import msgspec
 
 from serving.capacity import StepTimeModel
-from serving.equations import UNKNOWN_BATCH, Equation, equation
+from serving.equations import UNKNOWN_BATCH, equation, is_open_loop
 from serving.laws import Law, bounded_fitter, linear_law_with_surface
 from serving.leftout import LeftOut, left_out_errors
 from serving.points import MeasuredPoint
@@ -70,10 +70,9 @@ def fit_profile(points: Sequence[MeasuredPoint], facts: Roofline | None = None) 
     steady, unsteady = steady_points(points)
     shortage = _shortage(steady)
     if shortage is None:
-        held = [equation(point) for point in steady]
-        law = linear_law_with_surface(held)
+        law = linear_law_with_surface([equation(point) for point in steady])
         if law.model.base_s > 0:
-            return _determined(steady, held, law, len(unsteady))
+            return _determined(steady, law, len(unsteady))
         shortage = "the points give an empty step no duration, lower concurrencies would"
     return _bounded(points, steady, facts or typical_roofline(), shortage)
 
@@ -103,9 +102,9 @@ def check_points(points: Sequence[MeasuredPoint]) -> None:
             raise FitError(f"a point without requests or output, or with more cached tokens than it read: {where}")
 
 
-def _determined(steady: tuple[MeasuredPoint, ...], held: Sequence[Equation], law: Law, unsteady: int) -> FitResult:
+def _determined(steady: tuple[MeasuredPoint, ...], law: Law, unsteady: int) -> FitResult:
     form: ModelForm = "linear" if law.surface is None else "surface"
-    fit = _fit(steady, law, UNKNOWN_BATCH, form, left_out_errors(held, linear_law_with_surface))
+    fit = _fit(steady, law, UNKNOWN_BATCH, form, left_out_errors(steady, UNKNOWN_BATCH, linear_law_with_surface))
     reason = f"{len(steady)} steady points determine the coefficients{_missed(law)}"
     if unsteady:
         reason += f"; {unsteady} unsteady ones are left out"
@@ -119,8 +118,8 @@ def _bounded(
     law = fitter([equation(point, facts.batch) for point in points])
     form: ModelForm = "bounded" if law.surface is None else "surface"
     # A steady open loop lasts as long as its arrivals do, of which an envelope of rates knows nothing.
-    loaded = [point for point in points if point not in steady] or points
-    left_out = left_out_errors([equation(point, facts.batch) for point in loaded], fitter)
+    loaded = [point for point in points if not is_open_loop(point)] or points
+    left_out = left_out_errors(loaded, facts.batch, fitter)
     fit = _fit(points, law, facts.batch, form, left_out)
     reason = f"{shortage}: bounded by the roofline of {facts.source}{_missed(law)}"
     return FitResult(law.model, fit, form, "estimated", steady, reason, law.surface, law.linear_miss)
@@ -136,11 +135,15 @@ def _fit(
         residual_median=round(median(errors), 4),
         residual_max=round(errors[-1], 4),
         model_form=form,
-        loo_error_median=None if left_out is None else round(left_out.median, 4),
-        loo_error_max=None if left_out is None else round(left_out.most, 4),
-        two_rate_error_median=None if left_out is None else round(left_out.two_rate_median, 4),
+        loo_error_median=None if left_out is None else _rounded(left_out.median),
+        loo_error_max=None if left_out is None else _rounded(left_out.most),
+        two_rate_error_median=None if left_out is None else _rounded(left_out.two_rate_median),
         context=ContextRange(min(contexts), max(contexts)),
     )
+
+
+def _rounded(error: float | None) -> float | None:
+    return None if error is None else round(error, 4)
 
 
 def _missed(law: Law) -> str:

@@ -51,9 +51,9 @@ class Fit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How well the step-time model gives the measured points back, as relative errors of the token rate.
 
     ``residual_*`` are those of the whole model: a surface gives each point that it was laid through back.
-    ``loo_error_*`` are its errors at mixes that were left out of the fit, ``two_rate_error_median`` that of the plain
-    envelope in/P_in + out/P_out = 1 at the same points left out in the same way; None where too few mixes were
-    measured to leave one out.
+    ``loo_error_*`` are its errors at mixes that were left out of the fit, of the token rate, or of the step time in an
+    open loop (``unseen``); None where too few mixes were measured to leave one out. ``two_rate_error_median`` is that
+    of the plain envelope in/P_in + out/P_out = 1 at the same points left out in the same way, and None with open loops.
     """
 
     points: tuple[MeasuredPoint, ...]

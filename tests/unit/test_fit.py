@@ -318,6 +318,24 @@ def test_the_step_time_model_predicts_unseen_mixes_better_than_two_rates() -> No
     assert fit.loo_error_median < fit.two_rate_error_median / 10
 
 
+def test_two_rates_are_not_compared_where_arrivals_set_the_rate() -> None:
+    """Runs at a rate last as long as their arrivals: the fit is judged by step times, the envelope not at all."""
+    fit = fit_profile([replace(steady(mix, c), offered_per_s=1.0) for mix, c in SWEEP]).fit
+
+    assert fit.loo_error_median is not None
+    assert fit.two_rate_error_median is None
+
+
+def test_steady_closed_loops_count_among_the_loaded_runs_of_a_bounded_fit() -> None:
+    """Only open loops last as long as their arrivals; a closed loop of another mix is a third one to leave out."""
+    bursts = [burst(*shape, LIKELY, FACTS) for shape in BURSTS[:2]]
+    loop = steady("chat", 16, LIKELY)
+    rated = replace(loop, offered_per_s=loop.requests / loop.duration_s)
+
+    assert fit_profile([*bursts, loop], FACTS).fit.loo_error_median is not None
+    assert fit_profile([*bursts, rated], FACTS).fit.loo_error_median is None
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
