@@ -178,8 +178,9 @@ def _print(console: Console, limits: TierLimits) -> None:
     if limits.shadow:
         console.print("  shadow: decided and counted, nobody is refused")
     if not limits.limits:
-        why = limits.note or "no limits: no replica serves this model, or none meets its SLO"
-        console.print(f"  {why}", style="red", markup=False, highlight=False, soft_wrap=True)
+        why = limits.note or "unlimited by policy: it borrows, and the pool alone bounds it"
+        style = "red" if limits.note else None
+        console.print(f"  {why}", style=style, markup=False, highlight=False, soft_wrap=True)
     for limit in limits.limits:
         value = f"{limit.per_minute:,}/min" if limit.per_minute else f"{limit.burst:,}"
         value += f", up to {limit.ceiling_per_minute:,}/min while idle" if limit.ceiling_per_minute else ""

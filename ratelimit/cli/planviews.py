@@ -44,7 +44,7 @@ def sides(plan: Outcome) -> Iterator[tuple[str, Side]]:
 def short(value: float | None) -> str:
     """A number as people say it: 8,200, 36k, 1.8M."""
     if value is None:
-        return "none"
+        return "unlimited"
     for size, prefix in _PREFIXES:
         if abs(value) >= max(size, _WRITTEN_OUT):
             return f"{value / size:,.4g}{prefix}"

@@ -57,8 +57,9 @@ class TierOutcome(msgspec.Struct, frozen=True):
     """One tier: the limits of each of its keys, and what becomes of what they ask.
 
     Limits are per key and minute, assured ones where ``assured``; ``ceilings`` may be had while others leave it idle.
-    None: the tier has no such limit. ``throttled_share`` is that of the work asked for at the peak, or in a whole
-    replay, as the plan's ``demand`` says; the green, borrowed and throttled shares add up to 1.
+    None: unlimited, though the pool bounds what it borrows; 0 where the pool gives out nothing. ``throttled_share`` is
+    that of the work asked for at the peak, or in a whole replay, as the plan's ``demand`` says; the green, borrowed and
+    throttled shares add up to 1.
     """
 
     tier: str

@@ -14,8 +14,9 @@ from ratelimit.planning.outcome import GpuSupply, Outcome, ProvenanceNote, Side,
 from ratelimit.planning.running import Power, Prices, Redis, cells, energy
 from ratelimit.planning.sites import Fleets, Site, totals
 from ratelimit.planning.throttled import Load, Share, load_of, sizes_of
+from ratelimit.planning.throttling import serves
 from ratelimit.policy import Policy, PoolPolicy, Promise, promise_of, promises_of
-from ratelimit.publication import Limit, LimitName, Publication, TierLimits
+from ratelimit.publication import Publication, TierLimits
 from ratelimit.supply import domain_replicas
 from serving.capacity import ReplicaGroup, Slo
 from serving.profile import Profile
@@ -149,6 +150,7 @@ def _side(
     supply = {gpu: _gpu_supply(inputs, gpu, sites, group) for gpu, group in groups.items()}
     worst, mean = load.at_worst(), load.at_mean()
     usable = _usable(inputs, supply, published)
+    absent = None if serves(published.pools[0]) else 0
     offered = sum(share.offered_per_s for share in worst.values())
     pool = inputs.pool
     residence_s = sizes_of(pool.mix, pool.slo)["concurrency"]
@@ -159,7 +161,7 @@ def _side(
         supply=supply,
         usable=usable,
         tiers=tuple(
-            _tier(tier, keys.get(tier.tier, 0), worst.get(tier.tier, nobody), mean.get(tier.tier, nobody))
+            _tier(tier, keys.get(tier.tier, 0), worst.get(tier.tier, nobody), mean.get(tier.tier, nobody), absent)
             for tier in published.tiers
         ),
         cells=cells(offered, usable.requests_per_s, residence_s, gpus, inputs.redis),
@@ -220,14 +222,15 @@ def _usable(inputs: Inputs, supply: Mapping[str, GpuSupply], published: Publicat
     )
 
 
-def _tier(tier: TierLimits, keys: int, worst: Share, mean: Share) -> TierOutcome:
+def _tier(tier: TierLimits, keys: int, worst: Share, mean: Share, absent: int | None) -> TierOutcome:
+    """``absent`` stands for a limit that the tier does not have."""
     own = {limit.name: limit for limit in tier.limits if limit.per == "key"}
     return TierOutcome(
         tier=tier.tier,
-        rpm=_per_minute(tier, own, "requests"),
-        itpm=_per_minute(tier, own, "input_tokens"),
-        otpm=_per_minute(tier, own, "output_tokens"),
-        concurrency=own["concurrency"].burst if "concurrency" in own else _none(tier),
+        rpm=own["requests"].per_minute if "requests" in own else absent,
+        itpm=own["input_tokens"].per_minute if "input_tokens" in own else absent,
+        otpm=own["output_tokens"].per_minute if "output_tokens" in own else absent,
+        concurrency=own["concurrency"].burst if "concurrency" in own else absent,
         keys=keys,
         throttled_share=worst.throttled,
         throttled_share_at_mean=mean.throttled,
@@ -239,15 +242,6 @@ def _tier(tier: TierLimits, keys: int, worst: Share, mean: Share) -> TierOutcome
         mean_requests_per_s=mean.offered_per_s,
         explanations={name: limit.explanation for name, limit in own.items()},
     )
-
-
-def _per_minute(tier: TierLimits, limits: Mapping[LimitName, Limit], name: LimitName) -> int | None:
-    return limits[name].per_minute if name in limits else _none(tier)
-
-
-def _none(tier: TierLimits) -> int | None:
-    """A limit that the tier does not have bounds nothing; where it has none at all, nothing is served."""
-    return None if tier.limits else 0
 
 
 def _check_lengths(inputs: Inputs) -> None:

@@ -50,22 +50,24 @@ def _limit_bars(axes: Axes, plan: Outcome, name: str) -> None:
     found = _sides(plan)
     tiers = [tier.tier for tier in plan.after.tiers]
     height = 0.8 / len(found)
+    least = _decade_below(plan, name)
     most = max((getattr(tier, name) or 0 for _, side, _ in found for tier in side.tiers), default=0)
     for position, (word, side, colour) in enumerate(found):
-        values = [float(getattr(tier, name) or 0) for tier in side.tiers]
+        limits = [getattr(tier, name) for tier in side.tiers]
+        values = [float(limit or 0) for limit in limits]
         rows = [row + (position - (len(found) - 1) / 2) * height for row in range(len(tiers))]
         axes.barh(rows, values, height=height * 0.92, color=colour, label=word)
-        for row, value in zip(rows, values, strict=True):
-            axes.annotate(
-                _short(value), (value, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9.5
-            )
+        for row, value, limit in zip(rows, values, limits, strict=True):
+            # On an axis of powers of ten there is no place of 0.
+            place, said = (value, _short(value)) if value else (least, "unlimited" if limit is None else "0")
+            axes.annotate(said, (place, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9.5)
     labels = [
         f"{tier.tier}\n{_short(tier.keys)} keys{'' if tier.assured else ', best effort'}" for tier in plan.after.tiers
     ]
     axes.set_yticks(range(len(tiers)), labels)
     axes.set_ylim(len(tiers) - 0.5, -0.5)
     axes.set_xscale("log")
-    axes.set_xlim(_decade_below(plan, name), max(most, 10) * 12)
+    axes.set_xlim(least, max(most, 10) * 12)
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
     dress(axes, "x")
 

@@ -98,12 +98,12 @@ class Load(msgspec.Struct, frozen=True):
 
 def load_of(demand: Demand, pool: PublishedPool, tiers: Mapping[str, TierLimits], slos: Mapping[str, Slo]) -> Load:
     """The demand under a pool's published budget and its tiers' limits; ``slos`` say how long a request may run."""
-    callers = tuple(_callers(each, pool.groups, tiers[each.tier], slos[each.tier]) for each in demand.callers)
+    callers = tuple(_callers(each, pool, tiers[each.tier], slos[each.tier]) for each in demand.callers)
     return Load(pool_meter(pool), callers, demand)
 
 
-def _callers(each: CallerDemand, groups: Sequence[ReplicaGroup], limits: TierLimits, slo: Slo) -> Callers:
-    return callers_of(limits, each.keys, sizes_of(each.mix, slo), mean_cost_s(groups, each.mix))
+def _callers(each: CallerDemand, pool: PublishedPool, limits: TierLimits, slo: Slo) -> Callers:
+    return callers_of(pool, limits, each.keys, sizes_of(each.mix, slo), mean_cost_s(pool.groups, each.mix))
 
 
 def sizes_of(mix: WorkloadMix, slo: Slo) -> dict[LimitName, float]:

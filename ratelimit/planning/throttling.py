@@ -81,11 +81,18 @@ def pool_meter(pool: PublishedPool) -> PoolMeter:
     return PoolMeter(pool.budget_per_minute / 60 / _MICROSECONDS, pool.budget_burst / _MICROSECONDS)
 
 
-def callers_of(limits: TierLimits, keys: int, sizes: Mapping[LimitName, float], cost_s: float) -> Callers:
+def serves(pool: PublishedPool) -> bool:
+    """Whether the pool gives anything out. In one that does, a tier without limits borrows, bounded by the pool."""
+    return bool(pool.groups) and pool.budget_per_minute > 0
+
+
+def callers_of(
+    pool: PublishedPool, limits: TierLimits, keys: int, sizes: Mapping[LimitName, float], cost_s: float
+) -> Callers:
     """``keys`` keys of a tier under its published limits, asking for requests of these mean sizes."""
-    if limits.shadow:
+    if limits.shadow and pool.groups:
         return Callers(limits.tier, keys, sizes, cost_s, plain={})
-    if not limits.limits:
+    if not serves(pool):
         return Callers(limits.tier, keys, sizes, cost_s, plain={"requests": Meter(0.0, 0.0)})
     own = [limit for limit in limits.limits if limit.per == "key"]
     ceilings = {limit.name: _ceiling(limit) for limit in own if limit.ceiling_per_minute}

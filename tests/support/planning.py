@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from ratelimit.derive import GroupSupply, Promise, derive
 from ratelimit.planning.demand import CallerDemand, Demand
 from ratelimit.planning.throttled import Load, load_of
@@ -35,6 +37,11 @@ def group(count: int, requests_per_s: float = 5.0, gpu: str = "H100", domain_rep
         provenance="test",
         domain_replicas=domain_replicas,
     )
+
+
+def unable(supply: GroupSupply, slo: Slo) -> GroupSupply:
+    """The same replicas, of which none meets this SLO."""
+    return msgspec.structs.replace(supply, infeasible={Promise(MIX, slo): "too slow"})
 
 
 def published(*groups: GroupSupply, keys: Mapping[str, int], tiers: tuple[TierPolicy, ...] = TIERS) -> Publication:

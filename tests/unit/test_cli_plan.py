@@ -38,6 +38,20 @@ def test_the_table_shows_provenance_assumptions_and_both_fleets() -> None:
         assert text in result.stdout
 
 
+def test_a_tier_without_limits_is_shown_as_unlimited(tmp_path: Path) -> None:
+    """Who is unlimited by policy is said to be so, in the table and in the picture of limits."""
+    text = runner.invoke(app, ["plan", "--example", "laptop", "--yaml"]).stdout
+    all_limits = "unlimited: [requests, input_tokens, output_tokens, concurrency], share"
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("share", all_limits, 1))
+
+    result = runner.invoke(app, ["plan", str(path), "--plot", str(tmp_path)])
+
+    assert result.exit_code == 0, result.output
+    assert "unlimited" in result.stdout
+    assert (tmp_path / "plan-laptop-limits.png").exists()
+
+
 def test_an_example_is_a_file_to_start_from(tmp_path: Path) -> None:
     """`--yaml` prints the example as a file that is planned like it."""
     text = runner.invoke(app, ["plan", "--example", "laptop", "--yaml"]).stdout
@@ -115,7 +129,7 @@ def test_what_makes_no_sense_is_refused_in_words(arguments: list[str], said: str
         (9_999.4, "9,999"),
         (0, "0"),
         (94.17, "94.17"),
-        (None, "none"),
+        (None, "unlimited"),
     ],
 )
 def test_numbers_are_short(value: float | None, said: str) -> None:

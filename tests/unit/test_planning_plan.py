@@ -135,6 +135,26 @@ def test_a_fleet_that_loses_everything_serves_nothing() -> None:
     assert found.after.supply == {}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"unlimited": ["requests", "input_tokens", "output_tokens", "concurrency"]}, {"slo": {"tpot_ms": 0.5}}],
+    ids=["unlimited", "promised what nothing keeps"],
+)
+def test_a_tier_without_limits_is_planned_as_a_borrower(tmp_path: Path, change: dict[str, Any]) -> None:
+    """In a pool that serves, who has no limits is unlimited, not refused; JSON says null."""
+    path = written(tmp_path, lambda document: document["tiers"][1].update(change), example="node-8xh100")
+    inputs = inputs_of(load_plan(path), [], None, 1.0)
+    knees = {
+        key: "too slow" if key.promise.slo.tpot_s < 0.001 else found
+        for key, found in given_knees(inputs.knee_keys()).items()
+    }
+    found = outcome(inputs, knees)
+    pro = msgspec.to_builtins(found.document())["tiers"][1]
+    assert [pro[name] for name in ("rpm", "itpm", "otpm", "concurrency")] == [None] * 4
+    assert pro["throttled_share"] < 1
+    assert pro["borrowed_share"] > 0
+
+
 def test_a_trace_gives_the_course_of_the_demand() -> None:
     """With a trace the declared mean stays, and the share throttled lies between that at the mean and at the peak."""
     trace = Path(__file__).parents[2] / "serving" / "mixes" / "azure_llm_2023_conversation.csv"

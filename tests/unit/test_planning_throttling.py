@@ -20,11 +20,24 @@ from ratelimit.gateway.terms import Terms, terms_by_tier
 from ratelimit.meter import Admitted
 from ratelimit.planning.demand import Demand
 from ratelimit.planning.throttling import Callers, Fluid, Meter, PoolMeter, steady
-from ratelimit.policy import LimitName
+from ratelimit.policy import LimitName, TierPolicy
 from ratelimit.publication import Limit, Publication
-from serving.capacity import RequestShape, fleet_cost_s
+from serving.capacity import RequestShape, Slo, fleet_cost_s
 from tests.support.meters import LONG_LEASE_MS, START_US
-from tests.support.planning import ENTERPRISE, FREE, MIX, MODEL, PRO, SLO, demand_at, demand_of, group, load, published
+from tests.support.planning import (
+    ENTERPRISE,
+    FREE,
+    MIX,
+    MODEL,
+    PRO,
+    SLO,
+    demand_at,
+    demand_of,
+    group,
+    load,
+    published,
+    unable,
+)
 
 #: The fluid's error: the difference in the share of the work that is throttled. docs/planning.md states it.
 _ERROR_OVERALL = 0.02
@@ -101,6 +114,30 @@ def test_the_fluid_agrees_with_the_exact_meter(scale: int, times: float) -> None
     overall = sum(share * seen.asked[tier] / work for tier, share in by_tier.items())
     assert overall == pytest.approx(seen.share_overall(), abs=_ERROR_OVERALL)
     assert by_tier == pytest.approx({tier: seen.share(tier) for tier in by_tier}, abs=_ERROR_BY_TIER[scale])
+
+
+ALL_LIMITS: tuple[LimitName, ...] = ("requests", "input_tokens", "output_tokens", "concurrency")
+HOPELESS = Slo(0.01, 0.001)
+_WITHOUT_LIMITS = {
+    "unlimited": msgspec.structs.replace(PRO, unlimited=ALL_LIMITS),
+    "promised what nothing keeps": msgspec.structs.replace(PRO, slo=HOPELESS),
+}
+
+
+@pytest.mark.parametrize("pro", _WITHOUT_LIMITS.values(), ids=_WITHOUT_LIMITS.keys())
+@pytest.mark.parametrize("times", [0.5, 1.0, 2.0])
+def test_a_tier_without_limits_borrows_as_the_exact_meter_lets_it(pro: TierPolicy, times: float) -> None:
+    """Unlimited by policy, or promised what nothing keeps: the pool alone bounds it, in its rank, as in service."""
+    demand = demand_of(5, times)
+    publication = published(unable(group(20), HOPELESS), keys=demand.keys(), tiers=(ENTERPRISE, pro, FREE))
+    foretold = load(demand, publication).at_worst()
+    seen = exact(publication, demand, run_s=60.0, warm_up_s=30.0)
+
+    assert publication.tiers[1].limits == ()
+    assert foretold["pro"].throttled < 1
+    assert {tier: share.throttled for tier, share in foretold.items()} == pytest.approx(
+        {tier: seen.share(tier) for tier in foretold}, abs=_ERROR_BY_TIER[5]
+    )
 
 
 rates = st.floats(0.01, 200.0)
@@ -242,7 +279,7 @@ def test_the_ceiling_of_a_tier_bounds_its_keys_together() -> None:
     assert served.borrowed.tolist() == pytest.approx([2.0, 4.0])
 
 
-def test_a_tier_without_limits_is_refused_everything() -> None:
+def test_without_a_pool_everything_is_refused() -> None:
     """Where no replica serves the model, all is throttled, and nothing divides by zero."""
     demand = demand_of()
     shares = load(demand, published(keys=demand.keys())).at_worst()
