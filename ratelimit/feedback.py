@@ -13,7 +13,8 @@ version. Each window of signals is judged, and a factor between ``LEAST_FACTOR``
 Two things explain lateness otherwise. A queue that does not grow since the last cut: the factor suffices, and what
 waits has to go. And more offered work than the measured supply, by callers who do not pass the gateways: a fleet that
 does all of its profile would be late too. The backlog of such a fleet is counted; until it is gone nothing is blamed
-on the real one.
+on the real one. What replicas refuse is in no backlog: it leaves no queue, and comes again at the next replica, so that
+one request may be refused many times. It shows that too much is offered only where the supply is served besides.
 
 No signals, as when metrics are lost, change nothing either.
 """
@@ -70,8 +71,9 @@ class LateShare(msgspec.Struct, frozen=True):
 class Signals(msgspec.Struct, frozen=True):
     """One pool over one window.
 
-    ``offered`` and ``served`` are shares of the measured supply, untrimmed, in work: a long request counts more. What
-    waits at the window's end needs ``waiting_s`` to be started. ``may_be_late`` is what the SLO's percentile leaves.
+    ``offered`` and ``served`` are shares of the measured supply, untrimmed, in work: a long request counts more.
+    ``offered`` and ``arrivals`` are without what was ``refused``. What waits at the window's end needs ``waiting_s`` to
+    be started. ``may_be_late`` is what the SLO's percentile leaves.
     """
 
     duration_s: float
@@ -168,6 +170,8 @@ def _is_explained(state: Feedback, window: Signals) -> bool:
     """Whether lateness now says nothing of the fleet's speed."""
     if state.settling_s > 0 or state.backlog_s > window.ttft.bound_s:
         return True
+    if window.served >= 1 and _are_many(window.refused, window.arrivals):
+        return True
     return window.waiting_s > _long_queue_s(window) and not state.grown
 
 
@@ -198,8 +202,12 @@ def _late(seen: Seen, window: Signals) -> str:
     return ""
 
 
+def _are_many(refused: float, arrivals: float) -> bool:
+    return refused >= max(LEAST_REFUSED, REFUSED_SHARE * (arrivals + refused))
+
+
 def _refused(seen: Seen) -> str:
-    if seen.refused < max(LEAST_REFUSED, REFUSED_SHARE * (seen.arrivals + seen.refused)):
+    if not _are_many(seen.refused, seen.arrivals):
         return ""
     return f"replicas refused {seen.refused:.0f} of {seen.arrivals + seen.refused:.0f} requests (503)"
 
@@ -226,7 +234,7 @@ def _noted(state: Feedback, window: Signals) -> Feedback:
 
 def _cut(state: Feedback, window: Signals, why: str) -> Feedback:
     recent = state.seen[0]
-    asked, served = recent.offered_s / recent.span_s, recent.served_s / recent.span_s
+    taken_in, served = recent.offered_s / recent.span_s, recent.served_s / recent.span_s
     # Where work waits, what is served is all that the fleet can do.
     seen_to_do = served if state.grown else 1.0
     factor = max(LEAST_FACTOR, state.factor - MOST_CUT, min(state.factor - CUT, seen_to_do))
@@ -234,7 +242,7 @@ def _cut(state: Feedback, window: Signals, why: str) -> Feedback:
     memory_s = min(MOST_MEMORY_S, 2 * state.memory_s) if tried_again else state.memory_s or MEMORY_S
     return Feedback(
         factor=round(factor, 2),
-        reason=f"{why}, while {asked:.0%} of the measured supply was asked for",
+        reason=f"{why}, while {taken_in:.0%} of the measured supply was taken in",
         queue_s=window.waiting_s,
         settling_s=SETTLE_S,
         missed_at=state.factor,

@@ -43,7 +43,7 @@ def pool_signals(own: Promise, groups: Sequence[GroupSupply], activities: Mappin
     waiting = fsum(each.activity.waiting for each in seen)
     return Signals(
         duration_s=duration_s,
-        offered=_work_per_s(seen, [each.activity.arrivals + each.activity.refused for each in seen]) / supply_seen,
+        offered=_work_per_s(seen, [each.activity.arrivals for each in seen]) / supply_seen,
         served=_work_per_s(seen, [each.activity.started for each in seen]) / supply_seen,
         arrivals=fsum(each.activity.arrivals for each in seen),
         ttft=LateShare(

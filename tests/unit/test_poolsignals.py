@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from ratelimit.groupsupply import GroupSupply
@@ -55,6 +56,15 @@ def test_a_pool_at_its_measured_supply_is_asked_for_all_of_it() -> None:
     assert (seen.offered, seen.served, seen.duration_s) == pytest.approx((1.0, 0.8, 10.0))
     assert (seen.ttft.seen, seen.ttft.late, seen.tpot.late) == (240, 60, 0)
     assert seen.may_be_late == pytest.approx(0.05)
+
+
+def test_what_is_refused_is_no_offered_work() -> None:
+    """It leaves no queue and comes again elsewhere: the same request, refused by every replica, is not three."""
+    refusing = msgspec.structs.replace(activity(), refused=500)
+    seen = pool_signals(OWN, [group()], dict.fromkeys(URLS, refusing))
+
+    assert seen is not None
+    assert (seen.offered, seen.refused) == pytest.approx((1.0, 1500))
 
 
 def test_longer_requests_are_more_work() -> None:
