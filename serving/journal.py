@@ -18,7 +18,7 @@ import msgspec
 
 from serving.records import Record
 
-VERSION = "1"
+VERSION = "2"
 
 
 class JournalError(RuntimeError):

@@ -114,7 +114,7 @@ async def measure(
             await _Sweep(endpoint, facts.model, settings, mixes, journal, watcher).run()
             today = datetime.now(UTC).date().isoformat()
             made_of = Target(target.name, settings.slo, today, tokens_per_byte, target.notes)
-            found = assemble(made_of, facts, limits, journal.records, settings.seed)
+            found = assemble(made_of, facts, limits, mixes, journal.records, settings.seed)
             keep(found)
             journal.complete()
     return found
@@ -137,13 +137,16 @@ def check_settings(settings: MeasureSettings) -> None:
 
 
 def fitting_mix(name: str, limits: EngineLimits) -> WorkloadMix:
-    """The mix at the largest scale 1, ½, ¼ … at which its longest request fits. Raises ``MeasureError``."""
+    """The mix at the largest scale 1, ½, ¼ … at which its longest request fits. Raises ``MeasureError``.
+
+    A mix that had to shrink says so in its name (``chat/8``), so that runs of one name have the same lengths.
+    """
     longest = min(limits.max_model_len, limits.kv_tokens)
     scale = 1.0
     while scale >= _SMALLEST_SCALE:
         mix = load_mix(name, scale)
         if max(s.input_tokens + s.output_tokens for s in mix.shapes) <= longest:
-            return mix
+            return mix if scale == 1 else WorkloadMix(f"{name}/{1 / scale:g}", mix.shapes)
         scale /= 2
     raise MeasureError(f"the mix {name} does not fit a context of {longest} tokens, however much it is scaled down")
 

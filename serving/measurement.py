@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from serving.capacity import EngineLimits, Slo
+from serving.capacity import EngineLimits, Slo, WorkloadMix
 from serving.enginefacts import EngineFacts
 from serving.fit import FitResult, fit_profile
 from serving.identify import Identifiability, identifiability, measured_rows
 from serving.measured_knees import KneeReport, PointReport, is_fitted, knee_report, point_report
-from serving.mixes import MIX_NAMES
 from serving.points import MeasuredPoint
 from serving.profile import Profile, Provenance
 from serving.records import Record
@@ -52,11 +51,17 @@ class Measurement(msgspec.Struct, frozen=True):
 
 
 def assemble(
-    target: Target, facts: EngineFacts, limits: EngineLimits, records: Sequence[Record], seed: int
+    target: Target,
+    facts: EngineFacts,
+    limits: EngineLimits,
+    mixes: Sequence[WorkloadMix],
+    records: Sequence[Record],
+    seed: int,
 ) -> Measurement:
-    """The measurement that these runs make. Raises ``MeasureError`` and ``FitError``."""
+    """The measurement that these runs of these mixes make. Raises ``MeasureError`` and ``FitError``."""
     slo = target.slo
-    fitted = fitted_points(records)
+    names = [mix.name for mix in mixes]
+    fitted = fitted_points(names, records)
     clear = identifiability(measured_rows(fitted))
     if clear.problem:
         raise MeasureError(f"no profile is written: {clear.problem}")
@@ -65,7 +70,7 @@ def assemble(
         raise MeasureError(
             f"no profile is written: {fit.reason}; raise --point-s and --most-point-s, and measure again"
         )
-    knees = tuple(knee_report(records, mix, slo, seed) for mix in MIX_NAMES)
+    knees = tuple(knee_report(records, name, slo, seed) for name in names)
     return Measurement(
         profile=_profile(target, facts, limits, fit, knees),
         slo=slo,
@@ -77,9 +82,9 @@ def assemble(
     )
 
 
-def fitted_points(records: Sequence[Record]) -> list[MeasuredPoint]:
+def fitted_points(mixes: Sequence[str], records: Sequence[Record]) -> list[MeasuredPoint]:
     """The points that a fit may use. Raises ``MeasureError`` where a mix has none of a kind that it needs."""
-    for mix in MIX_NAMES:
+    for mix in mixes:
         for kind, what in (("anchor", "run alone"), ("open", "open-loop run")):
             runs = [record for record in records if (record.kind, record.mix) == (kind, mix)]
             if not any(record.run.state == "steady" for record in runs):
@@ -133,7 +138,7 @@ def _source(target: Target, facts: EngineFacts, fit: FitResult, knees: Sequence[
     worst = fit.linear_miss
     steady = f"{len(fit.steady)} steady points (anchors at concurrency 1, Poisson rates)"
     parts = [
-        f"penstock measure: {steady}, mixes {', '.join(MIX_NAMES)}",
+        f"penstock measure: {steady}, mixes {', '.join(knee.mix for knee in knees)}",
         f"knees under p{slo.percentile:g} TTFT {slo.ttft_s * 1e3:g} ms and TPOT {slo.tpot_s * 1e3:g} ms: "
         + ", ".join(knee_text(knee) for knee in knees),
         f"the linear model misses a point by {worst:.0%}" if worst > WELL_FITTED else "",

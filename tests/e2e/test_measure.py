@@ -10,9 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from serving.capacity import StepTimeModel
+from serving.capacity import EngineLimits, StepTimeModel
 from serving.engine.launch import Engine, start_engines
 from serving.fit import residual
+from serving.measure import fitting_mix
 from serving.profile import load_profile
 from tests.support.engines import profile_of, virtual_spec
 from tests.support.stack import penstock
@@ -59,4 +60,5 @@ def test_a_virtual_gpu_gives_its_profile_back(engine: Engine, tmp_path: Path) ->
     assert "max_num_seqs=32 (/server_info)" in profile.provenance.source
     assert f"slowed {SLOWDOWN:g} times" in profile.provenance.source
     knees = {knee["mix"]: knee for knee in report["knees"]}
-    assert knees["chat"]["crossing_per_s"]["low"] <= knees["chat"]["crossing_per_s"]["high"]
+    chat = knees[fitting_mix("chat", EngineLimits(**LIMITS)).name]
+    assert chat["crossing_per_s"]["low"] <= chat["crossing_per_s"]["high"]

@@ -110,7 +110,8 @@ async def test_knees_have_intervals_that_hold_the_simulated_ones(engine: FakeEng
         assert crossing.high is not None
         assert crossing.low <= crossing.value <= crossing.high
         assert knee.requests_per_s <= crossing.value <= knee.missed_per_s
-    assert {knee.mix for knee in found.knees} == set(MIX_NAMES)
+    names = {fitting_mix(name, LIMITS).name for name in MIX_NAMES}
+    assert {knee.mix for knee in found.knees} == names == {point.mix for point in found.points}
 
 
 async def test_a_finished_measurement_is_not_continued(engine: FakeEngine, tmp_path: Path) -> None:
@@ -164,10 +165,10 @@ def spoiled(records: list[Record], mix: str, kind: str) -> list[Record]:
 @pytest.mark.parametrize(("kind", "what"), [("anchor", "run alone"), ("open", "open-loop run")])
 def test_no_profile_of_unsteady_runs(kind: str, what: str) -> None:
     """The mix, its runs and what to do are named."""
-    records = spoiled(sweep_of(LIMITS, MeasureSettings(SLO, QUICK, search_points=5)), "decode-heavy", kind)
+    records = spoiled(sweep_of(LIMITS, MeasureSettings(SLO, QUICK, search_points=5)), "decode-heavy/4", kind)
 
-    with pytest.raises(MeasureError, match=rf"decode-heavy has no steady {what} .*they drifted.* raise --point-s"):
-        fitted_points(records)
+    with pytest.raises(MeasureError, match=rf"decode-heavy/4 has no steady {what} .*they drifted.* raise --point-s"):
+        fitted_points([fitting_mix(name, LIMITS).name for name in MIX_NAMES], records)
 
 
 async def test_a_run_is_open_loop_and_its_prompts_are_exact(engine: FakeEngine) -> None:
@@ -313,6 +314,17 @@ def test_a_mix_is_scaled_to_the_context_and_no_further(name: str, context: int) 
     longest = max(s.input_tokens + s.output_tokens for s in mix.shapes)
     assert longest <= context
     assert longest * 2 > context * 0.95 or mix == load_mix(name)
+
+
+@pytest.mark.parametrize("name", MIX_NAMES)
+def test_a_mix_that_was_scaled_is_named_with_its_scale(name: str) -> None:
+    """Points of the same name have the same lengths, whatever context they were measured in."""
+    whole, shrunk = (fitting_mix(name, EngineLimits(8, 2048, 10**9, context)) for context in (131_072, 512))
+
+    assert whole.name == name
+    base, _, divisor = shrunk.name.partition("/")
+    assert base == name
+    assert shrunk.shapes == load_mix(name, 1 / float(divisor)).shapes
 
 
 def test_a_context_too_small_for_any_mix_is_refused() -> None:

@@ -64,7 +64,7 @@ def test_it_goes_on_and_writes_the_profile(url: str, tmp_path: Path) -> None:
     for said in (
         "going on after",
         "at most",
-        "knee: chat",
+        "knee: chat/16",
         "95 % intervals",
         "a step takes",
         "steady points back within",

@@ -86,7 +86,7 @@ def test_two_measurements_do_not_share_a_journal(tmp_path: Path) -> None:
 def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
     """The line is named, and nothing is overwritten."""
     path = tmp_path / "journal"
-    path.write_text('{"type":"header","version":"1","settings":{}}\nnonsense\n')
+    path.write_text('{"type":"header","version":"2","settings":{}}\nnonsense\n')
     with pytest.raises(JournalError, match=r"line 2 of .* is no line of a journal"):
         Journal(path, SETTINGS).__enter__()
     assert "nonsense" in path.read_text()
