@@ -26,7 +26,7 @@ from time import monotonic, time
 import msgspec
 from redis.exceptions import RedisError
 
-from ratelimit.config import Config, PoolConfig, policy_of
+from ratelimit.config import Config, policy_of
 from ratelimit.controllermetrics import ControllerMetrics
 from ratelimit.decided import Adopted, Decided, changes, held_together, standing, without_overrides
 from ratelimit.derive import GroupSupply, derive
@@ -39,10 +39,10 @@ from ratelimit.overrides import OverrideFile
 from ratelimit.policy import Policy, Promise, TierPolicy, promises_of
 from ratelimit.publication import Publication
 from ratelimit.publisher import Publisher
+from ratelimit.replicaspecs import replica_specs
 from ratelimit.statefile import StateFileError
 from ratelimit.supply import SupplyBook
 from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus
-from serving.health import stuck_time_s
 from serving.profile import load_profile
 
 log = logging.getLogger(__name__)
@@ -50,32 +50,6 @@ log = logging.getLogger(__name__)
 ROUND_INTERVAL_S = 0.5
 
 OnChange = Callable[[ReplicaStatus], None]
-
-
-def replica_specs(config: Config) -> list[ReplicaSpec]:
-    """Every replica that the config names: those to be started here, and those that run elsewhere."""
-    specs = []
-    for pool in config.pools:
-        for engine in pool.engines:
-            urls = [f"http://127.0.0.1:{port}" for port in engine.ports()]
-            specs += [_spec(pool, url, engine.profile, engine.slowdown) for url in urls]
-        specs += [
-            _spec(pool, replica.url, replica.profile, replica.slowdown, replica.domain) for replica in pool.replicas
-        ]
-    return specs
-
-
-def _spec(pool: PoolConfig, url: str, profile: str, slowdown: float, domain: str | None = None) -> ReplicaSpec:
-    found = load_profile(profile)
-    return ReplicaSpec(
-        url=url.rstrip("/"),
-        model=pool.model,
-        gpu=found.gpu,
-        profile=profile,
-        slowdown=slowdown,
-        stuck_after_s=stuck_time_s(pool.stuck_after_s, found.step_time.slowed(slowdown), found.limits),
-        domain=domain,
-    )
 
 
 class Controller:
@@ -98,7 +72,8 @@ class Controller:
         self._feedback = LiveFeedback(config.state_dir)
         self._governor = Governor(config.state_dir)
         self._issued = IssuedKeys()
-        self._decided = self._governor.resumed()
+        self._decided: Decided | None = None
+        self._has_resumed = False
         self._seen: tuple[object, ...] | None = None
         self._published: Publication | None = None
         self._publishing = asyncio.Condition()
@@ -107,7 +82,15 @@ class Controller:
         self._failure = ""
         self._watched: tuple[ReplicaSpec, ...] = ()
         self.adopt(config)
+        with contextlib.suppress(StateFileError):  # the first round says it
+            self._resume()
         self._watch()
+
+    def _resume(self) -> None:
+        """Take up what was decided before. Raises ``StateFileError`` where nobody can tell."""
+        if not self._has_resumed:
+            self._decided = self._governor.resumed()
+            self._has_resumed = True
 
     def _knee_found(self) -> None:
         self._knees_found += 1
@@ -211,6 +194,10 @@ class Controller:
         if records != self._published_keys or lost.keys:
             await self._publisher.publish_keys(records)
             self._published_keys = records
+        if not self._has_resumed:
+            self._resume()
+            self._watch()
+            await self._fleet.probed_once()
         self._watch()
         self._look_at_signals()
         fleet = self._fleet_now()

@@ -5,7 +5,8 @@ people let through, written by ``penstock limits approve``, ``decided.json`` wha
 starts with another config, and ``audit/`` the log of epochs.
 
 No file here stops the limits: what cannot be written is said once in the log, counted in ``unkept``, and tried again at
-every round. Approvals that cannot be read approve nothing.
+every round. Approvals that cannot be read approve nothing. Only what was decided before must be readable: without it a
+restart would approve whatever the config says by then, so until then the limits in force stay as they are.
 """
 
 from __future__ import annotations
@@ -121,9 +122,12 @@ class Governor:
         return len(self._unkept)
 
     def resumed(self) -> Decided | None:
-        """What was decided when the controller before stopped; None where it let everything through."""
-        found: list[KeptDecided] = []
-        self._trying("what was decided before cannot be read", lambda: found.extend(self._decided.read()))
+        """What was decided when the controller before stopped; None where it let everything through.
+
+        Raises ``StateFileError`` where that is there and cannot be read: to take it for nothing would approve whatever
+        the config says now.
+        """
+        found = self._decided.read()
         self._kept = list(found)
         return resumed(found[0]) if found else None
 

@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ratelimit.config import Config, policy_of
-from ratelimit.controller import replica_specs
 from ratelimit.derive import derive
 from ratelimit.keys import KeyFile, active_keys, valid_records
 from ratelimit.overrides import OverrideFile
 from ratelimit.policy import Policy, promises_of
 from ratelimit.publication import Publication
 from ratelimit.publisher import read_published
+from ratelimit.replicaspecs import replica_specs
 from ratelimit.supervisor.tasks import background, or_stop
 from ratelimit.supply import SupplyBook
 

@@ -359,6 +359,32 @@ async def test_a_restart_is_no_approval(redis_client: Redis, tmp_path: Path, kne
         await stack.until(lambda p: assured(p) < assured(before) / 2)
 
 
+async def test_what_was_decided_and_cannot_be_read_approves_nothing(
+    redis_client: Redis, tmp_path: Path, knees: Knees, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The limits in force stay, the log says what to do, and once the file is mended the change waits after all."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+    decided = tmp_path / "decided.json"
+    text = decided.read_bytes()
+    decided.write_bytes(text[:-40])
+    async with running(config_of(tmp_path, share=0.1), redis_client) as stack:
+
+        async def failed() -> bool:
+            failures = stack.controller.metrics.registry.get_sample_value("penstock_failed_rounds_total")
+            return failures is not None and failures >= 3
+
+        await eventually_async(failed, WAIT_S, "rounds that fail")
+        assert await stack.publication() == before
+        assert decided.read_bytes() == text[:-40]
+        decided.write_bytes(text)
+        await one_waits(tmp_path)
+        after = await stack.until(lambda p: p.epoch > before.epoch)
+        assert assured(after) == assured(before)
+    said = [r.getMessage() for r in caplog.records if "decided.json is damaged" in r.getMessage()]
+    assert len(said) == 1
+
+
 async def test_a_change_is_not_weighed_before_its_knees_are_known(
     redis_client: Redis, tmp_path: Path, knees: Knees
 ) -> None:
