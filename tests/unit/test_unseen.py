@@ -19,7 +19,9 @@ INPUTS, OUTPUTS, REQUESTS = 1000, 200, 1000
 WORK_S = 2e-5 * INPUTS + 2.5e-5 * OUTPUTS + 3e-8 * OUTPUTS * (INPUTS + OUTPUTS / 2)
 
 
-def run(duration_s: float, step_s: float, **fields: float) -> MeasuredPoint:
+def run(
+    duration_s: float, step_s: float, concurrency: float | None = None, offered_per_s: float | None = None
+) -> MeasuredPoint:
     """A steady run as its clients saw it."""
     return MeasuredPoint(
         mix="chat",
@@ -30,7 +32,8 @@ def run(duration_s: float, step_s: float, **fields: float) -> MeasuredPoint:
         ttft_mean_s=step_s,
         tpot_mean_s=step_s,
         itl_mean_s=step_s,
-        **fields,
+        concurrency=concurrency,
+        offered_per_s=offered_per_s,
     )
 
 
