@@ -31,7 +31,11 @@ class _Seen(NamedTuple):
 
 
 def pool_signals(own: Promise, groups: Sequence[GroupSupply], activities: Mapping[str, Activity]) -> Signals | None:
-    """The pool's window; None where too little of it was seen. ``own`` is the pool's promise, as in ``supplies``."""
+    """The pool's window; None where too little of it was seen. ``own`` is the pool's promise, as in ``supplies``.
+
+    Each replica is held to its own bounds. Those of the pool are their means, weighted by supply: a slow replica that
+    carries little does not make the pool patient.
+    """
     able = [group for group in groups if own in group.rates]
     supply = fsum(float(group.rates[own]) * group.group.count for group in able)
     seen = [each for group in able for each in _seen(own, group, activities)]
@@ -48,17 +52,17 @@ def pool_signals(own: Promise, groups: Sequence[GroupSupply], activities: Mappin
         arrivals=fsum(each.activity.arrivals for each in seen),
         ttft=LateShare(
             "TTFT",
-            max(each.slo.ttft_s for each in seen),
+            fsum(each.slo.ttft_s * each.requests_per_s for each in seen) / supply_seen,
             fsum(each.activity.ttft.total for each in seen),
             fsum(each.activity.ttft.beyond(each.slo.ttft_s) for each in seen),
         ),
         tpot=LateShare(
             "TPOT",
-            max(each.slo.tpot_s for each in seen),
+            fsum(each.slo.tpot_s * each.requests_per_s for each in seen) / supply_seen,
             fsum(each.activity.tpot.total for each in seen),
             fsum(each.activity.tpot.beyond(each.slo.tpot_s) for each in seen),
         ),
-        may_be_late=1 - seen[0].slo.percentile / 100,
+        may_be_late=max(1 - each.slo.percentile / 100 for each in seen),
         waiting_s=waiting / max(started_per_s, 1 / duration_s),
         refused=fsum(each.activity.refused for each in seen),
     )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from ratelimit.feedback import Feedback, after
 from ratelimit.groupsupply import GroupSupply
 from ratelimit.policy import Promise
 from ratelimit.poolsignals import pool_signals
@@ -18,8 +19,10 @@ OWN = Promise(MIX, Slo(1.0, 0.05))
 URLS = ("http://a", "http://b", "http://c")
 
 
-def group(urls: tuple[str, ...] = URLS, slowdown: float = 1.0, others: tuple[Promise, ...] = ()) -> GroupSupply:
-    knees = {promise: Knee(10.0 * slowdown, 0.9, 0.5, 0.04, "tpot") for promise in (OWN, *others)}
+def group(
+    urls: tuple[str, ...] = URLS, slowdown: float = 1.0, others: tuple[Promise, ...] = (), requests_per_s: float = 10.0
+) -> GroupSupply:
+    knees = {promise: Knee(requests_per_s * slowdown, 0.9, 0.5, 0.04, "tpot") for promise in (OWN, *others)}
     return GroupSupply(
         group=ReplicaGroup(len(urls), PROFILE.step_time.slowed(slowdown), PROFILE.limits, OWN.slo.slowed(slowdown)),
         gpu="H100",
@@ -104,6 +107,32 @@ def test_a_slowed_replica_is_held_to_its_slowed_bounds() -> None:
 
     assert seen is not None
     assert (seen.ttft.bound_s, seen.ttft.late) == (2.0, 15)
+
+
+def test_a_slow_replica_that_carries_little_does_not_make_the_pool_patient() -> None:
+    """Nine replicas at full speed are soon seen to fall behind, though a tenth has a hundred times their bound."""
+    fast = group(tuple(f"http://{n}" for n in range(9)))
+    slow = group(("http://slow",), slowdown=100.0, requests_per_s=0.1)
+    activities = {"http://slow": activity(arrivals=1)}
+    state = Feedback()
+    for waiting in (80, 160):
+        activities |= {replica.url: activity(waiting=waiting) for replica in fast.replicas}
+        seen = pool_signals(OWN, [slow, fast], activities)
+        assert seen is not None
+        assert 1.0 <= seen.ttft.bound_s < 1.2
+        state = after(state, seen)
+
+    assert state.factor < 1
+
+
+def test_what_may_be_late_is_the_loosest_promise_of_any_replica() -> None:
+    """Whichever replica is first: a knee that one group lacks changes nothing."""
+    loose = group(URLS[:1], others=(Promise(MIX, Slo(2.0, 0.1, 90)),))
+    tight = group(URLS[1:])
+    for groups in ([loose, tight], [tight, loose]):
+        seen = pool_signals(OWN, groups, dict.fromkeys(URLS, activity()))
+        assert seen is not None
+        assert seen.may_be_late == pytest.approx(0.1)
 
 
 def test_requests_are_held_to_the_loosest_promise() -> None:
