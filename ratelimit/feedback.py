@@ -8,7 +8,8 @@ version. Each window of signals is judged, and a factor between ``LEAST_FACTOR``
   do, but by no more than ``MOST_CUT``.
 - **met**: the factor recovers by ``RECOVERY`` every ``RECOVERY_S``, but stays below where it was last cut for as long
   as that is remembered: from ``MEMORY_S`` on, twice as long each time that a try beyond it was missed again.
-- **unclear** windows change nothing: a little late, too few samples, or what is late is explained otherwise.
+- **unclear** windows change nothing, and the memory does not fade in them: a little late, too few samples, too little
+  load to tell, or what is late is explained otherwise. An idle fleet meets every SLO, however slow it is.
 
 Two things explain lateness otherwise. A queue that does not grow since the last cut: the factor suffices, and what
 waits has to go. And more offered work than the measured supply, by callers who do not pass the gateways: a fleet that
@@ -42,6 +43,8 @@ LEAST_SPAN_S, LEAST_SAMPLES = 120.0, 50
 #: The share that must be late beyond what may be, over ``CLEARLY_LATE_SPAN_S``; it falls as 1/√span. A fleet that does
 #: all of its profile is late in bursts at its knee: simulated for hours, up to 0.13 more than may be over this span.
 CLEARLY_LATE, CLEARLY_LATE_SPAN_S = 0.3, 300.0
+#: The SLO is met where the fleet serves this share at least of what callers may ask of the trimmed supply.
+ENOUGH_SERVED = 0.8
 #: Windows in a row in which the queue must have grown long.
 GROWN_BEFORE_CUT = 2
 #: A queue is long when the fleet, as fast as it goes, needs this many TTFT bounds to start what waits.
@@ -55,7 +58,10 @@ Verdict = Literal["missed", "met", "unclear"]
 
 
 class LateShare(msgspec.Struct, frozen=True):
-    """Of one bound, named and in seconds: the requests seen, and how many of them were beyond it for certain."""
+    """Of one bound, named and in seconds: the requests seen, and how many of them were beyond it for certain.
+
+    Where replicas have bounds of their own, requests are held to those, and ``bound_s`` is their mean.
+    """
 
     name: str
     bound_s: float
@@ -122,6 +128,8 @@ class Feedback(msgspec.Struct, frozen=True):
     ``backlog_s`` is the work offered beyond the measured supply and not worked off, in seconds of the supply.
     ``queue_s`` is the shortest that the queue was since the last cut; ``grown`` windows in a row it was longer by much.
     ``missed_at`` is not tried again for ``memory_left_s``; ``memory_s`` is how long that was in the beginning.
+    ``used`` is the share of the factor that was served when it was missed: spare replicas and unsold supply may keep
+    callers from more.
     """
 
     factor: float = 1.0
@@ -135,6 +143,7 @@ class Feedback(msgspec.Struct, frozen=True):
     missed_at: float = 1.0
     memory_left_s: float = 0.0
     memory_s: float = 0.0
+    used: float = 1.0
 
 
 def after(state: Feedback, window: Signals | None) -> Feedback:
@@ -155,7 +164,7 @@ def judge(state: Feedback, window: Signals) -> tuple[Verdict, str]:
     if state.grown >= GROWN_BEFORE_CUT:
         return (
             "missed",
-            f"what waits needs {window.waiting_s:.3g} s to be started (TTFT bound {window.ttft.bound_s:g} s)",
+            f"what waits needs {window.waiting_s:.3g} s to be started (TTFT bound {window.ttft.bound_s:.3g} s)",
         )
     recent = state.seen[0]
     if state.grown or recent.span_s < LEAST_SPAN_S:
@@ -163,7 +172,14 @@ def judge(state: Feedback, window: Signals) -> tuple[Verdict, str]:
     if why := next(filter(None, (_late(seen, window) for seen in state.seen)), "") or _refused(recent):
         return "missed", why
     late = any(part.share > window.may_be_late for part in _late_shares(recent, window))
-    return ("unclear", "") if late else ("met", "")
+    return ("met", "") if not late and _is_loaded(state) else ("unclear", "")
+
+
+def _is_loaded(state: Feedback) -> bool:
+    """Whether the fleet has lately done enough for its lateness to say anything of the factor."""
+    recent = state.seen[0]
+    served = recent.served_s / recent.span_s
+    return recent.ttft_seen >= LEAST_SAMPLES and served >= ENOUGH_SERVED * state.used * state.factor
 
 
 def _is_explained(state: Feedback, window: Signals) -> bool:
@@ -196,8 +212,8 @@ def _late(seen: Seen, window: Signals) -> str:
     for part in _late_shares(seen, window):
         if part.seen >= LEAST_SAMPLES and part.share > too_late:
             return (
-                f"{part.share:.0%} of {part.seen:.0f} requests were beyond the {part.name} bound of {part.bound_s:g} s "
-                f"({may_be_late:.2g} of them may be)"
+                f"{part.share:.0%} of {part.seen:.0f} requests were beyond the {part.name} bound of "
+                f"{part.bound_s:.3g} s ({may_be_late:.2g} of them may be)"
             )
     return ""
 
@@ -222,7 +238,6 @@ def _noted(state: Feedback, window: Signals) -> Feedback:
         state,
         backlog_s=backlog_s if _is_behind(window) else 0.0,
         settling_s=settling_s,
-        memory_left_s=max(0.0, state.memory_left_s - window.duration_s),
         queue_s=queue_s,
         grown=state.grown + 1 if window.waiting_s > queue_s + _long_queue_s(window) else 0,
     )
@@ -248,10 +263,12 @@ def _cut(state: Feedback, window: Signals, why: str) -> Feedback:
         missed_at=state.factor,
         memory_left_s=memory_s,
         memory_s=memory_s,
+        used=min(1.0, served / state.factor),
     )
 
 
 def _recovered(state: Feedback, duration_s: float) -> Feedback:
+    state = msgspec.structs.replace(state, memory_left_s=max(0.0, state.memory_left_s - duration_s))
     most = min(1.0, state.missed_at - CUT / 2) if state.memory_left_s > 0 else 1.0
     recovering_s = state.recovering_s + duration_s
     if state.factor >= most or recovering_s < RECOVERY_S:

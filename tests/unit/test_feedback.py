@@ -146,6 +146,29 @@ def test_a_fleet_that_is_well_again_gets_all_of_its_supply_back_slowly() -> None
     assert state.reason == ""
 
 
+@pytest.mark.parametrize("idle", [window(offered=0.0, seen=0), window(offered=0.1, seen=30)])
+def test_an_idle_night_gives_nothing_back(idle: Signals) -> None:
+    """A fleet that has next to nothing to do meets its SLO however slow it is: the trim is there in the morning."""
+    trimmed = fed(Feedback(), [window(offered=0.6, late=0.9)] * 200)
+    assert trimmed.factor == LEAST_FACTOR
+
+    after_the_night = fed(trimmed, [idle] * 2000)
+
+    assert (after_the_night.factor, after_the_night.memory_left_s) == (LEAST_FACTOR, trimmed.memory_left_s)
+    assert fed(after_the_night, [window(offered=0.5)] * 60).factor > LEAST_FACTOR
+
+
+def test_a_pool_that_may_never_be_asked_for_all_gets_its_supply_back_too() -> None:
+    """With a spare for each replica callers use half: that they met the SLO there says as much as that they missed."""
+    trimmed = fed(Feedback(), [window(offered=0.5, late=0.9)] * 12)
+    state = trimmed
+    for _ in range(800):
+        state = after(state, window(offered=0.5 * state.factor))
+
+    assert trimmed.factor < 1
+    assert state.factor == 1
+
+
 def test_a_factor_missed_again_is_remembered_for_longer_and_not_for_ever() -> None:
     """A fleet that stays slow is tried more and more seldom, but always again."""
     state, memories = Feedback(), []
