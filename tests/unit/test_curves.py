@@ -130,11 +130,36 @@ def test_a_surface_moves_the_knee() -> None:
 
 
 def test_a_surface_under_an_infeasible_slo_is_infeasible() -> None:
-    """Where the line already misses the bound there is no load to look at the surface for."""
+    """A bound that neither the line nor the surface meets, not even for a request alone, is met by no load."""
     bent = replace(H100, surface=Surface((SurfacePoint(1e4, 1000.0, 2.0),)))
 
     with pytest.raises(InfeasibleSloError):
         step_time_around(bent, CHAT, Slo(1.0, 0.001))
+
+
+def test_a_surface_may_meet_what_the_line_does_not() -> None:
+    """Where steps are measured to be shorter than the line says, its missing the SLO decides nothing."""
+    tight = Slo(1.0, H100.step_time.base_s * 0.9)
+    bent = replace(H100, surface=Surface((SurfacePoint(1e4, 1000.0, 0.5),)))
+
+    with pytest.raises(InfeasibleSloError):
+        operating_point(H100, CHAT, tight)
+    found = operating_point(bent, CHAT, tight)
+    assert found.step_time == H100.step_time.slowed(0.5)
+    assert found.knee.tpot_s <= tight.tpot_s
+
+
+@pytest.mark.parametrize(("idle", "busy"), [(1.0, 6.0), (2.5, 0.8), (0.6, 6.0)])
+def test_the_model_is_the_one_at_its_own_knee(idle: float, busy: float) -> None:
+    """However steps change with the KV use, they are those of the use at the knee that is found, not of the line's."""
+    context = mean_context_tokens(CHAT)
+    bent = replace(H100, surface=Surface((SurfacePoint(context, context, idle), SurfacePoint(3e5, context, busy))))
+
+    found = operating_point(bent, CHAT, SLO)
+
+    in_flight = found.knee.requests_per_s * CHAT.mean_output_tokens * found.knee.tpot_s
+    there = bent.extrapolated_step_time(max(1.0, in_flight) * context, context)[0]
+    assert found.step_time.base_s == pytest.approx(there.base_s, rel=0.08)
 
 
 def test_a_request_that_cannot_run_has_no_curve() -> None:
