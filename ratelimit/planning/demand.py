@@ -21,6 +21,8 @@ KEYS_KEPT = 500
 #: Keys and requests that one replay may have.
 MOST_KEYS = 1_000_000
 MOST_RECORDS = 20_000_000
+#: More than all of mankind could ask for; beyond it, and below its inverse, numbers would end.
+MOST_REQUESTS_PER_S = 1e15
 
 
 class DemandError(ValueError):
@@ -56,6 +58,11 @@ class Demand(msgspec.Struct, frozen=True):
         """The same demand, so many times as often. Raises ``DemandError`` for a factor that is none."""
         if not (isfinite(factor) and factor > 0):
             raise DemandError(f"the demand times {factor} is none; give a number above 0")
+        if not 1 / MOST_REQUESTS_PER_S <= factor * self.requests_per_s <= MOST_REQUESTS_PER_S:
+            raise DemandError(
+                f"the demand times {factor:g} is {factor * self.requests_per_s:,.4g} requests/s, which is none; "
+                "give a number nearer to 1"
+            )
         return msgspec.structs.replace(self, callers=tuple(each.times(factor) for each in self.callers))
 
     @property

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import TextIO
@@ -24,6 +25,10 @@ TRACE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _MOST_LINE_LENGTH = 1 << 16
 #: A count of tokens above this is no request's.
 _MOST_TOKENS = 100_000_000
+#: Requests of a trace, which is kept whole.
+MOST_TRACED = 2_000_000
+#: What a message repeats of a value that is none.
+_MOST_TOLD = 60
 
 
 class Trace(msgspec.Struct, frozen=True):
@@ -37,16 +42,20 @@ def is_trace(path: Path) -> bool:
     """Whether the file has the columns of a trace. Raises ``DemandError`` where it cannot be read."""
     with _reading(path) as lines:
         heading = next(iter(lines), "")
-    return set(TRACE_COLUMNS) <= {name.strip() for name in heading.split(",")}
+    return set(TRACE_COLUMNS) <= {*_names(heading)}
 
 
 def read_trace(path: Path) -> Trace:
-    """The whole trace. Raises ``DemandError`` naming the first line that is wrong."""
-    times_s, shapes = [], []
+    """The whole trace. Raises ``DemandError`` naming the first line that is wrong, and where there is too much."""
+    times_s: list[float] = []
+    shapes: list[RequestShape] = []
     with _reading(path) as lines:
-        rows = csv.DictReader(lines)
-        for row in rows:
-            with _naming(path, rows.line_num):
+        for number, row in _table(path, lines):
+            if len(times_s) >= MOST_TRACED:
+                raise DemandError(f"{path} has more than {MOST_TRACED:,} requests; replay a part of it")
+            with _naming(path, number):
+                if missing := [name for name in TRACE_COLUMNS if not row.get(name)]:
+                    raise DemandError(f"has no {' and no '.join(missing)}; write {', '.join(TRACE_COLUMNS)}")
                 times_s.append(moment_s(row["TIMESTAMP"]))
                 shapes.append(RequestShape(_count(row, "ContextTokens", 1), _count(row, "GeneratedTokens", 1)))
     return Trace(tuple(times_s), tuple(shapes))
@@ -84,19 +93,29 @@ def moment_s(value: object) -> float:
     """Seconds since 1970, given so or as a UTC date and time. Raises ``DemandError``."""
     try:
         time_s = float(value)  # type: ignore[arg-type]  # what is no number is told below
+    except OverflowError as error:
+        raise DemandError(f"the time {_told(value)} is none; write seconds since 1970") from error
     except (TypeError, ValueError):
         try:
-            moment = datetime.fromisoformat(str(value))
+            moment = datetime.fromisoformat(str(value).strip())
         except ValueError as error:
-            raise DemandError(
-                f"the time {value!r} is none; write seconds since 1970, or 2026-01-31T12:00:00"
-            ) from error
+            said = f"the time {_told(value)} is none; write seconds since 1970, or 2026-01-31T12:00:00"
+            raise DemandError(said) from error
         time_s = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     if not isfinite(time_s):
-        raise DemandError(f"the time {value!r} is not finite; write seconds since 1970")
-    if time_s > 1e11:
-        raise DemandError(f"the time {value!r} looks like milliseconds; write seconds since 1970")
+        raise DemandError(f"the time {_told(value)} is not finite; write seconds since 1970")
+    if abs(time_s) > 1e11:
+        raise DemandError(f"the time {_told(value)} looks like milliseconds; write seconds since 1970")
     return time_s
+
+
+def _told(value: object) -> str:
+    """The value as a message repeats it."""
+    try:
+        text = str(value)
+    except ValueError:  # an integer with more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= _MOST_TOLD else f"{text[:_MOST_TOLD]}…"
 
 
 def _count(row: Mapping[str, object], name: str, least: int) -> int:
@@ -104,22 +123,36 @@ def _count(row: Mapping[str, object], name: str, least: int) -> int:
     try:
         count = int(str(value))
     except ValueError as error:
-        raise DemandError(f"{name} is {value!r}; write a whole number of tokens") from error
+        raise DemandError(f"{name} is {_told(value)}; write a whole number of tokens") from error
     if not 0 <= count <= _MOST_TOKENS:
-        raise DemandError(f"{name} is {count}; a request has from 0 to {_MOST_TOKENS:,} tokens")
+        raise DemandError(f"{name} is {_told(value)}; a request has from 0 to {_MOST_TOKENS:,} tokens")
     return max(least, count)
 
 
 def _csv_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
-    rows = csv.DictReader(lines)
-    missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+    heading = next(lines, "")
+    missing = [name for name in COLUMNS if name not in _names(heading)]
     if missing:
         raise DemandError(
             f"{path} is neither a trace ({', '.join(TRACE_COLUMNS)}) nor records: it has no column "
             f"{' and none '.join(missing)}; write it with `penstock usage export`, or with {', '.join(COLUMNS)}"
         )
-    for row in rows:
-        yield rows.line_num, row
+    yield from _table(path, chain([heading], lines))
+
+
+def _names(heading: str) -> list[str]:
+    """The columns that a heading names; spaces around them, quotes and a byte order mark mean nothing."""
+    return [name.strip().strip('"').strip() for name in heading.removeprefix("\ufeff").split(",")]
+
+
+def _table(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
+    """The rows under a heading, each with the number of its line."""
+    rows = csv.DictReader(lines, _names(next(lines, "")), skipinitialspace=True)
+    try:
+        for row in rows:
+            yield rows.line_num + 1, row
+    except csv.Error as error:
+        raise DemandError(f"{path}:{rows.line_num + 1}: no table: {error}; is a quote left open?") from error
 
 
 def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[str, object]]]:

@@ -10,6 +10,7 @@ import msgspec
 
 #: More GPUs of one type than this are a slip of the pen.
 MOST_GPUS = 100_000_000
+_MOST_DIGITS = 12
 
 
 class FleetError(ValueError):
@@ -46,8 +47,8 @@ def parse_changes(texts: Iterable[str], sign: int) -> list[Change]:
     changes = []
     for text in texts:
         for part in text.split(","):
-            match = fullmatch(r"(?:(?P<site>.+):)?(?P<gpu>[A-Za-z0-9_-]+)=(?P<count>[0-9_]{1,12})", part.strip())
-            if match is None or not (count := int(match["count"].strip("_") or 0)):
+            match = fullmatch(r"(?:(?P<site>.+):)?(?P<gpu>[A-Za-z0-9_-]+)=(?P<count>[0-9]+(?:_[0-9]+)*)", part.strip())
+            if match is None or len(match["count"]) > _MOST_DIGITS or not (count := int(match["count"])):
                 raise FleetError(
                     f"{part.strip()!r} is no change; write GPU=COUNT, such as H200=1000, or SITE:GPU=COUNT"
                 )

@@ -109,6 +109,8 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
         (["--example", "laptop", "--add", "X9000=2"], "no GPU type 'X9000'"),
         (["--example", "laptop", "--times", "nan"], "above 0"),
         (["--example", "laptop", "--times", "1000000"], "in requests a second"),
+        (["--example", "laptop", "--times", "1e308"], "nearer to 1"),
+        (["--example", "laptop", "--add", "CPU=1__0"], "H200=1000"),
         (["--example", "laptop", "--replay", "nowhere.csv"], "cannot read"),
         (["nowhere.yaml"], "cannot be read"),
     ],

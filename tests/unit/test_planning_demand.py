@@ -8,14 +8,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ratelimit.planning import records
 from ratelimit.planning.demand import KEYS_KEPT, MOST_BINS, Asked, CallerDemand, DemandError, replayed, shaped
-from ratelimit.planning.records import is_trace, read_records, read_trace
+from ratelimit.planning.records import COLUMNS, is_trace, read_records, read_trace
 from ratelimit.usagereport import csv_rows
 from serving.capacity import RequestShape
 from tests.support.planning import MIX, demand_of
 from tests.support.usage import line
 
 TRACE = Path(__file__).parents[2] / "serving" / "mixes" / "azure_llm_2023_conversation.csv"
+#: More than the csv module takes for one field, in lines that are not too long by themselves.
+OPEN = f"{'x' * 50_000}\n" * 3
+
+
+def json_line(**fields: str) -> str:
+    """A record as JSON, with these fields as they are written."""
+    written = {"time": "1", "tier": '"pro"', "key": '"k"', "input_tokens": "3", "output_tokens": "5"} | fields
+    return "{" + ", ".join(f'"{name}": {value}' for name, value in written.items()) + "}\n"
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 4)), min_size=1, max_size=50))
@@ -73,6 +82,31 @@ def test_a_trace_gives_course_and_lengths() -> None:
     assert 1.2 < each.peak < 2
 
 
+def test_spaces_around_the_columns_of_a_trace_mean_nothing(tmp_path: Path) -> None:
+    """A heading and rows with spaces after the commas are read like those without."""
+    path = tmp_path / "trace.csv"
+    path.write_text("TIMESTAMP, ContextTokens , GeneratedTokens\n2023-11-16 18:15:46.68 , 374, 44\n5, 3, 4\n")
+    assert is_trace(path)
+    assert read_trace(path).shapes == (RequestShape(374, 44), RequestShape(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (f'1,3,"{OPEN}', "is a quote left open"),
+        ("1,3\n", ":2: has no GeneratedTokens"),
+        ("1,2,3\n" * 4, "more than 3 requests"),
+    ],
+)
+def test_what_is_no_trace_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: str, said: str) -> None:
+    """An open quote, a row cut short, and more requests than are kept are each told."""
+    monkeypatch.setattr(records, "MOST_TRACED", 3)
+    path = tmp_path / "trace.csv"
+    path.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}")
+    with pytest.raises(DemandError, match=said):
+        read_trace(path)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -85,6 +119,18 @@ def test_a_trace_gives_course_and_lengths() -> None:
         ('{"time": 1}\n', "has no tier"),
         ("{nonsense\n", "no JSON object"),
         ("\xff\xfe", "neither a trace"),
+        ('{"time": 1' + "0" * 400 + ', "tier": "pro", "key": "k", "input_tokens": 1, "output_tokens": 1}\n', "log:1: "),
+        (
+            '{"time": 1' + "0" * 5000 + ', "tier": "pro", "key": "k", "input_tokens": 1, "output_tokens": 1}\n',
+            "log:1: ",
+        ),
+        (
+            '{"time": 1, "tier": "pro", "key": "k", "input_tokens": 1' + "0" * 5000 + ', "output_tokens": 1}\n',
+            "log:1: ",
+        ),
+        ('{"time": 1, "tier": 1' + "0" * 5000 + ', "key": "k", "input_tokens": 1, "output_tokens": 1}\n', "log:1: "),
+        (f'{",".join(COLUMNS)}\n1,pro,"{OPEN}', "is a quote left open"),
+        (f"{','.join(COLUMNS)}\n-1e300,pro,k,3,5\n", "milliseconds"),
     ],
 )
 def test_what_is_no_record_is_refused_with_the_line(tmp_path: Path, text: str, said: str) -> None:
@@ -103,6 +149,13 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
         is_trace(binary)
     with pytest.raises(DemandError, match="cannot read"):
         is_trace(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("factor", [1e308, 1e20, 1e-323])
+def test_a_multiple_that_numbers_cannot_hold_is_refused(factor: float) -> None:
+    """Rates beyond what anybody asks, or that come to nothing, are told before they end the arithmetic."""
+    with pytest.raises(DemandError, match="nearer to 1"):
+        demand_of(times=0.01).times(factor)
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])

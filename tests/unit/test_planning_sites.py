@@ -21,7 +21,11 @@ def test_changes_are_read_as_people_write_them() -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["H200", "H200=-5", "H200=0", "H200=1.5", "=5", "H200=nan", "H200=1e3", ""])
+NO_CHANGES = ["H200", "H200=-5", "H200=0", "H200=1.5", "=5", "H200=nan", "H200=1e3", "H200=²", ""]
+NO_COUNTS = ["H200=1__0", "H200=_1", "H200=1_", f"H200={'1' * 5000}"]
+
+
+@pytest.mark.parametrize("text", [*NO_CHANGES, *NO_COUNTS])
 def test_a_change_that_is_none_is_refused(text: str) -> None:
     """Counts are whole and above 0; adding and losing are told apart by the option."""
     with pytest.raises(FleetError, match="H200=1000"):
