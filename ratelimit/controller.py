@@ -189,7 +189,7 @@ class Controller:
     async def round(self) -> None:
         """Derive from everything as it is now; publish what differs from what is in force."""
         lost = await self._publisher.lost()
-        self._publisher.save()
+        await asyncio.to_thread(self._publisher.save)
         records = self._keys.records()
         if records != self._published_keys or lost.keys:
             await self._publisher.publish_keys(records)
@@ -203,7 +203,8 @@ class Controller:
         fleet = self._fleet_now()
         if self._is_settling(fleet):
             return
-        self._governor.save()
+        if self._governor.has_unsaved:
+            await asyncio.to_thread(self._governor.save)
         self._note_governed()
         wanted = await self._wanted(records, fleet)
         base = standing(self._decided, wanted, time()) if self._decided else wanted
@@ -226,9 +227,8 @@ class Controller:
 
         later = without_overrides if base.overrides or wanted.overrides else None
         decision = self._governor.decide(base, changes(base, wanted), derived, base.adopted.falls_above, later)
-        self._governor.took_up(
-            decision.inputs
-        )  # first, so that a controller which dies now has not let it through unseen
+        # First, so that a controller which dies now has not let it through unseen.
+        await asyncio.to_thread(self._governor.took_up, decision.inputs)
         candidate = decision.publication
         if lost.publication or not same_limits(candidate, self._published):
             await self._publisher.publish(candidate)
@@ -238,7 +238,7 @@ class Controller:
             log.warning("epoch %d published: %s", candidate.epoch, candidate.reason)
             for warning in candidate.warnings:
                 log.warning("%s", warning)
-            self._governor.published(candidate, decision.approved)
+            await asyncio.to_thread(self._governor.published, candidate, decision.approved)
         self._inputs_published = inputs_of(decision.inputs)
         self._note_governed()
         self.metrics.published(candidate, self._inputs_published.trims)

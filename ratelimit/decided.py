@@ -46,25 +46,30 @@ class Decided(msgspec.Struct, frozen=True):
     active_keys: Mapping[tuple[str, str], int]
 
 
-class KeptDecided(msgspec.Struct, frozen=True):
-    """``Decided`` as it is kept on disk, for the controller after this one."""
+class KeptConfig(msgspec.Struct, frozen=True):
+    """The config of ``Decided`` as it is kept on disk, for the controller after this one. It grows with the fleet."""
 
     adopted: Adopted
+
+
+class KeptKeys(msgspec.Struct, frozen=True):
+    """The rest of ``Decided`` as it is kept on disk: small, for it changes whenever a key comes into use."""
+
     overrides: tuple[Override, ...]
     issued: dict[str, int]
     active_keys: tuple[tuple[str, str, int], ...]
 
 
-def kept(decided: Decided) -> KeptDecided:
-    """What is kept of it."""
+def kept_keys(decided: Decided) -> KeptKeys:
+    """What is kept of it beside its config."""
     counts = tuple((tier, model, count) for (tier, model), count in sorted(decided.active_keys.items()))
-    return KeptDecided(decided.adopted, decided.overrides, dict(decided.issued), counts)
+    return KeptKeys(decided.overrides, dict(decided.issued), counts)
 
 
-def resumed(found: KeptDecided) -> Decided:
+def resumed(adopted: Adopted, keys: KeptKeys) -> Decided:
     """What was kept, as it was."""
-    counts = {(tier, model): count for tier, model, count in found.active_keys}
-    return Decided(found.adopted, found.overrides, found.issued, counts)
+    counts = {(tier, model): count for tier, model, count in keys.active_keys}
+    return Decided(adopted, keys.overrides, keys.issued, counts)
 
 
 def issued_keys(records: Iterable[KeyRecord], policies: Sequence[Policy], now_s: float) -> dict[str, int]:

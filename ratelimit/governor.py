@@ -1,8 +1,9 @@
 """What the controller asks before it publishes and tells afterwards: waiting changes, approvals, the audit log.
 
 In the state folder, ``waiting.json`` holds the changes that wait, written by the controller, ``approvals.json`` what
-people let through, written by ``penstock limits approve``, ``decided.json`` what is decided now, for a controller that
-starts with another config, and ``audit/`` the log of epochs.
+people let through, written by ``penstock limits approve``, ``decided.json`` and ``decided_keys.json`` what is decided
+now, for a controller that starts with another config, and ``audit/`` the log of epochs. ``took_up``, ``published`` and
+``save`` write, and may wait for locks: an event loop calls them in a thread, one at a time.
 
 No file here stops the limits: what cannot be written is said once in the log, counted in ``unkept``, and tried again at
 every round. Approvals that cannot be read approve nothing. Only what was decided before must be readable: without it a
@@ -30,7 +31,8 @@ from ratelimit.approval import (
     waiting_named,
 )
 from ratelimit.audit import AuditLog, Entry
-from ratelimit.decided import Decided, KeptDecided, issued_keys, kept, resumed
+from ratelimit.decided import Decided, issued_keys
+from ratelimit.decidedfiles import DecidedFiles
 from ratelimit.difference import Snapshot, difference, snapshot
 from ratelimit.keys import KeyRecord
 from ratelimit.policy import Policy
@@ -102,9 +104,9 @@ class Governor:
         self._approvals = ApprovalFile(state_dir)
         self._waiting: tuple[Waiting, ...] | None = None
         self._are_unsaved = False
-        self._decided = StateFile(state_dir / "decided.json", KeptDecided)
-        self._keep: list[KeptDecided] | None = None
-        self._kept: list[KeptDecided] = []
+        self._files = DecidedFiles(state_dir)
+        self._keep: Decided | None = None
+        self._is_kept = True
         self._last: Snapshot | None = None
         self._unkept: deque[Entry] = deque()
         self._failures: dict[str, str] = {}
@@ -127,13 +129,11 @@ class Governor:
         Raises ``StateFileError`` where that is there and cannot be read: to take it for nothing would approve whatever
         the config says now.
         """
-        found = self._decided.read()
-        self._kept = list(found)
-        return resumed(found[0]) if found else None
+        return self._files.read()
 
     def took_up(self, decided: Decided) -> None:
         """Keep what is decided, for a controller that starts with another config; only where changes may wait."""
-        self._keep = [kept(decided)] if decided.adopted.falls_above is not None else []
+        self._keep, self._is_kept = decided if decided.adopted.falls_above is not None else None, False
         self.save()
 
     def approvals(self) -> tuple[Approval, ...]:
@@ -148,7 +148,7 @@ class Governor:
         falls_above: float | None,
         later: Callable[[I], I] | None = None,
     ) -> Decision[I]:
-        """Which of the changes take effect; those that wait are said in the log, once each, and kept."""
+        """Which of the changes take effect; those that wait are said in the log, once each, and kept by ``took_up``."""
         self._resume()
         approved = {approval.digest: approval for approval in self._valid()} if changes else {}
         decision = decide(base, changes, derived, falls_above, approved, later)
@@ -169,7 +169,6 @@ class Governor:
                 _say(each)
         self._are_unsaved = self._are_unsaved or waiting != self._waiting
         self._waiting = waiting
-        self.save()
         return decision
 
     def published(self, publication: Publication, approved: Sequence[str] = ()) -> None:
@@ -192,9 +191,14 @@ class Governor:
         self._unkept.append(entry)
         self._last = now
 
+    @property
+    def has_unsaved(self) -> bool:
+        """Whether ``save`` has something to write."""
+        return bool(self._unkept) or self._are_unsaved or not self._is_kept
+
     def save(self) -> None:
         """Write to disk what is not there yet; a failure is said once, and the next call tries again."""
-        if self._keep is not None and self._keep != self._kept:
+        if not self._is_kept:
             self._trying("what is decided cannot be kept", self._write_decided)
         if self._are_unsaved:
             self._trying("waiting changes cannot be kept", self._write_waiting)
@@ -206,9 +210,8 @@ class Governor:
             self._unkept.popleft()
 
     def _write_decided(self) -> None:
-        with self._decided.changing() as kept_before:
-            kept_before[:] = self._keep or ()
-        self._kept = self._keep or []
+        self._files.write(self._keep)
+        self._is_kept = True
 
     def _write_waiting(self) -> None:
         with waiting_file(self._state_dir).changing() as kept:

@@ -9,6 +9,7 @@ is found to hold, for one restarted from an old dump or failed over to a lagging
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 from collections.abc import Iterable
@@ -100,7 +101,7 @@ class Publisher:
             await pipe.execute()
         self._document = document
         self._unsaved = publication
-        self.save()
+        await asyncio.to_thread(self.save)
         await self._configure(publication)
 
     async def _configure(self, publication: Publication) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import time
@@ -12,7 +13,7 @@ from time import time
 import pytest
 from redis.asyncio import Redis
 
-from ratelimit import audit
+from ratelimit import audit, statefile
 from ratelimit import controller as controller_module
 from ratelimit.approval import Approval, Waiting
 from ratelimit.audit import AuditLog
@@ -357,6 +358,35 @@ async def test_a_restart_is_no_approval(redis_client: Redis, tmp_path: Path, kne
     approve(tmp_path, waiting.digest)
     async with running(config_of(tmp_path, share=0.1), redis_client) as stack:
         await stack.until(lambda p: assured(p) < assured(before) / 2)
+
+
+async def test_a_count_of_keys_rewrites_no_config_and_no_write_stops_the_loop(
+    redis_client: Redis, tmp_path: Path, knees: Knees, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The config is kept once, whatever keys come; locks and disks are waited for outside the event loop."""
+    blocking: list[Path] = []
+    take, take_audit = statefile._take_lock, audit._take_lock
+
+    def noting(taking: Callable[[int, Path], None], descriptor: int, path: Path) -> None:
+        if asyncio._get_running_loop() is not None:
+            blocking.append(path)
+        taking(descriptor, path)
+
+    async with running(config_of(tmp_path), redis_client) as stack:
+        await first(stack)
+        monkeypatch.setattr(statefile, "_take_lock", partial(noting, take))
+        monkeypatch.setattr(audit, "_take_lock", partial(noting, take_audit))
+        config, keys = (tmp_path / "decided.json").stat(), (tmp_path / "decided_keys.json").stat()
+        await asyncio.to_thread(KeyFile(tmp_path).create, org="acme", tier="free", name="a")
+
+        async def rewritten() -> bool:
+            return (tmp_path / "decided_keys.json").stat().st_ino != keys.st_ino
+
+        await eventually_async(rewritten, WAIT_S, "the new count of keys on disk")
+        stack.fleet.turn(A, "down")
+        await stack.until(lambda p: urls(p) == {B})
+        assert (tmp_path / "decided.json").stat().st_ino == config.st_ino
+    assert blocking == []
 
 
 async def test_what_was_decided_and_cannot_be_read_approves_nothing(
