@@ -42,7 +42,8 @@ _FIT_POINTS = 3
 _WARM_UP_LIVES = 2
 #: Runs repeated in one measurement because they were unsteady, or the client was late.
 MOST_RETRIES = 4
-_DRAIN_TIMEOUT_S = 60.0
+#: An engine drops what is left within a step or two.
+_DRAIN_TIMEOUT_S = 20.0
 
 
 class MeasureSettings(msgspec.Struct, frozen=True):
@@ -123,10 +124,10 @@ async def measure(
 def check_settings(settings: MeasureSettings) -> None:
     """Raise ``MeasureError`` for settings that nothing can be measured with."""
     point = settings.point
-    if not 0 < point.watch_s <= point.most_watch_s < float("inf"):
-        raise MeasureError("a point needs 0 < --point-s <= --most-point-s, in seconds")
     if not isfinite(point.warm_up_s) or point.warm_up_s < 0:
         raise MeasureError(f"--warm-up-s is {point.warm_up_s}, it must be a number of seconds that is not negative")
+    if not (point.watch_s > 0 and point.warm_up_s + point.watch_s <= point.most_s < float("inf")):
+        raise MeasureError("a point needs a positive --point-s, and --warm-up-s + --point-s <= --most-point-s")
     for name, bound_s in (("--lag-ms", point.lag_bound_s), ("the timeout of a request", settings.request_timeout_s)):
         if not 0 < bound_s < float("inf"):
             raise MeasureError(f"{name} comes to {bound_s} s, it must be a positive, finite time")
@@ -163,8 +164,13 @@ def engine_limits(facts: EngineFacts) -> EngineLimits:
 
 
 def journal_settings(target: MeasureTarget, facts: EngineFacts) -> dict[str, str]:
-    """Everything that must be alike for points to belong to one measurement."""
-    parts = {"": msgspec.to_builtins(target.settings), "engine's ": msgspec.to_builtins(facts)}
+    """Everything that must be alike for points to belong to one measurement.
+
+    How long a point may take is none of it: the advice to raise it must not cost the points that are there.
+    """
+    settings = msgspec.to_builtins(target.settings)
+    del settings["point"]["most_s"]
+    parts = {"": settings, "engine's ": msgspec.to_builtins(facts)}
     named = {prefix + name: str(value) for prefix, part in parts.items() for name, value in part.items()}
     return {"endpoint": target.url, **named}
 
@@ -184,15 +190,18 @@ def expected_left_s(
 
 
 def longest_s(settings: MeasureSettings) -> float:
-    """The most that a measurement can take: every run at its bound, all retries used, every last answer late."""
-    runs = len(MIX_NAMES) * (1 + settings.search_points) + MOST_RETRIES
-    point = settings.point
-    return runs * (2 * point.most_watch_s + settings.request_timeout_s + _DRAIN_TIMEOUT_S)
+    """The most that the runs can take: every rate tried, all retries used, each run and each drain at its bound."""
+    return most_runs(settings) * (settings.point.most_s + _DRAIN_TIMEOUT_S)
+
+
+def most_runs(settings: MeasureSettings) -> int:
+    """Runs of a measurement at most."""
+    return len(MIX_NAMES) * (1 + settings.search_points) + MOST_RETRIES
 
 
 def point_settings(point: PointSettings, life_s: float) -> PointSettings:
     """The point with a warm-up that lasts until requests of such a life leave as fast as they come."""
-    warm_up_s = min(max(point.warm_up_s, _WARM_UP_LIVES * life_s), point.most_watch_s)
+    warm_up_s = min(max(point.warm_up_s, _WARM_UP_LIVES * life_s), point.most_s - point.watch_s)
     return msgspec.structs.replace(point, warm_up_s=warm_up_s)
 
 

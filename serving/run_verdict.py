@@ -31,14 +31,15 @@ _LEAST_LAGS = 20
 class PointSettings(msgspec.Struct, frozen=True):
     """How one point is run; seconds where not said otherwise.
 
-    It is watched for ``watch_s`` after ``warm_up_s``; longer, up to ``most_watch_s``, until it has covered ten lives
-    of its requests and ``least_requests`` of them. ``lag_bound_s`` bounds how late the client sends (p99).
-    ``turnaround_s`` is what a lone request is on its way while the engine computes nothing.
+    It is watched for ``watch_s`` after ``warm_up_s``; longer, until it has covered ten lives of its requests and
+    ``least_requests`` of them. From its start to the last answer that counts it takes ``most_s`` at most.
+    ``lag_bound_s`` bounds how late the client sends (p99). ``turnaround_s`` is what a lone request is on its way while
+    the engine computes nothing.
     """
 
     warm_up_s: float = 5.0
     watch_s: float = 30.0
-    most_watch_s: float = 180.0
+    most_s: float = 180.0
     least_requests: int = 50
     lag_bound_s: float = 0.05
     most_in_flight: int = 4096
@@ -75,7 +76,7 @@ def verdict(settings: PointSettings, seen: Seen) -> Verdict | None:
         return Verdict("over-saturated", over, window)
     short = shortfall(settings, seen, window)
     if short:
-        is_over = window.end_s >= settings.warm_up_s + settings.most_watch_s
+        is_over = window.end_s >= settings.most_s
         return Verdict("short", f"{short}; raise --most-point-s", window) if is_over else None
     drifting = "" if seen.offered_per_s is None else drift(_since(seen.in_flight, window.start_s))
     return Verdict("unsteady" if drifting else "steady", drifting, window)
@@ -116,7 +117,7 @@ def lag_p99_s(outcomes: Sequence[RequestOutcome]) -> float:
 
 def expected_s(settings: PointSettings, life: float) -> float:
     """About how long a steady run takes whose requests live so many seconds, its end included."""
-    return settings.warm_up_s + min(settings.most_watch_s, max(settings.watch_s, LIVES * life)) + 2 * life
+    return min(settings.most_s, settings.warm_up_s + max(settings.watch_s, LIVES * life) + 2 * life)
 
 
 def _over_saturation(settings: PointSettings, seen: Seen, window: Window) -> str:

@@ -71,8 +71,9 @@ class Run:
         pacer = asyncio.ensure_future(self._pace(self))
         try:
             found = await self._watch(pacer)
-            if found.state == "steady":
-                await self._answered(found.window, pacer)
+            if found.state == "steady" and not await self._answered(found.window, pacer):
+                why = f"requests were still open at its end after {self._settings.most_s:g} s; raise --most-point-s"
+                found = Verdict("short", why, found.window)
         finally:
             pacer.cancel()
             for task in self._tasks:
@@ -127,7 +128,7 @@ class Run:
             self._in_flight.append(Sample(self.now_s, len(self._open)))
             if self.now_s < next_mark_s:
                 continue
-            next_mark_s = self.now_s + mark_s
+            next_mark_s = min(self.now_s + mark_s, self._settings.most_s)
             counters = await self._endpoint.counters()
             self._marks.append(counters._replace(time_s=counters.time_s - self._origin_s))
             seen = self._seen()
@@ -138,11 +139,14 @@ class Run:
             if found is not None:
                 return found
 
-    async def _answered(self, window: Window, pacer: asyncio.Future[None]) -> None:
-        """Wait, under unchanged load, until every request due in the window is answered; each has its timeout."""
+    async def _answered(self, window: Window, pacer: asyncio.Future[None]) -> bool:
+        """Wait, under unchanged load, for every request due in the window; false where the run's time is up first."""
         while any(window.start_s <= scheduled_s < window.end_s for scheduled_s in self._open.values()):
+            if self.now_s >= self._settings.most_s:
+                return False
             await asyncio.sleep(_LEAST_SAMPLE_S)
             self._check(pacer)
+        return True
 
     def _check(self, pacer: asyncio.Future[None]) -> None:
         if self._failure is not None:

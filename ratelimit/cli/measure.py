@@ -19,7 +19,7 @@ from serving.enginefacts import FactsError, Stated
 from serving.fit import FitError
 from serving.intervals import Interval
 from serving.journal import JournalError
-from serving.measure import MeasureSettings, MeasureTarget, Watcher, expected_left_s, longest_s
+from serving.measure import MeasureSettings, MeasureTarget, Watcher, expected_left_s, longest_s, most_runs
 from serving.measure import Progress as SweepProgress
 from serving.measure import measure as measure_endpoint
 from serving.measurement import MeasureError, Measurement, knee_text
@@ -50,8 +50,8 @@ def measure(
     warm_up_s: Annotated[float, typer.Option(help="Seconds before a point is watched, at least.")] = _POINT.warm_up_s,
     point_s: Annotated[float, typer.Option(help="Seconds that a point is watched, at least.")] = _POINT.watch_s,
     most_point_s: Annotated[
-        float, typer.Option(help="Seconds that a point is watched at most, to cover ten lives of its requests.")
-    ] = _POINT.most_watch_s,
+        float, typer.Option(help="Seconds that a point takes at most, from its start to its last answer.")
+    ] = _POINT.most_s,
     point_requests: Annotated[
         int, typer.Option(min=10, help="Requests that an open-loop point watches, at least.")
     ] = _POINT.least_requests,
@@ -90,13 +90,14 @@ async def _measured(target: MeasureTarget, out: Path) -> Measurement:
     settings = target.settings
     every = dict.fromkeys(MIX_NAMES, settings.search_points)
     likely_s = expected_left_s(settings, {}, len(MIX_NAMES), every)
-    _say(f"about {_minutes(likely_s)} where answers are short, at most {_minutes(longest_s(settings))}")
+    bound = f"{most_runs(settings)} runs of --most-point-s {settings.point.most_s:g} s, each then drained"
+    _say(f"about {_minutes(likely_s)} where answers are short, at most {_minutes(longest_s(settings))} ({bound})")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr) as bar:
         task = bar.add_task("measuring")
 
         def show(progress: SweepProgress) -> None:
-            left = f", up to {_minutes(progress.left_s)} left" if progress.left_s else ""
+            left = f", about {_minutes(progress.left_s)} left" if progress.left_s else ""
             bar.update(task, description=progress.what + left, completed=progress.done, total=progress.total)
             if not stderr.is_terminal:  # a bar would show nothing before its end
                 _say(f"{progress.done}/{progress.total} {progress.what}{left}")

@@ -28,7 +28,7 @@ from serving.mixes import MIX_NAMES, load_mix
 from serving.openloop import run_point
 from serving.profile import dump_profile, parse_profile
 from serving.records import Record
-from serving.run_verdict import PointSettings
+from serving.run_verdict import PointSettings, Seen, Verdict, window_of
 from tests.support.fake_engine import FakeEngine
 from tests.support.measured import STEP_TIME, sweep_of
 
@@ -36,7 +36,7 @@ SLO = Slo(ttft_s=1.0, tpot_s=0.03)
 #: What the fake engine says of itself.
 LIMITS = EngineLimits(32, 2048, 640 * 16, 512)
 STATED = Stated(gpu="FAKE", dtype="bf16", max_num_seqs=32, max_num_batched_tokens=2048)
-QUICK = PointSettings(warm_up_s=0.1, watch_s=0.6, most_watch_s=20, least_requests=10, lag_bound_s=5)
+QUICK = PointSettings(warm_up_s=0.1, watch_s=0.6, most_s=20, least_requests=10, lag_bound_s=5)
 SHORT = WorkloadMix("short", (RequestShape(20, 10), RequestShape(30, 20)))
 
 
@@ -196,7 +196,7 @@ async def test_a_run_is_open_loop_and_its_prompts_are_exact(engine: FakeEngine) 
 async def test_overload_is_stopped_early(engine: FakeEngine) -> None:
     """A rate far above what the engine serves ends as over-saturated, long before its time is up."""
     engine.step_s = 0.02
-    patient = msgspec.structs.replace(QUICK, watch_s=60.0, most_watch_s=60.0, most_in_flight=60)
+    patient = msgspec.structs.replace(QUICK, watch_s=60.0, most_s=60.0, most_in_flight=60)
     async with engine.serving() as url, Endpoint(url, None, 60) as endpoint:
         run = await run_point(endpoint, "fake-llama", SHORT, 400.0, patient)
 
@@ -229,13 +229,43 @@ async def test_a_late_client_fails_its_point(engine: FakeEngine) -> None:
 
 async def test_a_run_out_of_time_says_what_it_lacks(engine: FakeEngine) -> None:
     """A point that may not last long enough is short, not steady."""
-    hasty = msgspec.structs.replace(QUICK, most_watch_s=2, least_requests=10_000)
+    hasty = msgspec.structs.replace(QUICK, most_s=2, least_requests=10_000)
     async with engine.serving() as url, Endpoint(url, None, 20) as endpoint:
         run = await run_point(endpoint, "fake-llama", SHORT, 50.0, hasty)
 
     assert run.state == "short"
     assert "of 10000 requests" in run.why
     assert "raise --most-point-s" in run.why
+
+
+async def test_a_run_does_not_wait_for_answers_beyond_its_time(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However steady it looked: a request that is still open when its time is up makes it short."""
+
+    def soon_steady(settings: PointSettings, seen: Seen) -> Verdict | None:
+        window = window_of(settings, seen)
+        return Verdict("steady", "", window) if window.duration_s > 0.2 else None
+
+    monkeypatch.setattr("serving.running.verdict", soon_steady)
+    endless = WorkloadMix("endless", (RequestShape(20, 100_000),))
+    hasty = msgspec.structs.replace(QUICK, most_s=0.9)
+    async with engine.serving() as url, Endpoint(url, None, 20) as endpoint:
+        run = await run_point(endpoint, "fake-llama", endless, 50.0, hasty)
+
+    assert run.state == "short"
+    assert "still open at its end after 0.9 s; raise --most-point-s" in run.why
+
+
+async def test_a_longer_bound_on_a_point_goes_on_from_the_journal(engine: FakeEngine, tmp_path: Path) -> None:
+    """Whoever follows the advice to raise it keeps the points that are there."""
+    news: list[str] = []
+    async with engine.serving() as url:
+        what = await recorded(engine, url, tmp_path / "journal")
+        settings = msgspec.structs.replace(what.settings, point=msgspec.structs.replace(QUICK, most_s=99))
+        longer = msgspec.structs.replace(what, settings=settings)
+        await measure(longer, tmp_path / "journal", watcher(news), profile_kept)
+    assert "going on after" in news[0]
 
 
 async def test_prefix_cache_hits_are_refused(engine: FakeEngine) -> None:
@@ -336,7 +366,7 @@ def test_a_context_too_small_for_any_mix_is_refused() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        MeasureSettings(SLO, PointSettings(watch_s=30, most_watch_s=10)),
+        MeasureSettings(SLO, PointSettings(watch_s=30, most_s=10)),
         MeasureSettings(SLO, PointSettings(warm_up_s=nan)),
         MeasureSettings(SLO, PointSettings(warm_up_s=inf)),
         MeasureSettings(SLO, PointSettings(watch_s=nan)),
@@ -363,4 +393,5 @@ def test_the_time_left_is_foretold_and_bounded() -> None:
     short, long = (dict.fromkeys(MIX_NAMES, life) for life in (0.5, 8.0))
 
     assert expected_left_s(settings, short, 0, every) < expected_left_s(settings, long, 0, every) < longest_s(settings)
+    assert longest_s(settings) == 36 * (180 + 20)
     assert expected_left_s(settings, short, 0, dict.fromkeys(MIX_NAMES, 1)) < expected_left_s(settings, short, 0, every)
