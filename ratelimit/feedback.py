@@ -145,6 +145,26 @@ class Feedback(msgspec.Struct, frozen=True):
     memory_s: float = 0.0
     used: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` where a figure cannot be, as in a file that others have written to."""
+        for name in ("factor", "missed_at"):
+            if not LEAST_FACTOR <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from {LEAST_FACTOR} to 1, not {getattr(self, name)}")
+        if len(self.seen) != len(HORIZONS_S):
+            raise ValueError(f"seen must have {len(HORIZONS_S)} entries, not {len(self.seen)}")
+        for name in (
+            "backlog_s",
+            "queue_s",
+            "grown",
+            "settling_s",
+            "recovering_s",
+            "memory_left_s",
+            "memory_s",
+            "used",
+        ):
+            if not getattr(self, name) >= 0:  # nor is NaN
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+
 
 def after(state: Feedback, window: Signals | None) -> Feedback:
     """The state after one more window; None, where nothing could be seen, changes nothing."""

@@ -320,16 +320,25 @@ async def test_what_a_fleet_is_seen_to_do_less_trims_its_limits_and_says_so(
         assert "0.5 trim" in again.pools[0].explanation
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "{",
+        '{"schema_version": 1, "records": [{"model": "m", "feedback": {"factor": 0.3, "reason": "slow"}}]}',
+        '{"schema_version": 1, "records": [{"model": "m", "feedback": {"factor": 0.9, "seen": [{}]}}]}',
+    ],
+)
 async def test_trims_that_cannot_be_read_do_not_stop_the_limits(
-    redis_client: Redis, tmp_path: Path, knees: Knees, caplog: pytest.LogCaptureFixture
+    redis_client: Redis, tmp_path: Path, knees: Knees, caplog: pytest.LogCaptureFixture, damaged: str
 ) -> None:
-    """A damaged file is said, and supplies begin untrimmed."""
-    (tmp_path / "feedback.json").write_text("{")
+    """A damaged file, or one with figures that cannot be, is said, and supplies begin untrimmed."""
+    (tmp_path / "feedback.json").write_text(damaged)
 
     async with running(config_of(tmp_path), redis_client) as stack:
         await stack.until(lambda seen: urls(seen) == {A, B})
 
-    assert "supplies begin untrimmed" in caplog.text
+    assert f"supplies begin untrimmed: {tmp_path}/feedback.json is damaged" in caplog.text
+    assert "limits cannot be published" not in caplog.text
 
 
 def twice_as_slow(profile: Profile) -> Profile:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from random import Random
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,6 +19,7 @@ from ratelimit.feedback import (
     SETTLE_S,
     Feedback,
     LateShare,
+    Seen,
     Signals,
     after,
 )
@@ -179,6 +181,24 @@ def test_a_factor_missed_again_is_remembered_for_longer_and_not_for_ever() -> No
 
     assert memories[:3] == [MEMORY_S, 2 * MEMORY_S, 4 * MEMORY_S]
     assert memories[-1] == MOST_MEMORY_S
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"factor": 0.49},
+        {"factor": 1.01},
+        {"missed_at": 0.2},
+        {"seen": (Seen(),)},
+        {"settling_s": -1.0},
+        {"grown": -1},
+        {"backlog_s": float("nan")},
+    ],
+)
+def test_a_state_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    """It comes from a file; with such a state every later round would fail."""
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Feedback(**wrong)
 
 
 @given(
