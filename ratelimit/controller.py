@@ -26,6 +26,7 @@ from time import monotonic, time
 import msgspec
 from redis.exceptions import RedisError
 
+from ratelimit.approval import Decision
 from ratelimit.config import Config, policy_of
 from ratelimit.controllermetrics import ControllerMetrics
 from ratelimit.decided import Adopted, Decided, changes, held_together, standing, without_overrides
@@ -203,6 +204,8 @@ class Controller:
         fleet = self._fleet_now()
         if self._is_settling(fleet):
             return
+        if self._governor.is_unsure:
+            self._governor.settle(await self._publisher.epoch_in_redis())
         if self._governor.has_unsaved:
             await asyncio.to_thread(self._governor.save)
         self._note_governed()
@@ -227,10 +230,22 @@ class Controller:
 
         later = without_overrides if base.overrides or wanted.overrides else None
         decision = self._governor.decide(base, changes(base, wanted), derived, base.adopted.falls_above, later)
-        # First, so that a controller which dies now has not let it through unseen.
-        await asyncio.to_thread(self._governor.took_up, decision.inputs)
-        candidate = decision.publication
-        if lost.publication or not same_limits(candidate, self._published):
+        in_force = await self._take_effect(decision, lost.publication)
+        self._inputs_published = inputs_of(decision.inputs)
+        self._note_governed()
+        self.metrics.published(self._published or candidate, self._inputs_published.trims)
+        self._decided, self._seen = decision.inputs, seen
+
+    async def _take_effect(self, decision: Decision[Decided], is_lost: bool) -> Publication:
+        """Publish what was decided if it differs from what is in force, or that is lost; what is in force then.
+
+        It is kept first, so that a controller which dies on the way has let nothing through unseen.
+        """
+        candidate = self._published
+        if candidate is None or is_lost or not same_limits(decision.publication, candidate):
+            candidate = decision.publication
+        await asyncio.to_thread(self._governor.taking_up, decision.inputs, candidate, decision.approved)
+        if candidate is not self._published:
             await self._publisher.publish(candidate)
             async with self._publishing:
                 self._published = candidate
@@ -238,15 +253,12 @@ class Controller:
             log.warning("epoch %d published: %s", candidate.epoch, candidate.reason)
             for warning in candidate.warnings:
                 log.warning("%s", warning)
-            await asyncio.to_thread(self._governor.published, candidate, decision.approved)
-        self._inputs_published = inputs_of(decision.inputs)
-        self._note_governed()
-        self.metrics.published(candidate, self._inputs_published.trims)
-        self._decided, self._seen = decision.inputs, seen
+        await asyncio.to_thread(self._governor.in_force)
+        return candidate
 
     def _note_governed(self) -> None:
         self.metrics.waiting.set(self._governor.waiting)
-        self.metrics.unaudited.set(self._governor.unkept + self._governor.lost)
+        self.metrics.unaudited.set(self._governor.unkept)
 
     async def _wanted(self, records: tuple[KeyRecord, ...], fleet: FleetNow) -> Decided:
         """What is to be in force; a config not before it is known what the fleet does under it, if it is to be weighed.

@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -27,6 +28,7 @@ from serving.health import ReplicaHealth, ReplicaPhase
 from serving.profile import Profile, ProfileError, dump_profile, load_profile
 from serving.signals import Counters, Histogram
 from serving.stepsim import Knee
+from tests.support.waiting import eventually_async
 
 A, B = "http://127.0.0.1:8100", "http://127.0.0.1:8101"
 WAIT_S = 20.0
@@ -127,9 +129,16 @@ async def running(config: Config, redis: Redis) -> AsyncIterator[Running]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-def config_of(state_dir: Path, *, count: int = 2, ttft_ms: float = 1000, profile: str = "h100-llama-3.1-8b") -> Config:
+def config_of(
+    state_dir: Path,
+    *,
+    count: int = 2,
+    ttft_ms: float = 1000,
+    profile: str = "h100-llama-3.1-8b",
+    stuck_after_s: float = 5.0,
+) -> Config:
     engines = [{"device": "virtual", "profile": profile, "port": 8100, "count": count}]
-    pool = {"model": "m", "slo": {"ttft_ms": ttft_ms}, "engines": engines}
+    pool = {"model": "m", "slo": {"ttft_ms": ttft_ms}, "engines": engines, "stuck_after_s": stuck_after_s}
     tiers, orgs = [{"name": "pro", "share": 0.5}], [{"name": "acme"}]
     document = {"state_dir": str(state_dir), "pools": [pool], "tiers": tiers, "orgs": orgs}
     return Config.model_validate(document, context={"folder": state_dir})
@@ -318,6 +327,33 @@ async def test_what_a_fleet_is_seen_to_do_less_trims_its_limits_and_says_so(
     async with running(config_of(tmp_path), redis_client) as stack:
         again = await stack.until(lambda seen: seen.reason == "the controller started" and seen.epoch > cut.epoch)
         assert "0.5 trim" in again.pools[0].explanation
+
+
+async def test_the_epoch_that_metrics_show_is_the_one_in_force(
+    redis_client: Redis, tmp_path: Path, knees: Knees, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config that changes no limit publishes nothing: the epoch that was drawn for it is in force nowhere."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        in_force = await stack.until(lambda seen: urls(seen) == {A, B})
+        metrics, shown = stack.controller.metrics, asyncio.Event()
+        show = metrics.published
+
+        async def is_shown() -> bool:
+            return metrics.registry.get_sample_value("penstock_epoch") == in_force.epoch
+
+        await eventually_async(is_shown, WAIT_S, "the first epoch in the metrics")
+
+        def spied(*args: Any) -> None:
+            show(*args)
+            shown.set()
+
+        monkeypatch.setattr(metrics, "published", spied)
+        stack.controller.adopt(config_of(tmp_path, stuck_after_s=77.0))
+        async with asyncio.timeout(WAIT_S):
+            await shown.wait()
+
+        assert await stack.publication() == in_force
+        assert await is_shown()
 
 
 @pytest.mark.parametrize(
