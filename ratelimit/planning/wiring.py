@@ -1,4 +1,4 @@
-"""From the file of a plan to its inputs: profiles, policy, demand from records, and every assumption in words."""
+"""From the file of a plan to its inputs: profiles, policy, demand from records."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import msgspec
 from ratelimit.config import ConfigError
 from ratelimit.planning.demand import CallerDemand, Demand, DemandError, replayed, shaped
 from ratelimit.planning.document import PlanConfig, gpu_power_w, profile_for
-from ratelimit.planning.plan import Inputs, provenance_of
+from ratelimit.planning.plan import Inputs
 from ratelimit.planning.records import is_trace, read_records, read_trace
 from ratelimit.planning.running import Power, Prices, Redis, power_problem
 from ratelimit.planning.sites import Change, Site, fleets, totals
+from ratelimit.planning.stated import declared, recorded, stated, traced
 from ratelimit.policy import Policy, PoolPolicy
 from serving.capacity import WorkloadMix
 from serving.operating import extrapolation_note
@@ -38,18 +39,20 @@ def inputs_of(plan: PlanConfig, changes: Sequence[Change], replay: Path | None, 
     power = Power(gpu_w, plan.power.server_factor, plan.power.pue)
     _check_power([*(planned.before or ()), *planned.after], power)
     policy = _policy(plan, profiles.values())
+    replay = replay or plan.replay
+    demand = _demand(plan, replay).times(times)
     return Inputs(
         name=plan.name,
         title=plan.title,
         policy=policy,
         fleets=planned,
         profiles=profiles,
-        demand=_demand(plan, replay or plan.replay).times(times),
+        demand=demand,
         power=power,
         prices=Prices(plan.prices_per_gpu_hour, plan.currency),
         redis=Redis(plan.redis.admits_per_s, plan.redis.utilization),
         demand_within=plan.demand_within,
-        stated=tuple(_stated(plan, profiles, planned.after, power, times)),
+        stated=tuple(stated(plan, profiles, planned.after, power, _demand_stated(plan, replay, demand, times))),
     )
 
 
@@ -96,6 +99,12 @@ def _demand(plan: PlanConfig, replay: Path | None) -> Demand:
     return demand
 
 
+def _demand_stated(plan: PlanConfig, replay: Path | None, demand: Demand, times: float) -> Iterator[str]:
+    if replay is None:
+        return declared(plan, times)
+    return traced(plan, replay.name, times) if is_trace(replay) else recorded(demand, times)
+
+
 def _declared(plan: PlanConfig) -> Iterator[CallerDemand]:
     for callers in plan.demand:
         mix = callers.mix or plan.tier(callers.tier).mix or plan.mix
@@ -109,34 +118,3 @@ def _traced(plan: PlanConfig, path: Path) -> Demand:
     mix = WorkloadMix(path.name, shapes)
     callers = [msgspec.structs.replace(each, mix=mix) for each in _declared(plan)]
     return shaped(callers, trace.times_s, f"declared mean rates, course over time and lengths of {path.name}")
-
-
-def _stated(
-    plan: PlanConfig, profiles: dict[str, Profile], sites: Sequence[Site], power: Power, times: float
-) -> Iterator[str]:
-    """Every assumption, the plan's own first."""
-    yield from plan.assumptions
-    for site in sites:
-        gpus = ", ".join(f"{count:,} {gpu}" for gpu, count in site.gpus.items() if count)
-        limit = "" if site.power_limit_w is None else f", on at most {site.power_limit_w / 1e6:g} MW"
-        yield f"GPU mix: {site.name} has {gpus or 'none'}{limit} (input of the plan)"
-    for gpu, profile in profiles.items():
-        note = provenance_of(profile)
-        yield f"supply of {gpu}: {note.text} ({note.engine}): {note.source}"
-    yield "supply of a GPU type: the simulated knee of one replica × replicas; routing loses nothing between them"
-    draws = ", ".join(f"{gpu} {watts:g} W" for gpu, watts in power.gpu_w.items())
-    yield (
-        f"power: {draws} each at most (data sheets, or the plan), × {power.server_factor:g} for the rest of the "
-        f"server, × {power.pue:g} for cooling and losses; every GPU at its most"
-    )
-    if plan.prices_per_gpu_hour:
-        prices = ", ".join(f"{gpu} {price:g}" for gpu, price in plan.prices_per_gpu_hour.items())
-        yield f"prices in {plan.currency} per GPU and hour: {prices} (input of the plan)"
-    yield (
-        f"Redis: {plan.redis.admits_per_s:,.0f} admits/s on one primary (docs/bench.md, measured), loaded to "
-        f"{plan.redis.utilization:.0%}; a settle or an extend counted as an admit; requests as long as the SLO allows"
-    )
-    yield (
-        f"demand × {times:g}; throttled: share of the work asked for, by a fluid model of the limiter (no chance "
-        "within a minute, mean sizes, whoever is refused does not ask again)"
-    )

@@ -120,6 +120,38 @@ def test_the_document_has_what_scripts_ask_for() -> None:
     assert any("estimated" in text for text in document["assumptions"])
 
 
+def test_every_input_is_printed(tmp_path: Path) -> None:
+    """Demand, peaks, tiers, bounds and replays are assumptions too; prices of types that are not there are none."""
+
+    def change(document: dict[str, Any]) -> None:
+        document["tiers"][0] |= {"ceiling": 0.87, "unlimited": ["requests"], "maximum": {"output_tokens": 4321}}
+        document["demand"][0] |= {
+            "keys": 1234,
+            "requests_per_s": 7.25,
+            "peak_factor": 1.75,
+            "mix": {"name": "decode-heavy"},
+        }
+        document |= {"demand_within": [0.002, 77], "prices_per_gpu_hour": {"H100": 2.125, "GB200": 4.375}}
+
+    plan = load_plan(written(tmp_path, change, example="node-8xh100"))
+    trace = Path(__file__).parents[2] / "serving" / "mixes" / "azure_llm_2023_conversation.csv"
+    said = "\n".join(planned(plan, times=0.5).assumptions)
+    for text in ("1,234 keys ask for 7.25 requests/s of mix decode-heavy", "1.75 times that", "× 0.5", "ceiling 0.87"):
+        assert text in said
+    for text in ("unlimited requests", "maximum output_tokens 4,321", "less than 0.002 or more than 77", "H100 2.125"):
+        assert text in said
+    assert all(f"tier {tier.name}: share {tier.share:g}" in said for tier in plan.tiers)
+    assert "4.375" not in said
+    assert f"lengths are those of {trace.name}" in "\n".join(planned(plan, replay=trace).assumptions)
+    log = tmp_path / "log.csv"
+    rows = "".join(f"{i},pro,k{i % 3},100,50\n" for i in range(600))
+    log.write_text("time,tier,key,input_tokens,output_tokens\n" + rows)
+    assert (
+        "demand of pro: 3 keys ask for 1 requests/s in the mean, replayed from log.csv × 1"
+        in planned(plan, replay=log).assumptions
+    )
+
+
 def test_gpus_that_make_no_whole_replica_are_idle() -> None:
     """Ten H100 are two replicas of four GPUs, and two GPUs are told to be left over."""
     found = planned(load_example("node-8xh100"), Change("H100", 2))
