@@ -1,6 +1,6 @@
 """Tells the controller which keys are in use on which model, so that it knows by how many to divide a tier's share.
 
-A key that comes into use is told at once, for its promise must fit; then again once a minute, while it is used.
+A key that comes into use is told at once, for its promise must fit; then again at its first use after a while.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from contextlib import suppress
+from collections.abc import Callable
 from time import monotonic
 
 from redis.asyncio import Redis
@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 #: Uses are gathered for so long before they are told together.
 GATHER_S = 0.2
 RETRY_S = 1.0
+#: What was told is forgotten after this long, so that a key in use is told again within ``RETELL_S`` in all: gathering
+#: and telling take a moment, and one that fails is tried again.
+FORGET_S = RETELL_S - 5.0
 #: Uses told in one call.
 _BATCH = 5_000
 _CALL_TIMEOUT_S = 2.0
@@ -31,19 +34,23 @@ _Use = tuple[str, str]
 
 
 class Activity:
-    """The keys in use at this gateway. What was told is forgotten every ``RETELL_S``, and told anew if it recurs."""
+    """The keys in use at this gateway. What was told is forgotten every ``FORGET_S``, and told anew if it recurs."""
 
-    def __init__(self, redis: Redis, metrics: GatewayMetrics) -> None:
+    def __init__(self, redis: Redis, metrics: GatewayMetrics, clock: Callable[[], float] = monotonic) -> None:
         self._redis = redis
         self._metrics = metrics
         self._new: set[_Use] = set()
         self._told: set[_Use] = set()
-        self._forgot_s = monotonic()
+        self._clock = clock
+        self._forgot_s = clock()
         self._wake = asyncio.Event()
         self._failing = False
 
     def note(self, key_id: str, model: str) -> None:
         """A key was used on a model just now."""
+        now_s = self._clock()
+        if now_s - self._forgot_s >= FORGET_S:
+            self._told, self._forgot_s = set(), now_s
         use = (key_id, model)
         if use not in self._told:
             self._new.add(use)
@@ -52,13 +59,9 @@ class Activity:
     async def run(self) -> None:
         """Tell until cancelled. A Redis that is away is logged once; what is new is kept until it is back."""
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(RETELL_S):
-                    await self._wake.wait()
-                    await asyncio.sleep(GATHER_S)
+            await self._wake.wait()
+            await asyncio.sleep(GATHER_S)
             self._wake.clear()
-            if monotonic() - self._forgot_s >= RETELL_S:
-                self._told, self._forgot_s = set(), monotonic()
             try:
                 await self.tell()
                 self._failing = False

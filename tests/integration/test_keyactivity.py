@@ -59,6 +59,25 @@ async def test_what_a_gateway_tells_is_counted_by_model(redis_client: Redis, tmp
     assert await counted(activity, tmp_path, "a", "b") == {("pro", "a"): 2, ("pro", "b"): 1}
 
 
+@pytest.mark.parametrize("first_told_s", [0.0, 30.0, 54.9, 59.9])
+async def test_a_key_in_use_is_told_again_before_the_controller_counts_it_as_idle(
+    redis_client: Redis, first_told_s: float
+) -> None:
+    """Whenever it was told first, its next use nearly a minute later is told, whether the gateway's loop woke or not."""
+    now_s = 0.0
+    gateway = Activity(redis_client, GatewayMetrics(), clock=lambda: now_s)
+    now_s = first_told_s
+    gateway.note("k_1", "a")
+    await gateway.tell()
+    await redis_client.delete(active_key("a"))
+
+    now_s = first_told_s + usereader.RETELL_S - 2
+    gateway.note("k_1", "a")
+    await gateway.tell()
+
+    assert await redis_client.zscore(active_key("a"), "k_1")
+
+
 async def test_a_new_controller_knows_who_is_in_use_before_it_publishes(redis_client: Redis, tmp_path: Path) -> None:
     """The first count is that of the whole window, so that a restart does not promise too much."""
     ids = keys_of_last_year(tmp_path, 50)
