@@ -35,11 +35,14 @@ class Trim(msgspec.Struct, frozen=True):
 
 
 class Worth(NamedTuple):
-    """Requests/s of one replica of a group, of all of them, and of their largest unlabelled failure domain."""
+    """Requests/s of one replica of a group, of all of them, and of a failure domain full of such replicas.
+
+    The last is for putting groups in order, which four digits times a count survive as a float.
+    """
 
     of_one: Decimal
     of_all: Decimal
-    of_domain: Decimal
+    of_full_domain: float
 
 
 class GroupSupply(msgspec.Struct, frozen=True, dict=True):
@@ -48,7 +51,7 @@ class GroupSupply(msgspec.Struct, frozen=True, dict=True):
     ``group`` counts them, slowed as they are. ``knees`` are those of one replica at full speed, per promise; a promise
     that no load meets is in ``infeasible`` with the reason instead. ``replicas`` are those that take requests, empty in
     a plan. ``domains`` says how many of them each labelled failure domain holds (a label may hold replicas of several
-    groups); those without a label stand in domains of their own of ``domain_replicas`` each.
+    groups); those without a label stand anywhere, with others of their GPU, ``domain_replicas`` of them to a domain.
     """
 
     group: ReplicaGroup
@@ -82,18 +85,15 @@ class GroupSupply(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def worth(self) -> Mapping[Promise, Worth]:
         """What they are worth together, per promise that they can meet; nothing where there are none of them."""
-        largest = min(self.domain_replicas, self._unlabelled)
         rates = self.rates if self.group.count else {}
-        return {promise: Worth(rate, self.group.count * rate, largest * rate) for promise, rate in rates.items()}
-
-    def domain_rates(self, promise: Promise, at_most: int) -> list[Decimal]:
-        """Requests/s of the ``at_most`` largest unlabelled failure domains, largest first."""
-        full, rest = divmod(self._unlabelled, self.domain_replicas)
-        sizes = [self.domain_replicas] * min(full, at_most) + [rest] * (rest > 0 and full < at_most)
-        return [size * self.rates[promise] for size in sizes]
+        return {
+            promise: Worth(rate, self.group.count * rate, float(self.domain_replicas * rate))
+            for promise, rate in rates.items()
+        }
 
     @cached_property
-    def _unlabelled(self) -> int:
+    def unlabelled(self) -> int:
+        """How many of the replicas stand in no labelled failure domain."""
         return self.group.count - sum(self.domains.values())
 
 

@@ -2,6 +2,7 @@
 
     usable = (Σ replicas × requests/s of one − what the ``spare_domains`` largest failure domains serve) × trim
 
+Which unlabelled replicas of a GPU type share a node is not known, so the dearest are taken to (decision 12).
 The largest domains are taken one by one, not the largest several times: then whichever of them are lost, ``usable`` is
 still served, and one more replica never makes it less. The worth of the largest replica is always given out.
 """
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from decimal import Decimal
+from decimal import ROUND_UP, Decimal
+from fractions import Fraction
 from heapq import nlargest
+from itertools import chain
 from typing import NamedTuple
 
 import msgspec
@@ -25,6 +28,7 @@ MOST_KINDS = 12
 #: Of such a sum, this many profiles are named.
 MOST_SOURCES = 3
 _FULL = Trim(1.0, "")
+_NANO = Decimal("1e-9")
 
 
 _Able = tuple[GroupSupply, Worth]
@@ -55,7 +59,7 @@ def supply_of(promise: Promise, groups: Sequence[GroupSupply], spare_domains: in
     able = [(group, worth) for group in groups if (worth := group.worth.get(promise))]
     hopeless = _hopeless(promise, groups) if len(able) < len(groups) else []
     total = sum([worth.of_all for _, worth in able], Decimal(0))
-    spare = _spare(promise, able, spare_domains, total)
+    spare = _spare(able, spare_domains, total)
     text = " + ".join(_kinds(promise, able)) or "no replica is healthy"
     usable, text = _trimmed(total - spare.requests_per_s, text + spare.text, trim or _FULL)
     slowest = max([group.slowdown for group, _ in able], default=1.0)
@@ -94,11 +98,11 @@ def _hopeless(promise: Promise, groups: Iterable[GroupSupply]) -> list[str]:
     ]
 
 
-def _spare(promise: Promise, able: Sequence[_Able], spare_domains: int, total: Decimal) -> _Spare:
+def _spare(able: Sequence[_Able], spare_domains: int, total: Decimal) -> _Spare:
     """What the largest failure domains serve, less what must be given out whatever the policy says."""
     if not spare_domains or not able:
         return _Spare(Decimal(0), "", kept=True)
-    wanted = sum(nlargest(spare_domains, _domains(promise, able, spare_domains)), Decimal(0))
+    wanted = sum(nlargest(spare_domains, _domains(able, spare_domains)), Decimal(0))
     most = total - max([worth.of_one for _, worth in able])
     said = f"spare_domains: {spare_domains}"
     if wanted > most:
@@ -107,17 +111,50 @@ def _spare(promise: Promise, able: Sequence[_Able], spare_domains: int, total: D
     return _Spare(kept, f" − {number(kept)} kept spare ({said})", kept=wanted <= most)
 
 
-def _domains(promise: Promise, able: Sequence[_Able], at_most: int) -> list[Decimal]:
-    """The requests/s of failure domains, the ``at_most`` largest among them: all that are labelled, and of the others
-    those of the groups whose own are largest.
+def _domains(able: Sequence[_Able], at_most: int) -> list[Decimal]:
+    """The requests/s of failure domains, the ``at_most`` largest among them.
+
+    Those are all that are labelled, and of the unlabelled replicas of each GPU type the first that are full, where the
+    dearest stand together: which share a node is not known, and no other way to place them loses more.
     """
     labelled: dict[str, Decimal] = {}
-    for group, worth in able:
+    of_gpu: dict[str, list[_Able]] = {}
+    for each in able:
+        group, worth = each
         if group.domains:
             for label, count in group.domains.items():
                 labelled[label] = labelled.get(label, Decimal(0)) + count * worth.of_one
-    largest = nlargest(at_most, able, key=lambda each: each[1].of_domain)
-    return [*labelled.values(), *(rate for group, _ in largest for rate in group.domain_rates(promise, at_most))]
+        if group.unlabelled:
+            of_gpu.setdefault(group.gpu, []).append(each)
+    pooled = [_filled(those, at_most) for those in of_gpu.values()]
+    return [*labelled.values(), *chain.from_iterable(pooled)]
+
+
+def _filled(able: list[_Able], at_most: int) -> list[Decimal]:
+    """The requests/s of the first ``at_most`` domains, the last perhaps not full; a replica may be cut between two."""
+    domains, room = [Decimal(0)], Fraction(1)
+    for group, worth in sorted(able, key=_of_full_domain, reverse=True):
+        left = Fraction(group.unlabelled, group.domain_replicas)
+        while left:
+            if not room:
+                if len(domains) == at_most:
+                    return domains
+                domains.append(Decimal(0))
+                room = Fraction(1)
+            taken = min(left, room)
+            domains[-1] += _of_replicas(taken * group.domain_replicas, worth.of_one)
+            left, room = left - taken, room - taken
+    return domains
+
+
+def _of_full_domain(each: _Able) -> float:
+    return each[1].of_full_domain
+
+
+def _of_replicas(replicas: Fraction, rate: Decimal) -> Decimal:
+    """The requests/s of so many replicas, exact where that ends; else the next nano-request above."""
+    worth = replicas.numerator * rate / replicas.denominator
+    return worth if Fraction(worth) == replicas * Fraction(rate) else worth.quantize(_NANO, rounding=ROUND_UP)
 
 
 def _kinds(promise: Promise, able: Sequence[_Able]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from fractions import Fraction
 from itertools import combinations
+from random import Random
 from typing import get_args
 
 import msgspec
@@ -83,7 +84,7 @@ drawn_groups = st.builds(
     slowdown=st.sampled_from([1.0, 2.5, 10.0]),
     rates=st.tuples(*[st.floats(0.05, 500)] * 4),
     able=st.tuples(*[st.booleans()] * 3),
-    domain_replicas=st.sampled_from([1, 8, 72]),
+    domain_replicas=st.sampled_from([1, 4, 8, 72]),
     domains=st.sampled_from([(), (3,), (2, 5), (1, 1, 1)]),
 )
 drawn_fleets = st.lists(drawn_groups, min_size=1, max_size=5)
@@ -288,16 +289,31 @@ def test_a_minimum_is_kept_or_its_loss_is_said(
             assert most is None or max(amount, limit.ceiling_per_minute) <= most
 
 
-def domains_of(fleet: list[GroupSupply]) -> list[list[int]]:
-    """Every failure domain, as the replicas of each group that are lost with it."""
+def domains_of(fleet: list[GroupSupply], order: Random) -> list[list[int]]:
+    """Every failure domain of one way to place the fleet, as the replicas of each group that are lost with it.
+
+    Nodes of a GPU type hold the unlabelled replicas of all groups in a random order, as many as fit one after another.
+    """
     labels = sorted({label for group in fleet for label in group.domains})
     domains = [[group.domains.get(label, 0) for group in fleet] for label in labels]
-    for i, group in enumerate(fleet):
-        left = group.group.count - sum(group.domains.values())
-        while left > 0:
-            size = min(left, group.domain_replicas)
-            domains.append([size if j == i else 0 for j in range(len(fleet))])
-            left -= size
+    for gpu in sorted({group.gpu for group in fleet}):
+        replicas = [
+            i
+            for i, group in enumerate(fleet)
+            if group.gpu == gpu
+            for _ in range(group.group.count - sum(group.domains.values()))
+        ]
+        order.shuffle(replicas)
+        if order.random() < 0.5:
+            replicas.sort(key=lambda i: -fleet[i].rates[PROMISES[0]] * fleet[i].domain_replicas)
+        room = Fraction(0)
+        for i in replicas:
+            takes = Fraction(1, fleet[i].domain_replicas)
+            if takes > room:
+                domains.append([0] * len(fleet))
+                room = Fraction(1)
+            domains[-1][i] += 1
+            room -= takes
     return domains
 
 
@@ -315,17 +331,22 @@ def without(fleet: list[GroupSupply], lost: list[int]) -> list[GroupSupply]:
     tiers=drawn_tiers(),
     keys=key_counts,
     spare=st.integers(1, 2),
+    order=st.randoms(use_true_random=False),
 )
 def test_losing_the_spare_domains_leaves_all_that_is_assured_servable(
-    fleet: list[Drawn], tiers: tuple[TierPolicy, ...], keys: list[int], spare: int
+    fleet: list[Drawn], tiers: tuple[TierPolicy, ...], keys: list[int], spare: int, order: Random
 ) -> None:
-    """Whichever domains are lost, as many as are kept spare, the rest serves every assured limit; or it was said."""
+    """However replicas share nodes, losing any that many leaves every assured limit servable; or it was said."""
     groups = [each.group() for each in fleet]
     publication = derived(groups, tiers, keys, spare)
     if any("cannot be kept" in warning for warning in publication.warnings):
         return
-    domains = domains_of(groups)
-    largest = sorted(domains, key=sum, reverse=True)[:6]
+    rates = [group.rates[PROMISES[0]] for group in groups]
+
+    def worth(domain: list[int]) -> Decimal:
+        return sum((count * rate for count, rate in zip(domain, rates, strict=True)), Decimal(0))
+
+    largest = sorted(domains_of(groups, order), key=worth, reverse=True)[:6]
     for chosen in combinations(largest, min(spare, len(largest))):
         left = without(groups, [sum(gone) for gone in zip(*chosen, strict=True)])
         assert load(publication, tiers, left) <= 1
@@ -347,6 +368,26 @@ def test_replicas_of_one_domain_fail_together_across_groups() -> None:
     assert supply_of(PROMISES[0], racks, 0).usable == 160
     assert supply_of(PROMISES[0], racks, 1).usable == 160 - 2 * 40
     assert supply_of(PROMISES[0], racks, 2).usable == 160 - 2 * 40 - 2 * 30
+
+
+def test_unlabelled_groups_may_share_their_nodes() -> None:
+    """Four and four of two groups on each node of eight are lost together, the dearest where there are more."""
+    base = Drawn(8, "H100", 1.0, (10.0,) * 4, (True,) * 3, 8, ())
+    dear, slow = base.group(), replaced(base, count=16, slowdown=2.5).group()
+    half = replaced(base, rates=(30.0,) * 4, domain_replicas=2, count=1).group()
+    third = replaced(base, rates=(30.0,) * 4, domain_replicas=3, count=1).group()
+
+    def usable(*groups: GroupSupply, spare: int = 1) -> Decimal:
+        return supply_of(PROMISES[0], groups, spare).usable
+
+    fours = [replaced(base, count=4, slowdown=slowdown).group() for slowdown in (1.0, 1.25)]
+    assert usable(*fours, slow) == 40 + 32 + 64 - 72
+    assert usable(*fours, slow, spare=2) == 64 - 32
+    # A node holds eight eighths, or a half and four of them, and the dearer half of those is what the others leave.
+    assert usable(dear, half) == 110 - 80
+    assert usable(slow, half) == 94 - 30 - 4 * 4
+    assert usable(replaced(slow, gpu="H200"), half) == 94 - 32
+    assert usable(slow, third) == Decimal("42.666666666")
 
 
 def test_a_promise_that_no_replica_keeps_is_named() -> None:
