@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import msgspec
 import pytest
 
-from ratelimit.planning.running import Power, Prices, Redis, cells, energy, power_problem
+from ratelimit.gateway.ledger import RENEWED_AFTER
+from ratelimit.gateway.settings import GatewaySettings
+from ratelimit.planning.document import RedisConfig
+from ratelimit.planning.running import RENEWED_EACH_S, Power, Prices, Redis, cells, energy, power_problem
 from ratelimit.planning.sites import Change, FleetError, Site, fleets, parse_changes, totals
 
 OLD = Site("old", {"H100": 16, "H200": 8}, power_limit_w=50_000)
@@ -95,6 +102,16 @@ def test_primaries_follow_from_calls() -> None:
     assert found.redis_primaries == found.cells == 3
     assert found.gpus_per_primary == 100
     assert "7,000 calls/s" in found.arithmetic
+
+
+def test_what_a_primary_is_planned_with_is_what_was_measured_and_what_runs() -> None:
+    """Admissions a second are those of docs/bench.md, and a lease is renewed as often as the gateways do."""
+    bench = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
+    measured = re.search(r"\| admit, six buckets, with its reservation \| ([\d,]+) \|", bench)
+    assert measured is not None
+    assert int(measured[1].replace(",", "")) == RedisConfig().admits_per_s
+    (lease,) = (field for field in msgspec.structs.fields(GatewaySettings) if field.name == "lease_s")
+    assert pytest.approx(lease.default * RENEWED_AFTER) == RENEWED_EACH_S
 
 
 def test_what_is_asked_in_vain_is_decided_too() -> None:
