@@ -13,6 +13,7 @@ from ratelimit.planning.knees import Found, KneeKey
 from ratelimit.planning.outcome import GpuSupply, Outcome, ProvenanceNote, Side, SweepPoint, TierOutcome, Usable
 from ratelimit.planning.running import Power, Prices, Redis, cells, energy
 from ratelimit.planning.sites import Fleets, Site, totals
+from ratelimit.planning.tested import Planned, error_stated
 from ratelimit.planning.throttled import Load, Share, load_of, sizes_of
 from ratelimit.planning.throttling import serves
 from ratelimit.policy import Policy, PoolPolicy, Promise, promise_of, promises_of
@@ -20,10 +21,6 @@ from ratelimit.publication import Publication, TierLimits
 from ratelimit.supply import domain_replicas
 from serving.capacity import ReplicaGroup, Slo
 from serving.profile import Profile
-
-#: The fluid's error in the share of the work that is throttled, as ``tests/unit/test_planning_throttling.py`` holds it.
-_ERROR_OVERALL, _ERROR_BY_TIER, _ERROR_OF_SMALL_POOLS = 0.02, 0.05, 0.16
-_SMALL_POOL_PER_S = 100.0
 
 
 class Inputs(msgspec.Struct, frozen=True):
@@ -74,19 +71,16 @@ def outcome(inputs: Inputs, knees: Mapping[KneeKey, Found]) -> Outcome:
         change=inputs.fleets.change,
         after=sides[-1],
         before=sides[0] if len(sides) > 1 else None,
-        assumptions=(*inputs.stated, _fluid_error(sides)),
+        assumptions=(*inputs.stated, error_stated(_as_tested(sides, [load for _, _, load in derived]))),
     )
 
 
-def _fluid_error(sides: Sequence[Side]) -> str:
-    """What the throttled shares are worth, as held against the exact meter for pools of two sizes."""
-    smallest = min(side.usable.requests_per_s for side in sides)
-    by_tier = _ERROR_OF_SMALL_POOLS if smallest < _SMALL_POOL_PER_S else _ERROR_BY_TIER
-    return (
-        f"throttled shares: within {_ERROR_OVERALL:.0%} of the work in all and {by_tier:.0%} tier by tier of the exact "
-        f"meter's, as tested with Poisson callers (docs/planning.md); the smallest pool here has "
-        f"{smallest:,.4g} requests/s"
-    )
+def _as_tested(sides: Sequence[Side], loads: Sequence[Load]) -> list[Planned]:
+    words = ("before", "after") if len(sides) > 1 else ("this fleet",)
+    return [
+        Planned(word, side.usable.requests_per_s, load.heaviest(), len(load.demand.keys()))
+        for word, side, load in zip(words, sides, loads, strict=True)
+    ]
 
 
 def provenance_of(profile: Profile) -> ProvenanceNote:

@@ -67,6 +67,13 @@ class Load(msgspec.Struct, frozen=True):
         work = fsum(d.requests_per_s * c.cost_s for d, c in zip(self.demand.callers, self.callers, strict=True))
         return work / self.pool.per_s if self.pool.per_s else float("inf")
 
+    def heaviest(self) -> float:
+        """The work asked for in the busiest bin, or at everybody's declared peak, as a share of what is given out."""
+        peaks = [np.array([each.requests_per_s * each.peak for each in self.demand.callers])]
+        costs_s = np.array([each.cost_s for each in self.callers])
+        work = max(float(rates @ costs_s) for rates in (self._bins(1.0) if self.demand.bin_s else peaks))
+        return work / self.pool.per_s if self.pool.per_s else float("inf")
+
     def _roughly_at_worst(self, times: float) -> dict[str, Share]:
         if not self.demand.bin_s:
             return self.at_worst(times)

@@ -11,9 +11,7 @@ what they ask. Many buckets of one kind of key are one, times the number of keys
 
 What a fluid does not see: single requests, so neither chance within a bin nor sizes other than the mean one; holds that
 are larger than what is used; and callers who ask again. Its shares are therefore of the work asked for: of the requests
-fewer are refused, since small ones pass more easily. ``tests/unit/test_planning_throttling.py`` holds it against the
-exact meter: overall they agree to 2 % of the work; tier by tier to 5 % in a pool of 100 requests/s, and to 16 % in one
-of 20, where the steps between the ranks' parts of the bucket are of the size of single requests.
+fewer are refused, since small ones pass more easily. ``tested`` says how far it was held against the exact meter.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from heapq import heappop, heappush
+from itertools import product
 from random import Random
 from typing import NamedTuple
 
@@ -19,6 +20,15 @@ from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.terms import Terms, terms_by_tier
 from ratelimit.meter import Admitted
 from ratelimit.planning.demand import Demand
+from ratelimit.planning.tested import (
+    ERROR_OVERALL,
+    TESTED_LOADS,
+    TESTED_POOLS_PER_S,
+    TESTED_TIERS,
+    Planned,
+    error_by_tier,
+    error_stated,
+)
 from ratelimit.planning.throttling import Callers, Fluid, Meter, PoolMeter, steady
 from ratelimit.policy import LimitName, TierPolicy
 from ratelimit.publication import Limit, Publication
@@ -39,9 +49,12 @@ from tests.support.planning import (
     unable,
 )
 
-#: The fluid's error: the difference in the share of the work that is throttled. docs/planning.md states it.
-_ERROR_OVERALL = 0.02
-_ERROR_BY_TIER = {1: 0.16, 5: 0.05}
+#: A replica of ``group`` gives out so many requests/s, and a pool here has four of them for each of its scale.
+_POOL_PER_S = 20.0
+#: Scales of the pool, and of the demand of each: 1 is 1.5 times what the pool gives out.
+_CASES = [(1, 0.5), (1, 1.0), (1, 2.0), (5, 0.5), (5, 1.0), (5, 2.0), (5, 9.0), (10, 1.0)]
+#: Minutes of a replay, as shares of its mean: quiet ones, and one with three times the mean, 2.7 times the pool.
+_BURST = (0.4, 0.2, 3.0, 0.2, 1.2)
 
 
 class Run(NamedTuple):
@@ -79,11 +92,12 @@ def exact(publication: Publication, demand: Demand, run_s: float, warm_up_s: flo
 
 
 def _arrivals(demand: Demand, run_s: float, rng: Random) -> list[tuple[float, str, str]]:
+    bin_s = demand.bin_s or run_s
     coming = []
     for each in demand.callers:
-        for key in range(each.keys):
-            at_s = 0.0
-            while (at_s := at_s + rng.expovariate(each.requests_per_s / each.keys)) < run_s:
+        for key, (number, share) in product(range(each.keys), enumerate(each.course)):
+            at_s, rate = number * bin_s, each.requests_per_s * share / each.keys
+            while (at_s := at_s + rng.expovariate(rate)) < (number + 1) * bin_s:
                 coming.append((at_s, each.tier, f"{each.tier}-{key}"))
     return sorted(coming)
 
@@ -100,20 +114,57 @@ def _cost_us(terms: Terms, shape: RequestShape) -> int:
     return round(fleet_cost_s(terms.groups, shape) * 1e6)
 
 
-@pytest.mark.parametrize(("scale", "times"), [(1, 0.5), (1, 1.0), (1, 2.0), (5, 1.0)])
+@pytest.mark.parametrize(("scale", "times"), _CASES)
 def test_the_fluid_agrees_with_the_exact_meter(scale: int, times: float) -> None:
     """The work refused to Poisson callers of three tiers is that of the exact meter, within the errors stated."""
-    demand = demand_of(scale, times)
-    publication = published(group(4 * scale), keys=demand.keys())
+    _agree(demand_of(scale, times), scale, run_s=240.0 / scale / max(1.0, times) + 30, warm_up_s=30.0)
 
+
+@pytest.mark.parametrize("scale", [1, 5])
+def test_the_fluid_agrees_with_the_exact_meter_in_a_burst(scale: int) -> None:
+    """So it does over a replay from unused buckets, with a minute that asks for 2.7 times what the pool gives out."""
+    demand = demand_of(scale, 0.6)
+    course = [msgspec.structs.replace(each, course=_BURST, peak=max(_BURST)) for each in demand.callers]
+    demand = msgspec.structs.replace(demand, bin_s=60.0, callers=tuple(course))
+    _agree(demand, scale, run_s=60.0 * len(_BURST), warm_up_s=0.0)
+
+
+def test_the_range_that_a_plan_states_is_that_of_these_tests() -> None:
+    """Pools, loads and tiers are those of the cases above."""
+    demands = {case: demand_of(*case) for case in _CASES}
+    loads = [
+        load(demand, published(group(4 * scale), keys=demand.keys())).heaviest()
+        for (scale, _), demand in demands.items()
+    ]
+    assert (min(loads), max(loads)) == pytest.approx(TESTED_LOADS, rel=0.001)
+    pools = [scale * _POOL_PER_S for scale, _ in _CASES]
+    assert (min(pools), max(pools)) == TESTED_POOLS_PER_S
+    assert {len(demand.keys()) for demand in demands.values()} == {TESTED_TIERS}
+
+
+def test_a_plan_beyond_what_was_tested_says_so() -> None:
+    """Larger pools, heavier loads and more tiers are named with the fleet; a fleet within the range is not."""
+    within, beyond = Planned("before", 60.0, 1.5, 3), Planned("after", 150_600.0, 25.0, 4)
+    assert "outside" not in error_stated([within])
+    said = error_stated([within, beyond])
+    assert "16% tier by tier" in said
+    assert "20 to 200 requests/s that are asked for 0.75 to 13.5 times" in said
+    outside = "after, a pool of 1.506e+05 requests/s, after, asked for 25 times that, after, 4 tier(s)"
+    assert said.endswith(f"outside what was tested: {outside}")
+
+
+def _agree(demand: Demand, scale: int, run_s: float, warm_up_s: float) -> None:
+    publication = published(group(4 * scale), keys=demand.keys())
     foretold = load(demand, publication).at_worst()
-    seen = exact(publication, demand, run_s=240.0 / scale + 30, warm_up_s=30.0)
+    seen = exact(publication, demand, run_s=run_s, warm_up_s=warm_up_s)
 
     by_tier = {tier: share.throttled for tier, share in foretold.items()}
     work = sum(seen.asked.values())
     overall = sum(share * seen.asked[tier] / work for tier, share in by_tier.items())
-    assert overall == pytest.approx(seen.share_overall(), abs=_ERROR_OVERALL)
-    assert by_tier == pytest.approx({tier: seen.share(tier) for tier in by_tier}, abs=_ERROR_BY_TIER[scale])
+    assert overall == pytest.approx(seen.share_overall(), abs=ERROR_OVERALL)
+    assert by_tier == pytest.approx(
+        {tier: seen.share(tier) for tier in by_tier}, abs=error_by_tier(scale * _POOL_PER_S)
+    )
 
 
 ALL_LIMITS: tuple[LimitName, ...] = ("requests", "input_tokens", "output_tokens", "concurrency")
@@ -136,7 +187,7 @@ def test_a_tier_without_limits_borrows_as_the_exact_meter_lets_it(pro: TierPolic
     assert publication.tiers[1].limits == ()
     assert foretold["pro"].throttled < 1
     assert {tier: share.throttled for tier, share in foretold.items()} == pytest.approx(
-        {tier: seen.share(tier) for tier in foretold}, abs=_ERROR_BY_TIER[5]
+        {tier: seen.share(tier) for tier in foretold}, abs=error_by_tier(5 * _POOL_PER_S)
     )
 
 
