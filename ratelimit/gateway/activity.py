@@ -83,10 +83,11 @@ class Activity:
             self._told.update(uses)
 
     async def _tell(self, uses: list[_Use]) -> None:
-        seconds, _ = await self._redis.time()
+        seconds, microseconds = await self._redis.time()
+        now_s = seconds + microseconds / 1e6
         by_model: dict[str, dict[str, float]] = defaultdict(dict)
         for key_id, model in uses:
-            by_model[model][key_id] = float(seconds)
+            by_model[model][key_id] = now_s
         async with self._redis.pipeline(transaction=False) as pipe:
             for model, keys in by_model.items():
                 pipe.zadd(active_key(model), dict(keys), gt=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from time import time
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -63,7 +65,7 @@ async def test_what_a_gateway_tells_is_counted_by_model(redis_client: Redis, tmp
 async def test_a_key_in_use_is_told_again_before_the_controller_counts_it_as_idle(
     redis_client: Redis, first_told_s: float
 ) -> None:
-    """Whenever it was told first, its next use nearly a minute later is told, whether the gateway's loop woke or not."""
+    """Whenever it was told first, its next use nearly a minute later is told, whether its loop has woken or not."""
     now_s = 0.0
     gateway = Activity(redis_client, GatewayMetrics(), clock=lambda: now_s)
     now_s = first_told_s
@@ -118,6 +120,84 @@ async def test_only_what_is_new_is_read(redis_client: Redis, tmp_path: Path, mon
     assert await read() == set()
     await redis_client.zadd(active_key("a"), {"k_3": now_s + 1})
     assert await read() == {("k_3", "a")}
+
+
+class Disturbed:
+    """A Redis to which something happens after the first page."""
+
+    def __init__(self, redis: Redis, after_a_page: Callable[[], Awaitable[object]]) -> None:
+        self._redis = redis
+        self._after_a_page = after_a_page
+        self.pages = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._redis, name)
+
+    async def zrange(self, *args: Any, **options: Any) -> Any:
+        self.pages += 1
+        if self.pages == 2:
+            await self._after_a_page()
+        return await self._redis.zrange(*args, **options)
+
+
+async def test_keys_told_again_while_they_are_read_hide_no_others(
+    redis_client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They leave their places in the set and the rest move up; who was behind them is in use all the same."""
+    monkeypatch.setattr(usereader, "_BATCH", 7)
+    now_s, _ = await redis_client.time()
+    await redis_client.zadd(active_key("a"), {f"k_{n:02}": now_s - 100 + n for n in range(30)})
+
+    async def tell_again() -> None:
+        await redis_client.zadd(active_key("a"), {f"k_{n:02}": now_s for n in range(7)})
+
+    seen = set[str]()
+    disturbed: Any = Disturbed(redis_client, tell_again)
+    await UseReader(disturbed).read(["a"], 1000.0, time(), lambda key_id, *_: seen.add(key_id))
+
+    assert seen == {f"k_{n:02}" for n in range(30)}
+
+
+async def test_a_first_read_that_is_broken_off_goes_on_where_it_was(
+    redis_client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many keys there are, each try comes further: a controller that starts gets to its first round."""
+    monkeypatch.setattr(usereader, "_BATCH", 10)
+    now_s, _ = await redis_client.time()
+    await redis_client.zadd(active_key("a"), {f"k_{n:02}": now_s - 100 + n for n in range(30)})
+
+    async def hang() -> None:
+        raise TimeoutError
+
+    seen = list[str]()
+    disturbed: Any = Disturbed(redis_client, hang)
+    reader = UseReader(disturbed)
+    with pytest.raises(TimeoutError):
+        await reader.read(["a"], 1000.0, time(), lambda key_id, *_: seen.append(key_id))
+    await reader.read(["a"], 1000.0, time(), lambda key_id, *_: seen.append(key_id))
+
+    assert set(seen) == {f"k_{n:02}" for n in range(30)}
+    assert seen.count("k_00") == 1
+
+
+async def test_each_page_has_its_own_time(redis_client: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that takes longer than any one call may is not broken off for that."""
+    monkeypatch.setattr(usereader, "_BATCH", 10)
+    now_s, _ = await redis_client.time()
+    await redis_client.zadd(active_key("a"), {f"k_{n:02}": now_s - 100 + n for n in range(30)})
+    allowed = list[float]()
+    timeout = asyncio.timeout
+
+    def counted_timeout(delay_s: float) -> asyncio.Timeout:
+        allowed.append(delay_s)
+        return timeout(delay_s)
+
+    monkeypatch.setattr(asyncio, "timeout", counted_timeout)
+    disturbed: Any = Disturbed(redis_client, redis_client.ping)
+    await UseReader(disturbed).read(["a"], 1000.0, time(), lambda *_: None)
+
+    assert disturbed.pages >= 3
+    assert allowed.count(usereader.REDIS_TIMEOUT_S) >= 1 + disturbed.pages
 
 
 async def test_uses_of_the_past_are_forgotten(redis_client: Redis) -> None:
