@@ -29,6 +29,21 @@ def test_the_json_is_what_scripts_were_promised() -> None:
     assert document["before"] is None
 
 
+@pytest.mark.slow
+def test_the_committed_plan_is_what_the_command_prints() -> None:
+    """docs/plan-colossus-1.json is the command's output; docs/planning.md has its table and every assumption."""
+    docs = Path(__file__).parents[2] / "docs"
+    result = runner.invoke(app, ["plan", "--example", "colossus-1", "--json"])
+    page, document = (docs / "planning.md").read_text(), json.loads(result.stdout)
+    table = runner.invoke(app, ["plan", "--example", "colossus-1"]).stdout
+    shown = page[page.index("\n```\nA site like Colossus 1") :].split("```")[1]
+
+    assert json.loads((docs / "plan-colossus-1.json").read_text()) == document
+    assert all(f"- {assumption}\n" in page for assumption in document["assumptions"])
+    assert not {line.rstrip() for line in shown.splitlines()} - {line.rstrip() for line in table.splitlines()}
+    assert document["cells"]["arithmetic"] in page
+
+
 def test_the_table_shows_provenance_assumptions_and_both_fleets() -> None:
     """What is added and lost is shown beside what was, and every figure's source is under it."""
     result = runner.invoke(app, ["plan", "--example", "node-8xh100", "--add", "H200=8", "--lose", "H100=4"])
