@@ -42,7 +42,10 @@ class _Grouped(NamedTuple):
 
 #: Groups that are no longer in use are forgotten when there are this many more than twice those that are.
 MOST_GROUPS_KEPT = 1000
+#: Knees that no group uses are kept up to this many, those found last: a config may be taken back.
+MOST_KNEES_KEPT = 1000
 
+_Kind = tuple[str, str, str, float]
 _KneeKey = tuple[StepTimeModel, EngineLimits, Surface | None, ContextRange | None, WorkloadMix, Slo]
 
 
@@ -51,7 +54,7 @@ class SupplyBook:
 
     A knee takes seconds to find, so nobody waits for one: ``run`` finds those asked for, one at a time, and says so by
     ``on_found``. A knee belongs to the numbers of its profile, so it stays right when a profile changes. The book grows
-    by one entry per combination in use.
+    by one entry per combination in use; of those out of use it forgets all but some when it reads profiles anew.
     """
 
     def __init__(self, on_found: Callable[[], None]) -> None:
@@ -60,11 +63,16 @@ class SupplyBook:
         self._knees: dict[_KneeKey, OperatingPoint | _Infeasible] = {}
         self._wanted: dict[_KneeKey, tuple[ReplicaSpec, Profile, Promise]] = {}
         self._asked = asyncio.Event()
-        self._groups: dict[tuple[str, str, str, float], _Grouped] = {}
+        self._groups: dict[_Kind, _Grouped] = {}
+        self._alike: dict[str, tuple[list[ReplicaSpec], dict[_Kind, list[ReplicaSpec]]]] = {}
 
     def read(self, names: Iterable[str]) -> None:
         """Have exactly these profiles, as their files are now. Raises ``ProfileError``, and then nothing changes."""
         self._profiles = {name: load_profile(name) for name in names}
+        used = {_key(each.profile, promise) for each in self._groups.values() for promise in each.promises}
+        unused = [key for key in self._knees if key not in used]
+        for key in unused[: max(0, len(unused) - MOST_KNEES_KEPT)]:
+            del self._knees[key]
 
     def having(self, profiles: Mapping[str, Profile]) -> SupplyBook:
         """A book with these profiles, which shares its knees with this one."""
@@ -93,16 +101,28 @@ class SupplyBook:
         A replica whose profile cannot meet the pool's promise under any load takes no requests: it is told in its group
         that the SLO is wrong, where a limit of 0 would hide it.
         """
-        alike: dict[tuple[str, str, str, float], list[ReplicaSpec]] = {}
-        for spec in specs:
-            alike.setdefault((spec.model, spec.gpu, spec.profile, spec.slowdown), []).append(spec)
+        alike = self._sorted(list(specs))
         if len(self._groups) > MOST_GROUPS_KEPT + 2 * len(alike):
             self._groups.clear()
         return [self._group_kept(kind, of_kind, promises) for kind, of_kind in alike.items()]
 
-    def _group_kept(
-        self, kind: tuple[str, str, str, float], specs: list[ReplicaSpec], promises: Sequence[Promise]
-    ) -> GroupSupply:
+    def _sorted(self, specs: list[ReplicaSpec]) -> dict[_Kind, list[ReplicaSpec]]:
+        """The replicas by what makes them alike; as they were sorted last, where they are the same."""
+        if not specs:
+            return {}
+        model = specs[0].model
+        known, alike = self._alike.get(model, ([], {}))
+        if known == specs:
+            return alike
+        alike = {}
+        for spec in specs:
+            alike.setdefault((spec.model, spec.gpu, spec.profile, spec.slowdown), []).append(spec)
+        if len(self._alike) >= MOST_GROUPS_KEPT:
+            self._alike.clear()
+        self._alike[model] = specs, alike
+        return alike
+
+    def _group_kept(self, kind: _Kind, specs: list[ReplicaSpec], promises: Sequence[Promise]) -> GroupSupply:
         """The group as it was found last, where it is the same: one replica that changes changes one group."""
         profile, kept = self._profiles[specs[0].profile], self._groups.get(kind)
         if kept is None or (kept.specs, kept.promises, kept.profile) != (specs, promises, profile):
