@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,16 +61,18 @@ class KeyActivity:
         """
         models = sorted({pool.model for policy in policies for pool in policy.pools})
         if self._adopted is None or self._adopted[0] is not records or self._adopted[1] != tuple(policies):
-            self._adopt(records, policies, models, now_s)
+            await self._adopt(records, policies, models, now_s)
         await self._reader.read(models, self._keep_s, now_s, self._active.used)
         return self._active.counts(now_s)
 
-    def _adopt(
+    async def _adopt(
         self, records: tuple[KeyRecord, ...], policies: Sequence[Policy], models: Sequence[str], now_s: float
     ) -> None:
         orgs = {org.name for policy in policies for org in policy.orgs}
         tiers = {tier.name for policy in policies for tier in policy.tiers}
-        self._active.adopt(owners(valid_records(records, orgs, tiers)), models, now_s)
+        # In a thread, for with very many keys it takes a second, in which replicas must be watched.
+        known = await asyncio.to_thread(lambda: owners(valid_records(records, orgs, tiers)))
+        self._active.adopt(known, models, now_s)
         if self._adopted is None:
             self._resume(models)
         self._adopted = records, tuple(policies)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -15,7 +16,7 @@ LONG_AGO = -1e6
 
 def old_keys(count: int, tier: str = "pro") -> dict[str, Owner]:
     """Keys that were made long ago."""
-    return {f"k_{n}": Owner(tier, LONG_AGO, None) for n in range(count)}
+    return {f"k_{n}": Owner(f"k_{n}", tier, LONG_AGO, None) for n in range(count)}
 
 
 def record(key_id: str, **changed: object) -> KeyRecord:
@@ -42,7 +43,7 @@ def test_a_key_counts_on_the_model_it_is_used_on_until_it_is_idle() -> None:
 def test_a_new_key_counts_on_every_model_at_once() -> None:
     """Whoever gets a key is about to use it; its share is there when it comes."""
     keys = ActiveKeys(IDLE_S)
-    keys.adopt(old_keys(1) | {"k_new": Owner("pro", 95.0, None)}, ["a", "b"], 100.0)
+    keys.adopt(old_keys(1) | {"k_new": Owner("k_new", "pro", 95.0, None)}, ["a", "b"], 100.0)
 
     assert keys.counts(100.0) == {("pro", "a"): 1, ("pro", "b"): 1}
     assert keys.counts(95.0 + IDLE_S + 10) == {}
@@ -52,7 +53,7 @@ def test_a_key_that_is_revoked_or_expires_counts_no_more_at_once() -> None:
     """It can use nothing, whenever it was last used; nor does a late word of its use bring it back."""
     keys = ActiveKeys(IDLE_S)
     known = old_keys(3)
-    keys.adopt(known | {"k_1": Owner("pro", LONG_AGO, 50.0)}, ["a"], 0.0)
+    keys.adopt(known | {"k_1": Owner("k_1", "pro", LONG_AGO, 50.0)}, ["a"], 0.0)
     for key_id in known:
         keys.used(key_id, "a", 10.0)
     assert keys.counts(49.0) == {("pro", "a"): 3}
@@ -71,7 +72,7 @@ def test_a_key_that_changes_its_tier_counts_in_the_new_one_from_its_next_use() -
     keys.used("k_0", "a", 1.0)
     keys.used("k_1", "a", 1.0)
 
-    keys.adopt({"k_0": Owner("pro", LONG_AGO, None), "k_1": Owner("free", LONG_AGO, None)}, ["a"], 2.0)
+    keys.adopt({"k_0": Owner("k_0", "pro", LONG_AGO, None), "k_1": Owner("k_1", "free", LONG_AGO, None)}, ["a"], 2.0)
     keys.used("k_1", "a", 3.0)
 
     assert keys.counts(3.0) == {("pro", "a"): 1, ("free", "a"): 1}
@@ -83,7 +84,63 @@ def test_a_key_with_several_secrets_is_one_key_until_the_last_ends() -> None:
         [record("k_1", expires_at=100.0), record("k_1", digest="e", created_at=50.0), record("k_2", revoked_at=7.0)]
     )
 
-    assert found == {"k_1": Owner("pro", 0.0, None), "k_2": Owner("pro", 0.0, 7.0)}
+    assert found == {"k_1": Owner("k_1", "pro", 0.0, None), "k_2": Owner("k_2", "pro", 0.0, 7.0)}
+
+
+def test_a_key_that_may_be_used_for_longer_counts_beyond_its_old_end() -> None:
+    """A rotation puts off its end; the old one is void."""
+    keys = ActiveKeys(IDLE_S)
+    for until in (50.0, 80.0):
+        keys.adopt({"k_0": Owner("k_0", "pro", LONG_AGO, until)}, ["a"], 0.0)
+    keys.used("k_0", "a", 10.0)
+
+    assert keys.counts(60.0) == {("pro", "a"): 1}
+    assert keys.counts(80.0) == {}
+
+
+def test_a_new_model_is_in_use_by_the_keys_made_lately() -> None:
+    """Nothing is new of them, but they may come there too."""
+    keys = ActiveKeys(IDLE_S)
+    for models in (["a"], ["a", "b"]):
+        keys.adopt({"k_0": Owner("k_0", "pro", 0.0, None)}, models, 1.0)
+
+    assert keys.counts(1.0) == {("pro", "a"): 1, ("pro", "b"): 1}
+
+
+def test_a_new_key_costs_itself_not_all_keys() -> None:
+    """Of those that are as they were, even if made lately, nothing is said again."""
+
+    class Told(ActiveKeys):
+        told = 0
+
+        def used(self, key_id: str, model: str, at_s: float) -> None:
+            self.told += 1
+            super().used(key_id, model, at_s)
+
+    keys = Told(IDLE_S)
+    known = {f"k_{n}": Owner(f"k_{n}", "pro", 0.0, None) for n in range(100)}
+    keys.adopt(known, ["a"], 1.0)
+    assert keys.told == 100
+
+    keys.adopt(known | {"k_new": Owner("k_new", "pro", 1.0, None)}, ["a"], 1.0)
+    assert keys.told == 101
+
+
+def test_a_million_keys_have_room() -> None:
+    """A use takes an entry of a dictionary and of a list, some 66 bytes: not a set, a pair and a time of its own."""
+    keys = ActiveKeys(IDLE_S)
+    keys.adopt(old_keys(10_000), ["a", "b"], 0.0)
+    keys.used("k_0", "a", 0.0)
+    tracemalloc.start()
+    try:
+        for n in range(10_000):
+            for model in "ab":
+                keys.used("".join(("k_", str(n))), model, 1.0 + n / 1000)
+        used_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert used_bytes / 20_000 < 120
 
 
 def test_one_key_of_a_thousand_changes_no_limit() -> None:
@@ -134,7 +191,7 @@ def test_counting_as_it_happens_is_counting_all(steps: list[tuple[float, str, in
             known.pop(key_id, None)
             last = {use: at_s for use, at_s in last.items() if use[0] != key_id}
         else:
-            known.setdefault(key_id, Owner("pro", LONG_AGO, None))
+            known.setdefault(key_id, Owner(key_id, "pro", LONG_AGO, None))
         keys.adopt(dict(known), ["a", "b"], now_s)
         least = Counter(("pro", model) for (_, model), at_s in last.items() if now_s - at_s < idle_s)
         most = Counter(("pro", model) for (_, model), at_s in last.items() if now_s - at_s < idle_s + 10)
