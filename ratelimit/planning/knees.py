@@ -53,8 +53,11 @@ def _at_once(wanted: list[KneeKey]) -> Iterator[tuple[KneeKey, Found]]:
         running: dict[Future[Found], KneeKey] = {pool.submit(_find, key): key for key in wanted}
         for done in as_completed(running, timeout=_TIMEOUT_S):
             yield running[done], done.result()
-    finally:
+    except BaseException:  # also of whoever asks no more: what is still simulated is not waited for
         pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    # Unless it is waited for here, the interpreter's exit may find the pool's pipes half closed, and say so.
+    pool.shutdown()
 
 
 def _find(key: KneeKey) -> Found:
