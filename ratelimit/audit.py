@@ -34,7 +34,8 @@ _FIRST = "00000001"
 class Entry(msgspec.Struct, frozen=True):
     """One epoch: when it was published (ISO 8601, UTC), what caused it, who let which change through, and what it did.
 
-    ``before`` is the epoch that ``does`` compares with, 0 where none was known.
+    ``before`` is the epoch that ``does`` compares with, 0 where none was known; the epoch itself where it stayed in
+    force and only what guards it changed. ``unsure``: nobody can tell whether it was ever in force.
     """
 
     epoch: int
@@ -44,6 +45,7 @@ class Entry(msgspec.Struct, frozen=True):
     does: Difference
     published: Snapshot
     approved: tuple[Approval, ...] = ()
+    unsure: bool = False
 
 
 class AuditLog:

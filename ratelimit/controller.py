@@ -204,7 +204,7 @@ class Controller:
         fleet = self._fleet_now()
         if self._is_settling(fleet):
             return
-        if self._governor.is_unsure:
+        if self._governor.is_unsure():
             self._governor.settle(await self._publisher.epoch_in_redis())
         if self._governor.has_unsaved:
             await asyncio.to_thread(self._governor.save)
@@ -222,7 +222,7 @@ class Controller:
         self._settled = now if seen == self._seen else None
         if self._settled and not lost.publication:
             return
-        epoch = await self._publisher.next_epoch()
+        epoch = await self._publisher.next_epoch(above=self._governor.newest_epoch)
 
         def derived(decided: Decided) -> Publication:
             found = self._derive(inputs_of(decided), epoch)
@@ -233,7 +233,7 @@ class Controller:
         in_force = await self._take_effect(decision, lost.publication)
         self._inputs_published = inputs_of(decision.inputs)
         self._note_governed()
-        self.metrics.published(self._published or candidate, self._inputs_published.trims)
+        self.metrics.published(in_force, self._inputs_published.trims)
         self._decided, self._seen = decision.inputs, seen
 
     async def _take_effect(self, decision: Decision[Decided], is_lost: bool) -> Publication:

@@ -2,7 +2,7 @@
 
 In the state folder, ``waiting.json`` holds the changes that wait, written by the controller, ``approvals.json`` what
 people let through, written by ``penstock limits approve``, ``decided.json`` and ``decided_keys.json`` what is decided
-now, for a controller that starts with another config, and ``audit/`` the log of epochs. ``took_up``, ``published`` and
+now, for a controller that starts with another config; of epochs see ``epochlog``. ``taking_up``, ``in_force`` and
 ``save`` write, and may wait for locks: an event loop calls them in a thread, one at a time.
 
 No file here stops the limits: what cannot be written is said once in the log, counted in ``unkept``, and tried again at
@@ -13,7 +13,6 @@ restart would approve whatever the config says by then, so until then the limits
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import time
@@ -30,22 +29,19 @@ from ratelimit.approval import (
     still_valid,
     waiting_named,
 )
-from ratelimit.audit import AuditLog, Entry
+from ratelimit.attempts import Attempts
 from ratelimit.decided import Decided, issued_keys
 from ratelimit.decidedfiles import DecidedFiles
-from ratelimit.difference import Snapshot, difference, snapshot
+from ratelimit.difference import bound_changed
+from ratelimit.epochlog import EpochLog
 from ratelimit.keys import KeyRecord
 from ratelimit.policy import Policy
 from ratelimit.publication import Publication
-from ratelimit.publisher import read_published
-from ratelimit.statefile import StateFile, StateFileError
+from ratelimit.statefile import StateFile
 
 log = logging.getLogger(__name__)
 
 I = TypeVar("I")  # noqa: E741 - the inputs, as in ``approval``
-
-#: Epochs kept in memory while the log cannot be written; of more than these the oldest are lost, and counted.
-MOST_UNKEPT = 100
 
 
 def waiting_file(state_dir: Path) -> StateFile[Waiting]:
@@ -100,18 +96,18 @@ class Governor:
     def __init__(self, state_dir: Path, clock: Callable[[], float] = time) -> None:
         self._state_dir = state_dir
         self._clock = clock
-        self._audit = AuditLog(state_dir)
+        self._attempts = Attempts()
+        self._epochs = EpochLog(state_dir, self._attempts)
         self._approvals = ApprovalFile(state_dir)
         self._waiting: tuple[Waiting, ...] | None = None
         self._are_unsaved = False
         self._files = DecidedFiles(state_dir)
         self._keep: Decided | None = None
         self._is_kept = True
-        self._last: Snapshot | None = None
-        self._unkept: deque[Entry] = deque()
-        self._failures: dict[str, str] = {}
-        #: Epochs that never reached the audit log.
-        self.lost = 0
+        self._before: Decided | None = None
+        self._taking: Decided | None = None
+        self._used: tuple[Approval, ...] = ()
+        self._claimed: tuple[Approval, ...] = ()
 
     @property
     def waiting(self) -> int:
@@ -120,8 +116,18 @@ class Governor:
 
     @property
     def unkept(self) -> int:
-        """Epochs in force or past that are not in the audit log yet."""
-        return len(self._unkept)
+        """Epochs in force or past that are not in the audit log yet, or never reached it."""
+        return self._epochs.unkept + self._epochs.lost
+
+    @property
+    def newest_epoch(self) -> int:
+        """The newest epoch that was or may have been in force, as far as is known here."""
+        return self._epochs.newest
+
+    def is_unsure(self) -> bool:
+        """Whether ``settle`` must be told what Redis holds, as after an error or a death while publishing."""
+        self._resume()
+        return self._epochs.is_unsure
 
     def resumed(self) -> Decided | None:
         """What was decided when the controller before stopped; None where it let everything through.
@@ -129,12 +135,37 @@ class Governor:
         Raises ``StateFileError`` where that is there and cannot be read: to take it for nothing would approve whatever
         the config says now.
         """
-        return self._files.read()
+        self._before = self._files.read()
+        return self._before
 
-    def took_up(self, decided: Decided) -> None:
-        """Keep what is decided, for a controller that starts with another config; only where changes may wait."""
+    def taking_up(self, decided: Decided, publication: Publication, approved: Sequence[str]) -> None:
+        """Keep what is about to be decided and in force, and who approved what of it, before it is.
+
+        ``publication`` is what will be in force: the same epoch as before where no limit changes. What is decided is
+        kept for a controller that starts with another config; only where changes may wait.
+        """
+        self._resume()
+        self._used = tuple(each for each in self._valid() if each.digest in approved) if approved else ()
+        bounds = [each.adopted.falls_above for each in (self._before or decided, decided)]
+        self._epochs.intend(publication, self._used, bound_changed(*bounds))
         self._keep, self._is_kept = decided if decided.adopted.falls_above is not None else None, False
+        self._taking = decided
         self.save()
+
+    def in_force(self) -> None:
+        """What was taken up last is in force: bring it into the audit log, and use up what let it through."""
+        self._epochs.in_force()
+        self._before = self._taking
+        self._use_up(self._used)
+        self.save()
+
+    def settle(self, found_epoch: int) -> None:
+        """Say whether what was about to be published is in force, by the epoch that Redis holds (0: none)."""
+        self._epochs.settle(found_epoch)
+
+    def _use_up(self, used: tuple[Approval, ...]) -> None:
+        if used:
+            self._attempts.make("approvals cannot be used up", lambda: self._approvals.use_up(used))
 
     def approvals(self) -> tuple[Approval, ...]:
         """The approvals that count now; none while nothing waits."""
@@ -148,8 +179,9 @@ class Governor:
         falls_above: float | None,
         later: Callable[[I], I] | None = None,
     ) -> Decision[I]:
-        """Which of the changes take effect; those that wait are said in the log, once each, and kept by ``took_up``."""
+        """Which of the changes take effect; those that wait are said in the log once, and kept by ``taking_up``."""
         self._resume()
+        self._finish_claimed({change.digest for change in changes})
         approved = {approval.digest: approval for approval in self._valid()} if changes else {}
         decision = decide(base, changes, derived, falls_above, approved, later)
         before = {each.digest: each for each in self._waiting or ()}
@@ -171,43 +203,23 @@ class Governor:
         self._waiting = waiting
         return decision
 
-    def published(self, publication: Publication, approved: Sequence[str] = ()) -> None:
-        """Keep an epoch that is in force now in the audit log, and use up the approvals that let it through."""
-        self._resume()
-        used = tuple(each for each in self._valid() if each.digest in approved) if approved else ()
-        self._note(publication, used)
-        if used:
-            self._trying("approvals cannot be used up", lambda: self._approvals.use_up(used))
-        self.save()
-
-    def _note(self, publication: Publication, used: tuple[Approval, ...]) -> None:
-        now = snapshot(publication)
-        before = self._last.publication.epoch if self._last else 0
-        does = difference(self._last, now)
-        if len(self._unkept) >= MOST_UNKEPT:
-            self._unkept.popleft()
-            self.lost += 1
-        entry = Entry(publication.epoch, publication.published_at, publication.reason, before, does, now, used)
-        self._unkept.append(entry)
-        self._last = now
+    def _finish_claimed(self, undecided: set[str]) -> None:
+        """Use up what let changes through that a controller took up before it died; they are decided by now."""
+        self._use_up(tuple(each for each in self._claimed if each.digest not in undecided))
+        self._claimed = ()
 
     @property
     def has_unsaved(self) -> bool:
         """Whether ``save`` has something to write."""
-        return bool(self._unkept) or self._are_unsaved or not self._is_kept
+        return self._epochs.has_unsaved or self._are_unsaved or not self._is_kept
 
     def save(self) -> None:
         """Write to disk what is not there yet; a failure is said once, and the next call tries again."""
         if not self._is_kept:
-            self._trying("what is decided cannot be kept", self._write_decided)
+            self._attempts.make("what is decided cannot be kept", self._write_decided)
         if self._are_unsaved:
-            self._trying("waiting changes cannot be kept", self._write_waiting)
-        self._trying("epochs are in force but not in the audit log", self._append)
-
-    def _append(self) -> None:
-        while self._unkept:
-            self._audit.append(self._unkept[0])
-            self._unkept.popleft()
+            self._attempts.make("waiting changes cannot be kept", self._write_waiting)
+        self._epochs.save()
 
     def _write_decided(self) -> None:
         self._files.write(self._keep)
@@ -222,36 +234,16 @@ class Governor:
         """Take up, once, where the controller before has stopped."""
         if self._waiting is None:
             self._waiting = ()
-            self._trying("waiting changes cannot be read", self._read_waiting)
-            self._trying("the audit log cannot be read", self._read_last)
-
-    def _read_last(self) -> None:
-        """The last epoch that was kept; one published after it, by a controller that then died, is kept now."""
-        newest = self._audit.newest()
-        self._last = newest.published if newest else None
-        published = read_published(self._state_dir)
-        if published is not None and (newest is None or published.epoch > newest.epoch):
-            self._note(published, ())
+            self._attempts.make("waiting changes cannot be read", self._read_waiting)
+            self._claimed = self._epochs.resume()
 
     def _read_waiting(self) -> None:
         self._waiting = tuple(waiting_file(self._state_dir).read())
 
     def _valid(self) -> tuple[Approval, ...]:
         found: list[Approval] = []
-        self._trying("approvals cannot be read", lambda: found.extend(self._approvals.valid(self._clock())))
+        self._attempts.make("approvals cannot be read", lambda: found.extend(self._approvals.valid(self._clock())))
         return tuple(found)
-
-    def _trying(self, what: str, work: Callable[[], None]) -> None:
-        """Do it, or say once why it cannot be done."""
-        try:
-            work()
-        except (StateFileError, OSError) as error:
-            if self._failures.get(what) != str(error):
-                log.error("%s: %s", what, error)
-            self._failures[what] = str(error)
-        else:
-            if self._failures.pop(what, None) is not None:
-                log.warning("no longer: %s", what)
 
 
 def outgrown(approved_fall: float) -> str:

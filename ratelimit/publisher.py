@@ -75,8 +75,8 @@ class Publisher:
         """What reads from the same Redis which keys are in use."""
         return UseReader(self._redis)
 
-    async def next_epoch(self) -> int:
-        """An epoch above all that were given out, by this publisher or by others that left one on disk or in Redis.
+    async def next_epoch(self, above: int = 0) -> int:
+        """An epoch ``above`` all that were given out, by this publisher or by others that left one on disk or in Redis.
 
         Raises ``StateFileError`` where the file on disk cannot be understood when it is first asked for.
         """
@@ -85,7 +85,12 @@ class Publisher:
             self._note_epoch(on_disk.epoch if on_disk else 0)
             self._note_epoch(_epoch_of(await self._redis.get(PUBLICATION_KEY)))
             self._looked_for_epochs = True
+        self._note_epoch(above)
         return self._newest_epoch + 1
+
+    async def epoch_in_redis(self) -> int:
+        """The epoch that Redis holds now; 0 where it holds none."""
+        return _epoch_of(await self._redis.get(PUBLICATION_KEY))
 
     async def publish(self, publication: Publication) -> None:
         """Make these limits the ones in force.

@@ -142,6 +142,8 @@ def history(
         console.print("no epoch has been kept" + (f" that concerns {escape(tier)}" if tier else ""))
     for entry in entries:
         console.print(f"\n[bold]epoch {entry.epoch}[/]  {entry.at}  {escape(entry.cause)}", soft_wrap=True)
+        if entry.unsure:
+            console.print("  may never have been in force: whoever published it died or was cut off", style="yellow")
         for approval in entry.approved:
             said = f"approved by {approval.by} at {timestamp(approval.at)} ({approval.digest})"
             console.print(f"  {said}", markup=False)
@@ -255,7 +257,7 @@ def _of_tier(entry: Entry, tier: str | None) -> Entry | None:
 
 def _entry_document(entry: Entry) -> dict[str, object]:
     document: dict[str, object] = {"epoch": entry.epoch, "at": entry.at, "cause": entry.cause, "before": entry.before}
-    return document | {"approved": entry.approved} | _document(entry.does)
+    return document | {"approved": entry.approved, "unsure": entry.unsure} | _document(entry.does)
 
 
 def _document(found: Difference) -> dict[str, object]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import time
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
@@ -19,10 +21,13 @@ from ratelimit.approval import Approval, Waiting
 from ratelimit.audit import AuditLog
 from ratelimit.config import Config
 from ratelimit.difference import difference, snapshot
-from ratelimit.governor import ApprovalFile, waiting_file
+from ratelimit.epochlog import Intent
+from ratelimit.governor import ApprovalFile, Governor, waiting_file
 from ratelimit.keys import KeyFile, new_key
 from ratelimit.overrides import OverrideFile, freezing, setting
 from ratelimit.publication import Publication
+from ratelimit.publisher import PUBLICATION_KEY, Publisher, published_file
+from ratelimit.statefile import StateFile
 from tests.integration.test_controller import A, B, Knees, Running, knees, running, urls
 from tests.support.waiting import eventually_async
 
@@ -386,7 +391,7 @@ async def test_a_count_of_keys_rewrites_no_config_and_no_write_stops_the_loop(
         stack.fleet.turn(A, "down")
         await stack.until(lambda p: urls(p) == {B})
         assert (tmp_path / "decided.json").stat().st_ino == config.st_ino
-    assert blocking == []
+    assert {path.name for path in blocking} <= {"feedback.lock"}  # what feedback learns is another's
 
 
 async def test_what_was_decided_and_cannot_be_read_approves_nothing(
@@ -467,6 +472,120 @@ async def test_an_epoch_whose_controller_died_before_it_was_kept_is_kept_by_the_
     async with running(config_of(tmp_path), redis_client) as stack:
         three = await stack.until(lambda p: p.epoch > two.epoch)
         await kept_epochs(tmp_path, [one.epoch, two.epoch, three.epoch])
+
+
+def copying(method: str, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy the state folder as it is when the governor's method is called with an approval in use, as if all died."""
+    original = getattr(Governor, method)
+
+    def called(self: Governor, *args: object) -> object:
+        intents = StateFile(self._state_dir / "intents.json", Intent).read()
+        if any(intent.entry.approved for intent in intents) and not to.exists():
+            shutil.copytree(self._state_dir, to)
+        return original(self, *args)
+
+    monkeypatch.setattr(Governor, method, called)
+
+
+async def approved_cut(redis: Redis, state_dir: Path) -> tuple[Publication, Publication]:
+    """A controller that cuts a share, approved by ada, and ends; the epochs before and after."""
+    async with running(config_of(state_dir), redis) as stack:
+        before = await first(stack)
+        stack.controller.adopt(config_of(state_dir, share=0.1))
+        approve(state_dir, (await one_waits(state_dir)).digest)
+        after = await stack.until(lambda p: assured(p) < assured(before) / 2)
+        await kept_epochs(state_dir, [before.epoch, after.epoch])
+        return before, after
+
+
+@pytest.mark.parametrize("redis_too", [False, True])
+async def test_who_approved_is_kept_though_the_controller_died_at_once(
+    redis_client: Redis, tmp_path: Path, knees: Knees, monkeypatch: pytest.MonkeyPatch, redis_too: bool
+) -> None:
+    """The next controller knows who let through what it goes on with; where Redis died too, it says that it is unsure.
+
+    The approval is used, and no second change like it gets through.
+    """
+    state, dead = tmp_path / "state", tmp_path / "dead"
+    copying("in_force", dead, monkeypatch)
+    before, cut = await approved_cut(redis_client, state)
+    if redis_too:
+        await redis_client.flushall()
+        with published_file(dead).changing() as newest:
+            newest[:] = [before]
+    async with running(config_of(dead, share=0.1), redis_client) as stack:
+        await stack.until(lambda p: p.reason == "the controller started" and assured(p) == assured(cut))
+
+        async def kept() -> bool:
+            unfinished = StateFile(dead / "intents.json", Intent).read()
+            return len(list(AuditLog(dead).entries())) == 3 and not unfinished
+
+        await eventually_async(kept, WAIT_S, "the epochs in the audit log")
+    entry = next(entry for entry in AuditLog(dead).entries() if entry.approved)
+    assert (entry.epoch, entry.unsure, [a.by for a in entry.approved]) == (cut.epoch, redis_too, ["ada"])
+    assert ApprovalFile(dead).valid(time()) == ()
+
+
+async def test_an_epoch_that_redis_took_before_an_error_is_kept(
+    redis_client: Redis, tmp_path: Path, knees: Knees, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was in force until the next one, and the log has both."""
+    publish = Publisher.publish
+    cut_off: list[Publication] = []
+
+    async def cut(self: Publisher, publication: Publication) -> None:
+        if publication.epoch == 2 and not cut_off:
+            cut_off.append(publication)
+            self._note_epoch(publication.epoch)
+            await redis_client.set(PUBLICATION_KEY, msgspec.json.encode(publication))
+            raise ConnectionError("cut off")
+        await publish(self, publication)
+
+    monkeypatch.setattr(Publisher, "publish", cut)
+    async with running(config_of(tmp_path), redis_client) as stack:
+        await first(stack)
+        stack.fleet.turn(A, "down")
+        await stack.until(lambda p: p.epoch == 3)
+        await kept_epochs(tmp_path, [1, 2, 3])
+    assert [entry.unsure for entry in AuditLog(tmp_path).entries()] == [False] * 3
+
+
+async def test_epochs_that_the_log_could_not_take_outlive_their_controller(
+    redis_client: Redis, tmp_path: Path, knees: Knees, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them are in the log when it can be written again, by whatever controller runs then."""
+
+    def failing(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(audit, "_write_at", failing)
+        async with running(config_of(tmp_path), redis_client) as stack:
+            await first(stack)
+            stack.fleet.turn(A, "down")
+            await stack.until(lambda p: urls(p) == {B})
+    async with running(config_of(tmp_path), redis_client) as stack:
+        await stack.until(lambda p: p.epoch == 3)
+        await kept_epochs(tmp_path, [1, 2, 3])
+
+
+async def test_a_bound_that_is_loosened_is_in_the_log_though_no_limit_changes(
+    redis_client: Redis, tmp_path: Path, knees: Knees
+) -> None:
+    """Who let it through is kept beside the epoch that stays in force, and the approval is used up."""
+    async with running(config_of(tmp_path), redis_client) as stack:
+        before = await first(stack)
+        stack.controller.adopt(config_of(tmp_path, falls_above=0.9))
+        approve(tmp_path, (await one_waits(tmp_path)).digest)
+        await kept_epochs(tmp_path, [before.epoch, before.epoch])
+        entry = AuditLog(tmp_path).newest()
+        assert entry is not None
+        assert [(s.what, s.before, s.after) for s in entry.does.settings] == [("approval.falls_above", "50 %", "90 %")]
+        assert [a.by for a in entry.approved] == ["ada"]
+        await none_waits(tmp_path)
+        stack.controller.adopt(config_of(tmp_path, share=0.1, falls_above=0.9))
+        await stack.until(lambda p: assured(p) < assured(before) / 2)
+    assert ApprovalFile(tmp_path).valid(time()) == ()
 
 
 async def test_an_audit_log_that_cannot_be_written_stops_no_limits(

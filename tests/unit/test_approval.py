@@ -60,7 +60,8 @@ def test_what_hides_a_fall_for_a_while_does_not_let_it_through() -> None:
     """A change is weighed as of now and as of later; the larger fall counts, and what is published is of now."""
     hiding = lambda shares: derived(()) if 1.0 in shares else derived(shares)  # noqa: E731 - like ``derived``
     ended: Callable[[Shares], Shares] = lambda shares: tuple(s for s in shares if s != 1.0)  # noqa: E731 - as above
-    decision = decide((1.0,), [times(0.1), times(0.9)], hiding, 0.5, {}, ended)
+    hidden: Shares = (1.0,)
+    decision = decide(hidden, [times(0.1), times(0.9)], hiding, 0.5, {}, ended)
 
     assert decision.inputs == (1.0, 0.9)
     ((change, does),) = decision.held
