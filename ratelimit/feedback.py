@@ -251,6 +251,9 @@ def _refused(seen: Seen) -> str:
 def _noted(state: Feedback, window: Signals) -> Feedback:
     """The state with the window in its sums, its times and its queues."""
     backlog_s = max(0.0, state.backlog_s + (window.offered - WITHIN_SUPPLY) * window.duration_s)
+    if _are_many(window.refused, window.arrivals):
+        # A full queue holds no more than what waits, whatever the estimate of offered work adds up to.
+        backlog_s = min(backlog_s, window.waiting_s)
     settling_s = max(0.0, state.settling_s - window.duration_s)
     # While a cut takes effect the queue goes on to grow.
     queue_s = window.waiting_s if state.settling_s > 0 else min(state.queue_s, window.waiting_s)

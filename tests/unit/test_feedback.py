@@ -83,6 +83,14 @@ def test_refusals_of_replicas_trim_the_supply() -> None:
     assert "503" in state.reason
 
 
+@pytest.mark.parametrize("offered", [1.0, 1.05, 1.5])
+def test_no_backlog_is_made_up_where_queues_are_full(offered: float) -> None:
+    """A fleet that serves 0.7 and refuses is slow, though the estimate of what it took in stays above its supply."""
+    signals = msgspec.structs.replace(window(offered, late=0.6, waiting_s=0.9, refused=60), served=0.7)
+
+    assert fed(Feedback(), [signals] * 240).factor == LEAST_FACTOR
+
+
 @pytest.mark.parametrize(
     "signals",
     [
