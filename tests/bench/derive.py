@@ -1,15 +1,17 @@
 """How long deriving takes: a fleet of 100,000 replicas in 1,000 groups, 1,000,000 keys in 20 tiers of 4 promises.
 
 ``python -m tests.bench.derive [--json FILE] [--rounds 9]`` times a knee of each mix, the fits of the shipped bench
-results, the count of the keys, the first derivation, one after a single replica is lost, and comparing and encoding
-what they give. Profiles are the shipped H100, H200, B200 and GB200 ones; each is slowed in 250 ways, so that all groups
-are unlike and their supplies are those of no real fleet. Times are CPU seconds of this process, which has one thread:
-the least, the median and the slowest of the rounds, since neighbours on the machine make single rounds slow.
+results, the first derivation, one after a single replica is lost, comparing and encoding what they give, and what a
+controller does beside it: sorting its replicas into groups, which of them count, taking up and counting keys. Profiles
+are the shipped H100, H200, B200 and GB200 ones; each is slowed in 250 ways, so that all groups are unlike and their
+supplies are those of no real fleet. Times are CPU seconds of this process, which has one thread: the least, the median
+and the slowest of the rounds, since neighbours on the machine make single rounds slow.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import resource
 import sys
@@ -24,14 +26,19 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from ratelimit.activekeys import ActiveKeys, owners
 from ratelimit.derive import GroupSupply, derive
-from ratelimit.keys import KeyRecord, active_keys
+from ratelimit.inputs import counted
+from ratelimit.keys import KeyRecord
 from ratelimit.policy import KeyAmounts, Policy, PoolPolicy, Promise, TierPolicy, promises_of
 from ratelimit.publication import Publication, PublishedReplica
-from ratelimit.supply import domain_replicas
+from ratelimit.supervisor.tasks import background
+from ratelimit.supply import SupplyBook, domain_replicas
 from serving.benchgroups import fit_groups
 from serving.capacity import ReplicaGroup, Slo
+from serving.fleet import ReplicaSpec, ReplicaStatus
 from serving.fleetcost import clear_costs
+from serving.health import ReplicaHealth
 from serving.mixes import load_mix
 from serving.profile import load_profile
 from serving.stepsim import Knee, knee
@@ -199,10 +206,59 @@ def timed_derivations(fleet: Fleet, rounds: int) -> list[Timing]:
     ]
 
 
-def timed_key_count(rounds: int) -> Timing:
-    """The count of active keys by tier, from their records."""
-    records = [KeyRecord(f"k_{i:08x}", "", "", "acme", f"tier-{i % TIERS}", 0.0) for i in range(KEYS)]
-    return timed(f"count {KEYS:,} keys", lambda: active_keys(records, 1.0), rounds)
+async def filled_book(promises: Sequence[Promise]) -> SupplyBook:
+    """A controller's book with the knees of every profile known."""
+    found = asyncio.Event()
+    book = SupplyBook(found.set)
+    book.read(PROFILES)
+    specs = [ReplicaSpec("http://10.0.0.1:8000", MODEL, name, name) for name in PROFILES]
+    async with asyncio.timeout(600), background(book.run()):
+        while book.unknown(specs, {MODEL: promises}):
+            await found.wait()
+            found.clear()
+    return book
+
+
+def timed_controller(fleet: Fleet, rounds: int) -> list[Timing]:
+    """What a controller does beside ``derive`` when one replica changes, of ``REPLICAS`` replicas."""
+    promises = promises_of(fleet.policy.tiers, fleet.policy.pools[0])
+    book = asyncio.run(filled_book(promises))
+    specs = [
+        ReplicaSpec(replica.url, MODEL, replica.gpu, replica.profile, replica.slowdown)
+        for group in fleet.groups
+        for replica in group.replicas
+    ]
+    statuses = [ReplicaStatus(spec, ReplicaHealth("healthy")) for spec in specs]
+    urls = frozenset(spec.url for spec in specs)
+    turns = [specs, specs[1:]]
+
+    def other_groups() -> None:
+        turns.reverse()
+        book.supplies(turns[0], promises)
+
+    book.supplies(specs, promises)
+    return [
+        timed("sort the same replicas into groups", lambda: book.supplies(list(specs), promises), rounds),
+        timed("sort them after one changes", other_groups, rounds),
+        timed("which profiles' knees are unknown", lambda: book.unknown(specs, {MODEL: promises}), rounds),
+        timed("which replicas count", lambda: counted(statuses, urls, {MODEL: 5.0}, 0.0), rounds),
+    ]
+
+
+def timed_keys(rounds: int) -> list[Timing]:
+    """The keys in use by tier from their records, as a controller counts them: at first, and when nothing is new."""
+    records = [KeyRecord(f"k_{i:08x}", f"{i:064x}", "", "acme", f"tier-{i % TIERS}", 0.0) for i in range(KEYS)]
+    active = ActiveKeys()
+
+    def count() -> None:
+        active.adopt(owners(records), [MODEL], 1.0)
+        active.counts(1.0)
+
+    return [
+        timed(f"take up {KEYS:,} keys, all in use, and count them", count, 1),
+        timed("the same again after the key file changed", count, rounds),
+        timed("count them while nothing is new", lambda: active.counts(1.0), rounds),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -216,7 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fleet = bench_fleet(lambda name, promise: knees[name, promise])
     timings += timed_derivations(fleet, options.rounds)
     peak_mib = peak_memory_mib()
-    timings.append(timed_key_count(3))
+    timings += timed_controller(fleet, options.rounds)
+    controller_mib = peak_memory_mib()
+    timings += timed_keys(3)
+    keys_mib = peak_memory_mib()
     table = Table("what", "least", "median", "slowest", title="Deriving (virtual fleet), CPU time")
     for timing in timings:
         times = (timing.least_s, timing.median_s, timing.slowest_s)
@@ -224,12 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=120)
     console.print(table)
     console.print(
-        f"peak memory with fleet, publications and JSON: {peak_mib:,.0f} MiB; with {KEYS:,} keys' records too: "
-        f"{peak_memory_mib():,.0f} MiB"
+        f"peak memory with fleet, publications and JSON: {peak_mib:,.0f} MiB; with replicas' statuses and groups: "
+        f"{controller_mib:,.0f} MiB; with {KEYS:,} keys, records and uses: {keys_mib:,.0f} MiB"
     )
     if options.json:
+        figures = {"timings": timings, "peak_mib": peak_mib, "controller_mib": controller_mib, "keys_mib": keys_mib}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_bytes(msgspec.json.encode({"timings": timings, "peak_mib": peak_mib}))
+        options.json.write_bytes(msgspec.json.encode(figures))
 
 
 if __name__ == "__main__":

@@ -136,7 +136,12 @@ def drawn_overrides(draw: st.DrawFn) -> Override:
 
 
 limit_names = st.sampled_from(get_args(LimitName))
-trims = st.one_of(st.none(), st.builds(Trim, st.floats(0.5, 1), st.just("TTFT is above its bound")))
+#: As ``ratelimit.feedback`` says it, numbers and brackets included.
+TRIM_REASON = (
+    "44% of 60369 requests were beyond the TTFT bound of 1 s (0.05 of them may be), while 97% of the measured supply "
+    "was taken in"
+)
+trims = st.one_of(st.none(), st.builds(Trim, st.floats(0.5, 1), st.just(TRIM_REASON)))
 key_counts = st.lists(st.integers(0, 200), min_size=4, max_size=4)
 unhurried = settings(deadline=None, max_examples=100)
 
