@@ -44,7 +44,7 @@ def too_long_mix(where: Where, profile: Profile, mix: MixConfig) -> Iterator[Fin
         return
     longest = max(shape.input_tokens + shape.output_tokens for shape in mix.shapes().shapes)
     limits = profile.limits
-    most = min(limits.max_model_len, limits.kv_tokens // limits.block_size * limits.block_size)
+    most = min(limits.max_model_len, limits.request_kv_blocks * limits.block_size)
     if longest > most:
         yield Finding(
             (*where, "mix"),

@@ -76,7 +76,7 @@ class BatchingReplica:
         self._heap_ties = 0
         self._decodes = 0
         self._decode_context = 0
-        self._free_blocks = limits.kv_tokens // limits.block_size
+        self._free_blocks = limits.request_kv_blocks
         self._block_due = [0] * limits.block_size
 
     def run(self) -> None:

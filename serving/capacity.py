@@ -65,6 +65,11 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: int
     block_size: int = 16
 
+    @property
+    def request_kv_blocks(self) -> int:
+        """Blocks of the KV cache that requests can hold: of all that there are, vLLM keeps one (its null block)."""
+        return self.kv_tokens // self.block_size - 1
+
 
 class Slo(msgspec.Struct, frozen=True, cache_hash=True, forbid_unknown_fields=True):
     """Time to first token and time per output token, each met by ``percentile`` percent of requests.

@@ -226,7 +226,7 @@ def _check_fits(limits: EngineLimits, shape: RequestShape) -> None:
     inputs, outputs = shape.input_tokens, shape.output_tokens
     if outputs < 1 or not 0 <= shape.cached_tokens < inputs:
         raise ValueError(f"{shape} is no request: it needs an uncached input token and an output token")
-    longest = min(limits.max_model_len, limits.kv_tokens // limits.block_size * limits.block_size)
+    longest = min(limits.max_model_len, limits.request_kv_blocks * limits.block_size)
     if inputs + outputs > longest:
         raise ValueError(
             f"a request of {inputs} + {outputs} tokens exceeds the {longest} that the replica can hold "

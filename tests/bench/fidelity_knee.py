@@ -18,25 +18,20 @@ from serving.engine.launch import Engine, start_engines
 from serving.stepsim import Arrival, knee
 from tests.bench.fidelity_replay import Case, replay, schedule, stretched
 
-#: Each is short of something else: TPOT, slots, step tokens (seen as TTFT), KV cache.
+#: Each is short of something else; the last one also preempts all the time, which no fleet should do.
 CASES = (
-    Case("chat", 1 / 8, Slo(1.0, 0.03), slowdown=20.0),
-    Case("decode-heavy", 1 / 16, Slo(0.1, 0.03), slowdown=20.0, limits={"max_num_seqs": 64}),
-    Case("prefill-heavy", 1 / 16, Slo(0.25, 0.05), slowdown=20.0, limits={"max_num_batched_tokens": 2048}),
-    Case(
-        "long-context",
-        1 / 16,
-        Slo(0.4, 0.06),
-        slowdown=10.0,
-        limits={"kv_tokens": 16384, "max_num_batched_tokens": 2048},
-    ),
+    Case("chat", 1 / 8, Slo(1.0, 0.03), 20.0),
+    Case("decode-heavy", 1 / 16, Slo(0.1, 0.03), 20.0, {"max_num_seqs": 64}, "slots"),
+    Case("prefill-heavy", 1 / 16, Slo(0.25, 0.05), 20.0, {"max_num_batched_tokens": 2048}, "step tokens"),
+    Case("long-context", 1 / 16, Slo(0.4, 0.06), 10.0, {"kv_tokens": 16384, "max_num_batched_tokens": 2048}, "KV"),
+    Case("decode-heavy", 1 / 16, Slo(0.2, 0.03), 20.0, {"kv_tokens": 2048, "max_model_len": 512}, "KV, preempting"),
 )
 #: Rates tried, as shares of the simulated knee of the same schedule.
 RATES = (0.9, 1.0, 1.1)
 #: The most that the two knees may differ, as a share of the simulated one.
 BOUND = 0.10
 #: Virtual GPUs that serve at once: each takes a small part of a core.
-AT_ONCE = 2
+AT_ONCE = 3
 _BISECTIONS = 12
 
 
@@ -102,7 +97,7 @@ async def compare_knees(
     factor = simulated_factor(case, arrivals)
     rates = []
     for share in shares:
-        tell(f"{case.mix}: {share:.0%} of its simulated knee")
+        tell(f"{case.mix}, short of {case.short_of}: {share:.0%} of its simulated knee")
         at_rate = stretched(arrivals, factor * share)
         ran = await replay(engine, at_rate)
         rates.append(

@@ -40,6 +40,7 @@ _TOKEN_ID_BOUND = 800
 class Case(msgspec.Struct, frozen=True):
     """A mix with its lengths scaled, what bounds the batch, and an SLO at full speed; all ``slowdown`` times slower.
 
+    ``short_of`` says what the batch runs out of first.
     Real vLLM costs CPU time for each token, so a virtual GPU at full speed would measure the host.
     """
 
@@ -48,6 +49,7 @@ class Case(msgspec.Struct, frozen=True):
     slo: Slo
     slowdown: float
     limits: Mapping[str, int] = {}
+    short_of: str = "TPOT"
 
     @property
     def profile(self) -> Profile:

@@ -52,7 +52,7 @@ def print_knees(results: Sequence[KneeResult], console: Console) -> None:
         loads = ", ".join(f"{r.share:.0%}: {r.virtual_load:.2f}/{r.simulated_load:.2f}" for r in result.rates)
         beyond = " (extrapolated)" if result.is_beyond else ""
         table.add_row(
-            result.case.mix,
+            f"{result.case.mix}, short of {result.case.short_of}",
             _of(result.case),
             str(result.requests),
             f"{result.simulated_per_s:.2f}",
@@ -138,7 +138,7 @@ def _draw_loads(axes: Axes, results: Sequence[KneeResult]) -> None:
             [rate.virtual_load for rate in result.rates],
             "o-",
             color=colour,
-            label=f"{result.case.mix}: knee {result.error:+.1%}",
+            label=f"{result.case.mix} ({result.case.short_of}): knee {result.error:+.1%}",
         )
     axes.axhline(1, color=MUTED, linewidth=1)
     axes.grid(color=GRID)

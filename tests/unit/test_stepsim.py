@@ -37,7 +37,7 @@ tight_limits = st.builds(
     EngineLimits,
     max_num_seqs=st.integers(1, 6),
     max_num_batched_tokens=st.integers(8, 64),
-    kv_tokens=st.integers(144, 400),
+    kv_tokens=st.integers(160, 400),
     max_model_len=st.just(1000),
     block_size=st.sampled_from([1, 4, 16]),
 )
@@ -66,7 +66,7 @@ class NaiveReplica:
         self.future = [NaiveRequest(arrival) for arrival in arrivals]
         self.waiting: list[NaiveRequest] = []
         self.running: list[NaiveRequest] = []
-        self.free = limits.kv_tokens // limits.block_size
+        self.free = limits.kv_tokens // limits.block_size - 1  # vLLM's null block
         self.now_s = 0.0
         self.preemptions = 0
 
@@ -314,3 +314,11 @@ def test_percentile_is_a_value_that_so_many_do_not_exceed() -> None:
     assert percentile(list(range(1, 101)), 95) == 95
     assert percentile([7.0], 99) == 7.0
     assert percentile([], 95) == 0.0
+
+
+def test_one_block_of_the_kv_cache_is_not_for_requests() -> None:
+    """vLLM keeps a block for itself (seen on a virtual GPU): what needs all of them never runs."""
+    limits = EngineLimits(max_num_seqs=4, max_num_batched_tokens=64, kv_tokens=160, max_model_len=1000)
+    assert simulate(STEP_TIME, limits, [Arrival(0.0, RequestShape(134, 10))])[0].finish_s > 0
+    with pytest.raises(ValueError, match="exceeds the 144"):
+        simulate(STEP_TIME, limits, [Arrival(0.0, RequestShape(135, 10))])
