@@ -317,7 +317,7 @@ def test_percentile_is_a_value_that_so_many_do_not_exceed() -> None:
 
 
 def test_one_block_of_the_kv_cache_is_not_for_requests() -> None:
-    """vLLM keeps a block for itself (seen on a virtual GPU): what needs all of them never runs."""
+    """Of all blocks vLLM keeps one for itself (seen on a virtual GPU): what needs all of them never runs."""
     limits = EngineLimits(max_num_seqs=4, max_num_batched_tokens=64, kv_tokens=160, max_model_len=1000)
     assert simulate(STEP_TIME, limits, [Arrival(0.0, RequestShape(134, 10))])[0].finish_s > 0
     with pytest.raises(ValueError, match="exceeds the 144"):
