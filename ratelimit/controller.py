@@ -27,6 +27,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from ratelimit.approval import Decision
+from ratelimit.cancellation import is_cancelled
 from ratelimit.config import Config, policy_of
 from ratelimit.controllermetrics import ControllerMetrics
 from ratelimit.decided import Adopted, Decided, changes, held_together, standing, without_overrides
@@ -163,8 +164,7 @@ class Controller:
     async def _rounds(self) -> None:
         try:
             await self._fleet.probed_once()
-            # A cancellation that meets Redis traffic may be swallowed there; it is kept in the task's count.
-            while not _is_cancelled():
+            while not is_cancelled():
                 await self._try_round()
                 with contextlib.suppress(TimeoutError):
                     # Not wait_for: in Python 3.11 it swallows a cancellation that meets the wake-up.
@@ -386,8 +386,3 @@ class Controller:
             overrides=inputs.overrides,
             trims=inputs.trims,
         )
-
-
-def _is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -15,6 +15,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from ratelimit.cancellation import is_cancelled
 from ratelimit.keys import KeyFile
 from ratelimit.publisher import KEYS_USED_KEY
 from ratelimit.statefile import StateFile, StateFileError
@@ -76,7 +77,7 @@ class KeyUseCopier:
 
     async def run(self) -> None:
         """Copy every few seconds what has changed, until cancelled. A fault is logged once, and tried again."""
-        while True:
+        while not is_cancelled():
             try:
                 await self.round()
             except (RedisError, OSError, StateFileError) as error:  # OSError: TimeoutError too

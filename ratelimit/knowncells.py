@@ -16,6 +16,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from ratelimit.cancellation import is_cancelled
 from ratelimit.statefile import StateFile, StateFileError
 from ratelimit.store import KEY_VERSION
 
@@ -58,7 +59,7 @@ class KnownCells:
 
     async def run(self) -> None:
         """Follow the config until cancelled. A fault is logged once, and tried again."""
-        while True:
+        while not is_cancelled():
             try:
                 await self.round()
             except (RedisError, OSError, StateFileError) as error:  # OSError: TimeoutError too

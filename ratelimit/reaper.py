@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 from redis.asyncio import Redis
 
+from ratelimit.cancellation import is_cancelled
 from ratelimit.store import Store, StoreUnavailableError
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class Reaper:
 
     async def run(self) -> None:
         """Reap every cell once a second."""
-        while True:
+        while not is_cancelled():
             await self.round()
             await asyncio.sleep(REAP_INTERVAL_S)
 

@@ -25,6 +25,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from ratelimit.cancellation import is_cancelled
 from ratelimit.statefile import StateFileError
 from ratelimit.store import KEY_VERSION, MOST_USAGE_RECORDS
 from ratelimit.usage import EntryId, LedgerLine, ledger_line
@@ -60,7 +61,7 @@ class UsageDrain:
 
     async def run(self) -> None:
         """Drain once a second, and once more at the end. One process at a time writes the files of a state folder."""
-        while True:
+        while not is_cancelled():
             try:
                 with self._files.writing() as alone:
                     if alone:
@@ -72,7 +73,7 @@ class UsageDrain:
 
     async def _rounds(self) -> None:
         try:
-            while True:
+            while not is_cancelled():
                 await self._try_round()
                 await asyncio.sleep(DRAIN_INTERVAL_S)
         finally:

@@ -14,6 +14,7 @@ from time import monotonic
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from ratelimit.cancellation import is_cancelled
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.usereader import RETELL_S, active_key
 
@@ -58,7 +59,7 @@ class Activity:
 
     async def run(self) -> None:
         """Tell until cancelled. A Redis that is away is logged once; what is new is kept until it is back."""
-        while True:
+        while not is_cancelled():
             await self._wake.wait()
             await asyncio.sleep(GATHER_S)
             self._wake.clear()

@@ -15,6 +15,7 @@ from time import time
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from ratelimit.cancellation import is_cancelled
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.keyuse import told_time
 from ratelimit.publisher import KEYS_USED_KEY
@@ -89,7 +90,7 @@ class Presence:
         """Beat until cancelled, then say goodbye. A Redis that is away is logged once."""
         beats = 0
         try:
-            while True:
+            while not is_cancelled():
                 try:
                     await self.beat()
                     if beats % _BEATS_PER_TELLING == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -274,3 +275,26 @@ async def test_a_second_controller_waits_for_the_first_to_end(
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_cancellation_that_is_lost_ends_it_all_the_same(
+    redis_client: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a client library swallows the exception, the loop still ends, with its last round done."""
+    monkeypatch.setattr(usagedrain, "DRAIN_INTERVAL_S", 0.01)
+    draining, rounds = drain(redis_client, tmp_path), asyncio.Event()
+
+    async def swallowing() -> None:
+        rounds.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+
+    monkeypatch.setattr(draining, "round", swallowing)
+    task = asyncio.create_task(draining.run())
+    await asyncio.wait_for(rounds.wait(), 20)
+    monkeypatch.setattr(draining, "round", UsageDrain.round.__get__(draining))
+    await settle(redis_client, "a")
+    task.cancel()
+    await asyncio.wait({task}, timeout=20)
+    assert task.done()
+    assert written(tmp_path) == ["a"]
