@@ -66,9 +66,12 @@ def test_show_tells_sources_points_and_residuals() -> None:
     assert "not measured" in shown
 
 
-def test_show_of_a_measurement_claims_no_estimate() -> None:
+def test_show_of_a_measurement_claims_no_estimate(tmp_path: Path) -> None:
     """A measured profile carries no mark; a GPU without facts is said to be unchecked."""
-    shown = runner.invoke(app, ["profiles", "show", "cpu-tiny-llama"]).stdout
+    plain = load_profile("cpu-tiny-llama")
+    path = tmp_path / "own.json"
+    path.write_bytes(dump_profile(replace(plain, provenance=replace(plain.provenance, kind="measured"))))
+    shown = runner.invoke(app, ["profiles", "show", str(path)]).stdout
 
     assert "≈" not in shown
     assert "measured" in shown

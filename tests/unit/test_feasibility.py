@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from ratelimit.config import load_config
 from ratelimit.feasibility import feasibility_problems
-from serving.profile import load_profile
+from serving.profile import dump_profile, load_profile
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """\
@@ -16,7 +17,7 @@ pools:
   - model: tiny-llama
     slo: {{ttft_ms: {ttft_ms}, tpot_ms: {tpot_ms}}}
     mix: {{name: chat, scale: 0.5}}
-    engines: [{{device: cpu, profile: cpu-tiny-llama, port: 8100}}]
+    engines: [{{device: cpu, profile: {profile}, port: 8100}}]
 tiers: [{{name: pro, share: 0.6}}]
 orgs: [{{name: acme}}]
 """
@@ -25,7 +26,9 @@ orgs: [{{name: acme}}]
 def feasibility(folder: Path, ttft_ms: float, tpot_ms: float) -> list[str]:
     """What is infeasible of a small pool with this SLO, which the quick checks accept."""
     path = folder / "penstock.yaml"
-    path.write_text(CONFIG.format(ttft_ms=ttft_ms, tpot_ms=tpot_ms))
+    linear = folder / "cpu-tiny-llama.json"  # without its surface, whose shortest steps are shorter than the model's
+    linear.write_bytes(dump_profile(replace(load_profile("cpu-tiny-llama"), surface=None)))
+    path.write_text(CONFIG.format(ttft_ms=ttft_ms, tpot_ms=tpot_ms, profile=linear))
     return feasibility_problems(load_config(path))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from serving.fit import fit_profile
 from serving.profile import (
     ContextRange,
     Fit,
@@ -33,6 +34,25 @@ def test_a_shipped_profile_survives_a_round_trip(name: str) -> None:
 
     assert profile.name == name
     assert parse_profile(dump_profile(profile)) == profile
+
+
+@pytest.mark.parametrize("name", shipped_profiles())
+def test_a_shipped_profile_is_called_measured_only_where_its_own_points_say_so(name: str) -> None:
+    """Today's fit of its points gives the same word, the same steps, an error at unseen mixes and a range; or it has
+    no such points and says that it is estimated or published.
+    """
+    profile = load_profile(name)
+    again = fit_profile(profile.fit.points) if profile.fit else None
+
+    if profile.provenance.kind != "measured":
+        assert again is None or again.provenance != "measured"
+        return
+    assert again is not None
+    assert again.provenance == "measured"
+    assert again.fit == profile.fit
+    assert (again.model, again.surface) == (profile.step_time, profile.surface)
+    assert again.fit.loo_error_median is not None
+    assert again.fit.context is not None
 
 
 def test_the_gpus_to_plan_for_are_shipped() -> None:
