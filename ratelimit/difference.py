@@ -119,8 +119,8 @@ class Difference(msgspec.Struct, frozen=True):
     @property
     def largest_fall(self) -> float:
         """The largest share that any limit loses; 1 where an org loses a model, or the limits lose their guard."""
-        falls = (change.fall for change in (*self.limits, *self.settings))
-        return max((1.0 if self.lost_access else 0.0, *falls))
+        of_limits, of_settings = (each.fall for each in self.limits), (each.fall for each in self.settings)
+        return max((1.0 if self.lost_access else 0.0, *of_limits, *of_settings))
 
     def falls_above(self, share: float) -> tuple[LimitChange, ...]:
         """The limits that lose more than ``share``, the largest falls first."""

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from ratelimit.cli import app
 from serving.profile import ContextRange, Fit, dump_profile, load_profile, shipped_profiles
 
+pytestmark = pytest.mark.slow
+
 runner = CliRunner()
 PNG = b"\x89PNG\r\n"
 

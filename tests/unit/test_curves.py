@@ -15,6 +15,8 @@ from serving.profile import ContextRange, Fit, OutOfRangeError, load_profile
 from serving.stepsim import knee
 from serving.surface import Surface, SurfacePoint
 
+pytestmark = pytest.mark.slow
+
 H100, H200 = load_profile("h100-llama-3.1-8b"), load_profile("h200-llama-3.1-8b")
 CHAT = load_mix("chat")
 SLO = Slo(1.0, 0.05)

@@ -77,6 +77,7 @@ def test_the_estimate_reproduces_its_anchor(deployment: Deployment, anchor: Mlpe
     assert rate / profile.gpus_per_replica == pytest.approx(row.output_tokens_per_s, rel=1e-3)
 
 
+@pytest.mark.slow
 @every_anchored
 def test_the_simulated_knee_comes_near_the_result_left_out(deployment: Deployment, anchor: MlperfAnchor) -> None:
     """The Server row was not used; under its SLO the simulator's knee lands within 15 % of it."""

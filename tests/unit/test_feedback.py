@@ -343,6 +343,7 @@ class ClosedLoop:
 TPOT_BOUND, TTFT_BOUND = Slo(1.0, 0.05), Slo(0.25, 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("slo", "slower", "within"), [(TPOT_BOUND, 1.38, 0.05), (TPOT_BOUND, 1.1, 0.05), (TTFT_BOUND, 1.3, 0.09)]
 )
@@ -365,6 +366,7 @@ def test_a_slow_fleet_converges_to_what_it_does_and_stays(slo: Slo, slower: floa
     assert changes <= 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slo", [TPOT_BOUND, TTFT_BOUND, Slo(1.0, 0.03)])
 def test_a_fleet_that_does_its_profile_is_not_trimmed_by_chance(slo: Slo) -> None:
     """At the knee itself one request in twenty is late, and many at once: hours of that are no evidence."""
@@ -373,6 +375,7 @@ def test_a_fleet_that_does_its_profile_is_not_trimmed_by_chance(slo: Slo) -> Non
     assert set(loop.run(hours=1.5)) == {1.0}
 
 
+@pytest.mark.slow
 def test_a_fleet_overrun_by_others_is_not_trimmed() -> None:
     """Twenty minutes of half as much again from callers who pass no gateway leave a good fleet its supply."""
     loop = ClosedLoop(CHAT, TPOT_BOUND, 1.0, seed=3)
@@ -382,6 +385,7 @@ def test_a_fleet_overrun_by_others_is_not_trimmed() -> None:
     assert set(factors) == {1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slower", [1.3, 1.8])
 def test_a_slow_fleet_that_refuses_is_trimmed_though_its_callers_send_again(slower: float) -> None:
     """A request that is refused three times and sent anew is one request's work: the retries excuse nothing."""
@@ -393,6 +397,7 @@ def test_a_slow_fleet_that_refuses_is_trimmed_though_its_callers_send_again(slow
     assert max(abs(factor - max(loop.truth, LEAST_FACTOR)) for factor in settled) <= 0.12, (loop.truth, settled)
 
 
+@pytest.mark.slow
 def test_a_fleet_overrun_by_others_that_refuses_is_not_trimmed() -> None:
     """It serves all of its supply and refuses the rest, again and again: that is no word against it."""
     loop = ClosedLoop(CHAT, TTFT_BOUND, 1.0, seed=5, most_waiting=8)

@@ -6,6 +6,7 @@ from importlib.resources import files
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,6 +69,7 @@ def _place(draw: st.DrawFn, node: Any) -> tuple[Any, Any]:
         node = below
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_a_mutated_document_of_any_tool_gives_nothing_but_an_importer_error(data: st.DataObject) -> None:

@@ -51,6 +51,7 @@ def written(folder: Path, change: Callable[[dict[str, Any]], None], example: str
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", examples())
 def test_every_example_can_be_planned(name: str) -> None:
     """Each loads and plans, with knees found by simulation, and gives every tier limits."""

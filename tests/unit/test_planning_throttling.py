@@ -49,6 +49,8 @@ from tests.support.planning import (
     unable,
 )
 
+pytestmark = pytest.mark.slow
+
 #: A replica of ``group`` gives out so many requests/s, and a pool here has four of them for each of its scale.
 _POOL_PER_S = 20.0
 #: Scales of the pool, and of the demand of each: 1 is 1.5 times what the pool gives out.
