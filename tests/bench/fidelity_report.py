@@ -11,7 +11,7 @@ from rich.table import Table
 
 from serving.plotstyle import COLOURS, GRID, INK, MUTED, picture
 from tests.bench.fidelity_forms import FormResult
-from tests.bench.fidelity_knee import KneeResult
+from tests.bench.fidelity_knee import RATES, KneeResult
 from tests.bench.fidelity_measure import LevelResult
 from tests.bench.fidelity_replay import PROFILE, Case
 from tests.bench.fidelity_virtual import BOUNDS, Figure, VirtualResult
@@ -125,7 +125,7 @@ def _draw_errors(axes: Axes, result: VirtualResult) -> None:
     axes.set_xlabel("load, % of the simulated knee")
     axes.set_ylabel("virtual GPU over prediction, %")
     axes.set_title(f"{result.case.mix}, slowed {result.case.slowdown:g} times", fontsize=10.5, color=MUTED)
-    axes.set_ylim(-14, 14)
+    axes.set_ylim(-12, 24)
     axes.legend(frameon=False, fontsize=8.5, loc="upper left")
 
 
@@ -143,9 +143,13 @@ def _draw_loads(axes: Axes, results: Sequence[KneeResult]) -> None:
     axes.axhline(1, color=MUTED, linewidth=1)
     axes.grid(color=GRID)
     axes.set_yscale("log")
+    axes.set_ylim(0.2, 6)
+    axes.set_yticks([0.25, 0.5, 1, 2, 4], labels=["0.25", "0.5", "1", "2", "4"], minor=False)
+    axes.minorticks_off()
+    axes.set_xticks([rate * 100 for rate in RATES])
     axes.set_xlabel("rate, % of the simulated knee of the schedule")
     axes.set_ylabel("p95 over its bound, the worse of TTFT and TPOT")
-    axes.set_title("virtual GPU (dots), simulator (dashed); the knee is where 1 is passed", fontsize=10.5, color=MUTED)
+    axes.set_title("virtual GPU (dots), simulator (dashed); 1 is the knee", fontsize=10.5, color=MUTED)
     axes.legend(frameon=False, fontsize=8.5, loc="upper left")
 
 
