@@ -9,9 +9,7 @@ the next writer cuts it off.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +19,11 @@ import msgspec
 
 from ratelimit.approval import Approval
 from ratelimit.difference import Difference, Snapshot
-from ratelimit.statefile import StateFileError, private_folder
+from ratelimit.statefile import StateFileError, private_folder, sync_folder, take_lock
 
 FILE_BYTES = 8 << 20
 MOST_FILES = 8
 LOCK_TIMEOUT_S = 1.0
-LOCK_RETRY_S = 0.01
 _SEEK_BYTES = 1 << 16
 _FIRST = "00000001"
 
@@ -69,7 +66,7 @@ class AuditLog:
                 path.with_name(f"{int(path.stem) + 1:08d}.jsonl").touch(mode=0o600)
             for old in self._files()[: -self._most_files]:
                 old.unlink()
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
 
     def entries(self) -> Iterator[Entry]:
         """Every epoch that is kept, newest first. Raises ``StateFileError``, which names the line that is damaged."""
@@ -109,7 +106,7 @@ class AuditLog:
     def _locked(self) -> Iterator[None]:
         descriptor = os.open(self.folder / "writer.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            _take_lock(descriptor, self.folder)
+            take_lock(descriptor, self.folder / "writer.lock", LOCK_TIMEOUT_S)
             yield
         finally:
             os.close(descriptor)  # also gives the lock back
@@ -145,24 +142,3 @@ def _whole_lines(path: Path) -> list[bytes]:
         return path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:  # deleted by the writer meanwhile
         return []
-
-
-def _take_lock(descriptor: int, folder: Path) -> None:
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise StateFileError(f"the audit log in {folder} has been locked for {LOCK_TIMEOUT_S:g} s") from error
-            time.sleep(LOCK_RETRY_S)
-        else:
-            return
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -78,7 +78,7 @@ class StateFile(Generic[T]):
         except OSError as error:
             raise StateFileError(f"cannot open {lock_path}: {error.strerror}") from error
         try:
-            _take_lock(descriptor, lock_path)
+            take_lock(descriptor, lock_path, LOCK_TIMEOUT_S)
             yield
         finally:
             os.close(descriptor)  # also gives the lock back
@@ -100,7 +100,7 @@ def write_state(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise StateFileError(f"cannot write {path}: {error.strerror}; the old file is unchanged") from error
 
@@ -116,22 +116,22 @@ def private_folder(path: Path) -> None:
         raise StateFileError(f"other users may write to the state folder {path} (mode {mode:04o}); chmod 700 it")
 
 
-def _take_lock(descriptor: int, lock_path: Path) -> None:
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
+def take_lock(descriptor: int, lock_path: Path, timeout_s: float) -> None:
+    """Wait for the lock of this open file. Raises ``StateFileError`` after the timeout."""
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if time.monotonic() > deadline:
-                raise StateFileError(
-                    f"{lock_path} has been held for {LOCK_TIMEOUT_S:g} s by another process"
-                ) from error
+                raise StateFileError(f"{lock_path} has been held for {timeout_s:g} s by another process") from error
             time.sleep(LOCK_RETRY_S)
         else:
             return
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the folder's own entries on the disk: a new name in it outlives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

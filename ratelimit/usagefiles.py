@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from ratelimit.statefile import StateFileError, private_folder
+from ratelimit.statefile import StateFileError, private_folder, sync_folder
 from ratelimit.usage import EntryId, LedgerLine
 
 _SEEK_BYTES = 1 << 16
@@ -117,7 +117,7 @@ class UsageFiles:
             file.flush()
             os.fsync(file.fileno())
         if is_new:
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
 
 
 def _locked(descriptor: int) -> bool:
@@ -154,11 +154,3 @@ def _decoded(marks: msgspec.json.Decoder[_Mark], text: bytes) -> _Mark | None:
         return marks.decode(text)
     except ValueError:
         return None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

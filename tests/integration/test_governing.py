@@ -6,7 +6,6 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import time
@@ -370,17 +369,17 @@ async def test_a_count_of_keys_rewrites_no_config_and_no_write_stops_the_loop(
 ) -> None:
     """The config is kept once, whatever keys come; locks and disks are waited for outside the event loop."""
     blocking: list[Path] = []
-    take, take_audit = statefile._take_lock, audit._take_lock
+    take = statefile.take_lock
 
-    def noting(taking: Callable[[int, Path], None], descriptor: int, path: Path) -> None:
+    def noting(descriptor: int, path: Path, timeout_s: float) -> None:
         if asyncio._get_running_loop() is not None:
             blocking.append(path)
-        taking(descriptor, path)
+        take(descriptor, path, timeout_s)
 
     async with running(config_of(tmp_path), redis_client) as stack:
         await first(stack)
-        monkeypatch.setattr(statefile, "_take_lock", partial(noting, take))
-        monkeypatch.setattr(audit, "_take_lock", partial(noting, take_audit))
+        monkeypatch.setattr(statefile, "take_lock", noting)
+        monkeypatch.setattr(audit, "take_lock", noting)
         config, keys = (tmp_path / "decided.json").stat(), (tmp_path / "decided_keys.json").stat()
         await asyncio.to_thread(KeyFile(tmp_path).create, org="acme", tier="free", name="a")
 

@@ -137,7 +137,7 @@ def test_a_writer_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.Mon
     holder = os.open(tmp_path / "audit" / "writer.lock", os.O_RDWR)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
-        with pytest.raises(StateFileError, match="locked"):
+        with pytest.raises(StateFileError, match=r"writer\.lock has been held for 0\.05 s"):
             log.append(entry(2))
     finally:
         os.close(holder)
