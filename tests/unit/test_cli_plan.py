@@ -94,6 +94,7 @@ def test_a_usage_export_takes_the_place_of_the_demand(tmp_path: Path) -> None:
     assert tiers["free"]["throttled_share"] == 0
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     """`--plot` draws limits, throttling and supply into a folder, and the same numbers give the same files."""
     pytest.importorskip("matplotlib")

@@ -57,12 +57,19 @@ class Drawn(msgspec.Struct, frozen=True):
     domain_replicas: int
     domains: tuple[int, ...]
 
+    def labelled(self) -> tuple[int, ...]:
+        """The replicas of the labelled domains that it has replicas for."""
+        kept: tuple[int, ...] = ()
+        for count in self.domains:
+            if sum(kept) + count > self.count:
+                break
+            kept = (*kept, count)
+        return kept
+
     def group(self) -> GroupSupply:
         """``rates`` are those of each promise at full speed; the pool's own is always kept."""
         found = {p: rate for p, rate, able in zip(PROMISES, self.rates, (True, *self.able), strict=True) if able}
-        labelled = {f"rack-{i}": min(count, self.count) for i, count in enumerate(self.domains)}
-        while sum(labelled.values()) > self.count:
-            labelled.popitem()
+        labelled = {f"rack-{i}": count for i, count in enumerate(self.labelled())}
         return GroupSupply(
             group=ReplicaGroup(self.count, STEP_TIME.slowed(self.slowdown), LIMITS, SLO.slowed(self.slowdown)),
             gpu=self.gpu,
@@ -198,8 +205,9 @@ def test_every_printed_explanation_gives_its_limit(
 
 def grown(fleet: list[Drawn], how: str, at: int, more: Drawn) -> list[Drawn]:
     """The fleet with more capacity of one sort."""
-    group = fleet[at % len(fleet)]
-    others = [each for each in fleet if each is not group]
+    chosen = fleet[at % len(fleet)]
+    others = [each for each in fleet if each is not chosen]
+    group = replaced(chosen, domains=chosen.labelled())  # what there is keeps the labels that it has
     match how:
         case "another group":
             return [*fleet, more]

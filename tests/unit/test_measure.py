@@ -32,6 +32,8 @@ from serving.run_verdict import PointSettings, Seen, Verdict, window_of
 from tests.support.fake_engine import FakeEngine
 from tests.support.measured import STEP_TIME, sweep_of
 
+pytestmark = pytest.mark.slow
+
 SLO = Slo(ttft_s=1.0, tpot_s=0.03)
 #: What the fake engine says of itself.
 LIMITS = EngineLimits(32, 2048, 640 * 16, 512)

@@ -296,6 +296,7 @@ def test_an_slo_that_no_load_meets_is_told() -> None:
     assert [tier.throttled_share for tier in found.after.tiers] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_context_that_was_not_measured_is_planned_on_request_only() -> None:
     """A profile fitted from runs says so where the mix lies outside of them, and its supply is marked."""
     plan = load_example("node-8xh100").model_copy(
