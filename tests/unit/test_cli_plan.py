@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from ratelimit.cli import app
 from ratelimit.cli.planviews import short
 
+pytestmark = pytest.mark.slow
+
 runner = CliRunner()
 
 
@@ -29,7 +31,6 @@ def test_the_json_is_what_scripts_were_promised() -> None:
     assert document["before"] is None
 
 
-@pytest.mark.slow
 def test_the_committed_plan_is_what_the_command_prints() -> None:
     """docs/plan-colossus-1.json is the command's output; docs/planning.md has its table and every assumption."""
     docs = Path(__file__).parents[2] / "docs"
@@ -94,7 +95,6 @@ def test_a_usage_export_takes_the_place_of_the_demand(tmp_path: Path) -> None:
     assert tiers["free"]["throttled_share"] == 0
 
 
-@pytest.mark.slow
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     """`--plot` draws limits, throttling and supply into a folder, and the same numbers give the same files."""
     pytest.importorskip("matplotlib")

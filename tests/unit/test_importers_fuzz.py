@@ -14,6 +14,8 @@ from serving.importers import Imported, ImporterError, import_results
 from serving.profile import Fit
 from tests.support.benchfiles import FAILED, SOUND, content
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTS = {name: json.loads(content(name)) for name in (*SOUND, *FAILED)}
 TABLES = {
     name: "\n".join((files("serving") / "profiles" / name).read_text().splitlines()[:6])
@@ -69,7 +71,6 @@ def _place(draw: st.DrawFn, node: Any) -> tuple[Any, Any]:
         node = below
 
 
-@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_a_mutated_document_of_any_tool_gives_nothing_but_an_importer_error(data: st.DataObject) -> None:

@@ -20,6 +20,8 @@ from serving.run_verdict import PointSettings
 from tests.support.fake_engine import FakeEngine
 from tests.support.measured import sweep_of
 
+pytestmark = pytest.mark.slow
+
 runner = CliRunner()
 
 LIMITS = EngineLimits(32, 2048, 640 * 16, 512)

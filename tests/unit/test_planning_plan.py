@@ -23,6 +23,8 @@ from ratelimit.planning.wiring import inputs_of
 from serving.operating import OperatingPoint
 from serving.stepsim import Knee
 
+pytestmark = pytest.mark.slow
+
 #: A knee that is no simulation's, for tests of what follows from it.
 _KNEES = {"h100": 25.0, "h200": 12.0, "b200": 44.0, "gb200": 46.0, "cpu-": 90.0}
 
@@ -51,7 +53,6 @@ def written(folder: Path, change: Callable[[dict[str, Any]], None], example: str
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", examples())
 def test_every_example_can_be_planned(name: str) -> None:
     """Each loads and plans, with knees found by simulation, and gives every tier limits."""
@@ -296,7 +297,6 @@ def test_an_slo_that_no_load_meets_is_told() -> None:
     assert [tier.throttled_share for tier in found.after.tiers] == [1, 1, 1]
 
 
-@pytest.mark.slow
 def test_a_context_that_was_not_measured_is_planned_on_request_only() -> None:
     """A profile fitted from runs says so where the mix lies outside of them, and its supply is marked."""
     plan = load_example("node-8xh100").model_copy(

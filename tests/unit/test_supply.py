@@ -18,6 +18,8 @@ from serving.operating import OperatingPoint
 from serving.profile import Profile, load_profile
 from serving.stepsim import Knee
 
+pytestmark = pytest.mark.slow
+
 SURFACE = "h200-glm-4.6"
 SLOW = Slo(2.0, 0.1)
 
