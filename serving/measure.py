@@ -101,7 +101,7 @@ async def measure(
     async with Endpoint(target.url, target.api_key, settings.request_timeout_s) as endpoint:
         facts = settled_facts(await endpoint.report(target.model), target.stated)
         limits = engine_limits(facts)
-        mixes = [fitting_mix(name, limits) for name in MIX_NAMES]
+        mixes = fitting_mixes(limits)
         unclear = identifiability(planned_rows(mixes, limits)).problem
         if unclear:
             raise MeasureError(f"these mixes on this engine would not tell: {unclear}")
@@ -137,16 +137,31 @@ def check_settings(settings: MeasureSettings) -> None:
         raise MeasureError(str(error)) from error
 
 
-def fitting_mix(name: str, limits: EngineLimits) -> WorkloadMix:
-    """The mix at the largest scale 1, ½, ¼ … at which its longest request fits. Raises ``MeasureError``.
+def fitting_mixes(limits: EngineLimits) -> list[WorkloadMix]:
+    """Every mix at a scale that fits, no two of them alike. Raises ``MeasureError``.
 
-    A mix that had to shrink says so in its name (``chat/8``), so that runs of one name have the same lengths.
+    In a short context the synthetic mixes of one proportion shrink to the same lengths, and a fit that leaves one of
+    two such mixes out leaves nothing out. So the longer keeps the room, and the shorter shrinks on.
     """
+    longest_first: list[WorkloadMix] = []
+    for name in reversed(MIX_NAMES):
+        longest_first.append(fitting_mix(name, limits, apart_from=longest_first))
+    return longest_first[::-1]
+
+
+def fitting_mix(name: str, limits: EngineLimits, apart_from: Sequence[WorkloadMix] = ()) -> WorkloadMix:
+    """The mix at the largest scale 1, ½, ¼ … at which its longest request fits and it has lengths of its own.
+
+    A mix that had to shrink says so in its name (``chat/8``), so that runs of one name have the same lengths. Raises
+    ``MeasureError``.
+    """
+    taken = {mix.shapes for mix in apart_from}
     longest = min(limits.max_model_len, limits.kv_tokens)
     scale = 1.0
     while scale >= _SMALLEST_SCALE:
         mix = load_mix(name, scale)
-        if max(s.input_tokens + s.output_tokens for s in mix.shapes) <= longest:
+        fits = max(s.input_tokens + s.output_tokens for s in mix.shapes) <= longest
+        if fits and mix.shapes not in taken:
             return mix if scale == 1 else WorkloadMix(f"{name}/{1 / scale:g}", mix.shapes)
         scale /= 2
     raise MeasureError(f"the mix {name} does not fit a context of {longest} tokens, however much it is scaled down")

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from itertools import islice, takewhile
 
 from serving.capacity import EngineLimits, StepTimeModel, WorkloadMix
-from serving.measure import MeasureSettings, fitting_mix
+from serving.measure import MeasureSettings, fitting_mixes
 from serving.measured_knees import due_in, verdicts
-from serving.mixes import MIX_NAMES
 from serving.openloop import endless_arrivals, endless_shapes
 from serving.outcomes import Load, RequestOutcome, Window, summary
 from serving.records import Kind, PointRun, Record
@@ -68,7 +67,7 @@ def rate_of(
 
 def sweep_of(limits: EngineLimits, settings: MeasureSettings, step_time: StepTimeModel = STEP_TIME) -> list[Record]:
     """All runs of a measurement."""
-    mixes = [fitting_mix(name, limits) for name in MIX_NAMES]
+    mixes = fitting_mixes(limits)
     records = [anchor_of(mix, limits, step_time) for mix in mixes]
     for mix, anchor in zip(mixes, list(records), strict=True):
         lives = [outcome.e2e_s for outcome in due_in(anchor)]

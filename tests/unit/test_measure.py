@@ -19,6 +19,7 @@ from serving.measure import (
     Watcher,
     expected_left_s,
     fitting_mix,
+    fitting_mixes,
     journal_settings,
     longest_s,
     measure,
@@ -112,7 +113,7 @@ async def test_knees_have_intervals_that_hold_the_simulated_ones(engine: FakeEng
         assert crossing.high is not None
         assert crossing.low <= crossing.value <= crossing.high
         assert knee.requests_per_s <= crossing.value <= knee.missed_per_s
-    names = {fitting_mix(name, LIMITS).name for name in MIX_NAMES}
+    names = {mix.name for mix in fitting_mixes(LIMITS)}
     assert {knee.mix for knee in found.knees} == names == {point.mix for point in found.points}
 
 
@@ -170,7 +171,7 @@ def test_no_profile_of_unsteady_runs(kind: str, what: str) -> None:
     records = spoiled(sweep_of(LIMITS, MeasureSettings(SLO, QUICK, search_points=5)), "decode-heavy/4", kind)
 
     with pytest.raises(MeasureError, match=rf"decode-heavy/4 has no steady {what} .*they drifted.* raise --point-s"):
-        fitted_points([fitting_mix(name, LIMITS).name for name in MIX_NAMES], records)
+        fitted_points([mix.name for mix in fitting_mixes(LIMITS)], records)
 
 
 async def test_a_run_is_open_loop_and_its_prompts_are_exact(engine: FakeEngine) -> None:
@@ -363,6 +364,15 @@ def test_a_context_too_small_for_any_mix_is_refused() -> None:
     """Not an endless loop of halving."""
     with pytest.raises(MeasureError, match="does not fit a context of 4 tokens"):
         fitting_mix("long-context", EngineLimits(8, 2048, 10**9, 4))
+
+
+@pytest.mark.parametrize("context", [512, 4096, 8192, 32_768, 131_072])
+def test_no_two_mixes_of_a_measurement_have_the_same_lengths(context: int) -> None:
+    """Leaving one of two equal mixes out of a fit would leave nothing out."""
+    mixes = fitting_mixes(EngineLimits(8, 2048, 10**9, context))
+
+    assert len({mix.shapes for mix in mixes}) == len(mixes) == len(MIX_NAMES)
+    assert all(s.input_tokens + s.output_tokens <= context for mix in mixes for s in mix.shapes)
 
 
 @pytest.mark.parametrize(

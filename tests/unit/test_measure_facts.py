@@ -8,8 +8,7 @@ import pytest
 from serving.capacity import EngineLimits, RequestShape, WorkloadMix
 from serving.enginefacts import EngineReport, FactsError, Stated, cache_labels, settled_facts
 from serving.identify import identifiability, planned_rows
-from serving.measure import fitting_mix
-from serving.mixes import MIX_NAMES
+from serving.measure import fitting_mixes
 
 CACHE = {"num_gpu_blocks": "1000", "block_size": "16", "gpu_memory_utilization": "0.9", "cache_dtype": "auto"}
 REPORT = EngineReport("llama", 8192, "0.32.0", CACHE, fingerprint="vllm-0.32.0-3a95e869")
@@ -125,7 +124,7 @@ def test_labels_that_say_nothing_are_left_out() -> None:
 def test_the_four_mixes_tell_all_coefficients_apart(context: int) -> None:
     """At any context, before anything is run."""
     limits = EngineLimits(256, 8192, 400_000, context)
-    found = identifiability(planned_rows([fitting_mix(name, limits) for name in MIX_NAMES], limits))
+    found = identifiability(planned_rows(fitting_mixes(limits), limits))
 
     assert found.problem == ""
     assert found.condition < 100
