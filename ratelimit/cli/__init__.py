@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from ratelimit.cli.check import check
+from ratelimit.cli.engine import engine
 from ratelimit.cli.fit import fit
 from ratelimit.cli.importing import import_
 from ratelimit.cli.keys import app as keys_app
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (check, up, gateway, controller, measure, fit, plan):
+for command in (check, up, gateway, controller, engine, measure, fit, plan):
     app.command()(command)
 app.command("import")(import_)
 app.add_typer(keys_app, name="keys")

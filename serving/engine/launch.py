@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
+from typing import NamedTuple, NoReturn
 
 import aiohttp
 
@@ -17,7 +18,7 @@ from serving.engine.guard import GuardedProcess, GuardError
 from serving.engine.tiny_model import TinyModel, make_tiny_model
 from serving.profile import dump_profile
 
-__all__ = ["Engine", "EngineError", "EngineSpec", "all_ready", "start_engines"]
+__all__ = ["Engine", "EngineError", "EngineSpec", "all_ready", "become_engine", "start_engines"]
 
 #: How long a SIGTERM may take. Idle vLLM needs about 2 s; with open streams it hangs, so the guard kills it after this.
 STOP_GRACE_S = 3.0
@@ -50,15 +51,9 @@ class Engine:
 
     @classmethod
     async def _start(cls, spec: EngineSpec, workdir: Path) -> Engine:
-        _check_spec(spec)
-        _check_port(spec)
-        await _check_vllm(spec.python)
-        paths, model = _prepare(spec, workdir)
-        control = VirtualGpuControl(paths.control) if spec.device == "virtual" else None
-        if control:
-            control.reset()
-        env = engine_environment(spec, os.environ, paths, model, os.cpu_count() or 1)
-        process = GuardedProcess.start(engine_argv(spec, model), log_path=paths.log, env=env)
+        command = await _prepared(spec, workdir)
+        process = GuardedProcess.start(command.argv, log_path=command.paths.log, env=command.env)
+        control = VirtualGpuControl(command.paths.control) if spec.device == "virtual" else None
         return cls(spec, process, control)
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
@@ -118,6 +113,39 @@ async def all_ready(engines: Iterable[Engine], timeout_s: float | None = None) -
                 group.create_task(engine.wait_ready(timeout_s))
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
+
+
+def become_engine(spec: EngineSpec, workdir: Path) -> NoReturn:
+    """Turn this process into the server, its output where ours goes; its files lie under ``workdir``.
+
+    For containers, whose runtime is the guard: it signals this one process, and ends all that is left after its grace.
+    Raises ``EngineError``.
+    """
+    try:
+        command = asyncio.run(_prepared(spec, workdir))
+        os.execve(command.argv[0], command.argv, command.env)  # noqa: S606 - our own command, no shell
+    except OSError as error:
+        raise EngineError(f"cannot start engine {spec.url}: {error}") from error
+
+
+class _Command(NamedTuple):
+    """What starts a server whose files have been written."""
+
+    argv: list[str]
+    env: dict[str, str]
+    paths: EnginePaths
+
+
+async def _prepared(spec: EngineSpec, workdir: Path) -> _Command:
+    """Check that the server can start, and write what it reads. Raises ``EngineError`` and ``OSError``."""
+    _check_spec(spec)
+    _check_port(spec)
+    await _check_vllm(spec.python)
+    paths, model = _prepare(spec, workdir)
+    if spec.device == "virtual":
+        VirtualGpuControl(paths.control).reset()
+    env = engine_environment(spec, os.environ, paths, model, os.cpu_count() or 1)
+    return _Command(engine_argv(spec, model), env, paths)
 
 
 def _check_spec(spec: EngineSpec) -> None:
