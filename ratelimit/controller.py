@@ -36,12 +36,14 @@ from ratelimit.governor import Governor, IssuedKeys
 from ratelimit.inputs import FleetNow, Inputs, counted, same_limits, what_changed
 from ratelimit.keyactivity import KeyActivity, KeysNow
 from ratelimit.keys import KeyRecord
+from ratelimit.leadership import NotLeadingError
 from ratelimit.livefeedback import LiveFeedback
 from ratelimit.overrides import OverrideFile
 from ratelimit.policy import Policy, Promise, TierPolicy, promises_of
 from ratelimit.publication import Publication
 from ratelimit.publisher import Publisher
 from ratelimit.replicaspecs import replica_specs
+from ratelimit.replicasupply import gpu_supplies
 from ratelimit.statefile import StateFileError
 from ratelimit.supply import SupplyBook
 from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus
@@ -57,8 +59,14 @@ OnChange = Callable[[ReplicaStatus], None]
 class Controller:
     """Rounds of watch, derive and publish, until cancelled."""
 
-    def __init__(self, config: Config, fleet: Callable[[OnChange], Fleet], publisher: Publisher) -> None:
-        self.metrics = ControllerMetrics()
+    def __init__(
+        self,
+        config: Config,
+        fleet: Callable[[OnChange], Fleet],
+        publisher: Publisher,
+        metrics: ControllerMetrics | None = None,
+    ) -> None:
+        self.metrics = metrics or ControllerMetrics()
         self._wake = asyncio.Event()
         self._fleet = fleet(lambda _status: self._wake.set())
         self._publisher = publisher
@@ -181,11 +189,14 @@ class Controller:
             if str(error) != self._failure:
                 log.error("limits cannot be published, the last ones stay in force: %s", error)
             self._failure = str(error)
-            self.metrics.failed_rounds.inc()
+            self.metrics.round_ended(good=False)
+        except NotLeadingError:  # the lease says why it is lost
+            self.metrics.round_ended(good=False)
         else:
             if self._failure:
                 log.warning("limits are published again")
             self._failure = ""
+            self.metrics.round_ended(good=True)
 
     async def round(self) -> None:
         """Derive from everything as it is now; publish what differs from what is in force."""
@@ -234,16 +245,20 @@ class Controller:
         self._inputs_published = inputs_of(decision.inputs)
         self._note_governed()
         self.metrics.published(in_force, self._inputs_published.trims)
+        book = self._supplies.having(decision.inputs.adopted.profiles)
+        self.metrics.supplied(gpu_supplies(self._inputs_published, book.rate_of))
         self._decided, self._seen = decision.inputs, seen
 
     async def _take_effect(self, decision: Decision[Decided], is_lost: bool) -> Publication:
         """Publish what was decided if it differs from what is in force, or that is lost; what is in force then.
 
-        It is kept first, so that a controller which dies on the way has let nothing through unseen.
+        It is kept first, so that a controller which dies on the way has let nothing through unseen. One that does not
+        lead any more keeps nothing: the files are the next one's.
         """
         candidate = self._published
         if candidate is None or is_lost or not same_limits(decision.publication, candidate):
             candidate = decision.publication
+        self._publisher.check_leading()
         await asyncio.to_thread(self._governor.taking_up, decision.inputs, candidate, decision.approved)
         if candidate is not self._published:
             await self._publisher.publish(candidate)
@@ -282,6 +297,7 @@ class Controller:
         stamp = (self._fleet.version, self._knees_found, trims, [each.raise_after_s for each in adopted])
         if self._fleet_seen is None or stamp != self._fleet_stamp or now_s >= self._next_raise_s:
             self._fleet_seen, self._fleet_stamp = FleetNow(self._fleet.statuses(), now_s, trims), stamp
+            self.metrics.watched(self._fleet_seen.by_url.values())
             self._next_raise_s = min(self._fleet_seen.next_raise_s(each.raise_after_s) for each in adopted)
         return self._fleet_seen
 

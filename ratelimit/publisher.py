@@ -3,8 +3,9 @@
 Redis names, shared with the gateways: ``penstock:publication`` (JSON), ``penstock:keys`` (hash: digest of the secret to
 JSON ``KeyRecord``), and the channel ``penstock:changed``, on which "publication" or "keys" is said after a write.
 ``penstock:keys:used`` is the gateways' (hash: key id to the second since 1970 of its last use).
-``penstock:keys:version`` is the publisher's own: which keys the hash holds. A Redis has one publisher: whatever else it
-is found to hold, for one restarted from an old dump or failed over to a lagging replica does, is not what is in force.
+``penstock:keys:version`` is the publisher's own: which keys the hash holds. A Redis has one publisher at a time, the
+leader (see ``leadership``, which its writes go through): whatever else it is found to hold, for one restarted from an
+old dump or failed over to a lagging replica does, is not what is in force.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from redis.asyncio import Redis
 
 from ratelimit.gateway.charges import work_charge
 from ratelimit.keys import KeyRecord
+from ratelimit.leadership import Writes
 from ratelimit.meter import THOUSANDTHS, Role
 from ratelimit.publication import Publication
 from ratelimit.statefile import StateFile, StateFileError
@@ -47,8 +50,8 @@ def read_published(state_dir: Path) -> Publication | None:
     return next(iter(published_file(state_dir).read()), None)
 
 
-#: What redis-py takes for a hash's fields and values; its mapping type is invariant.
-_Encodable = bytes | bytearray | memoryview | str | int | float
+#: Lua passes on some 8,000 words at a time.
+_FIELDS_AT_A_TIME = 1000
 
 
 class Lost(NamedTuple):
@@ -59,10 +62,14 @@ class Lost(NamedTuple):
 
 
 class Publisher:
-    """Writes publications and keys to one Redis. Redis errors pass through: the caller tries again."""
+    """Writes publications and keys to one Redis, in one term of a leader.
 
-    def __init__(self, redis: Redis, state_dir: Path) -> None:
+    Redis errors pass through: the caller tries again. So does ``NotLeadingError``: what is not led is not written.
+    """
+
+    def __init__(self, redis: Redis, state_dir: Path, leader: Writes) -> None:
         self._redis = redis
+        self._leader = leader
         self._state_dir = state_dir
         self._newest_epoch = 0
         self._looked_for_epochs = False
@@ -70,6 +77,10 @@ class Publisher:
         self._keys: _KeysState | None = None
         self._unsaved: Publication | None = None
         self._save_failure = ""
+
+    def check_leading(self) -> None:
+        """Raise ``NotLeadingError`` where nothing may be decided any more."""
+        self._leader.check()
 
     def use_reader(self) -> UseReader:
         """What reads from the same Redis which keys are in use."""
@@ -100,10 +111,7 @@ class Publisher:
         """
         self._note_epoch(publication.epoch)
         document = msgspec.json.encode(publication)
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(PUBLICATION_KEY, document)
-            pipe.publish(CHANGED_CHANNEL, "publication")
-            await pipe.execute()
+        await self._leader.write(("SET", PUBLICATION_KEY, document), ("PUBLISH", CHANGED_CHANNEL, "publication"))
         self._document = document
         self._unsaved = publication
         await asyncio.to_thread(self.save)
@@ -112,7 +120,7 @@ class Publisher:
     async def _configure(self, publication: Publication) -> None:
         """Tell the pools' buckets too, so that what is left of them is right before the next request comes.
 
-        Where Redis does not answer, that request tells them.
+        Where Redis does not answer, that request tells them. No fence is needed: a bucket keeps to its newest epoch.
         """
         for pool in publication.pools:
             bucket = work_charge(pool, Role.POOL, THOUSANDTHS)
@@ -127,7 +135,8 @@ class Publisher:
             return
         try:
             with published_file(self._state_dir).changing() as newest:
-                newest[:] = [self._unsaved]
+                # A leader that slept since it published has another's after its own.
+                newest[:] = [max([self._unsaved, *newest], key=lambda each: each.epoch)]
         except (StateFileError, OSError) as error:
             if str(error) != self._save_failure:
                 log.error("the limits are in force but not on disk: %s", error)
@@ -137,15 +146,18 @@ class Publisher:
 
     async def publish_keys(self, records: Iterable[KeyRecord]) -> None:
         """Make exactly these API keys the known ones."""
-        fields: dict[_Encodable, _Encodable] = {record.digest: msgspec.json.encode(record) for record in records}
+        fields = {record.digest: msgspec.json.encode(record) for record in records}
         version = hashlib.sha256(msgspec.json.encode(list(fields.values()))).hexdigest()
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(KEYS_KEY)
-            if fields:
-                pipe.hset(KEYS_KEY, mapping=fields)
-            pipe.set(KEYS_VERSION_KEY, version)
-            pipe.publish(CHANGED_CHANNEL, "keys")
-            await pipe.execute()
+        pairs: Iterator[tuple[str, bytes]] = iter(fields.items())
+        set_fields = []
+        while some := tuple(islice(pairs, _FIELDS_AT_A_TIME)):
+            set_fields.append(("HSET", KEYS_KEY, *chain.from_iterable(some)))
+        await self._leader.write(
+            ("DEL", KEYS_KEY),
+            *set_fields,
+            ("SET", KEYS_VERSION_KEY, version),
+            ("PUBLISH", CHANGED_CHANNEL, "keys"),
+        )
         self._keys = _KeysState(version.encode(), len(fields))
 
     async def lost(self) -> Lost:

@@ -14,10 +14,11 @@ from ratelimit.admintoken import AdminTokenError, admin_token
 from ratelimit.cli.common import DEFAULT_CONFIG, ConfigOption, failing_clearly, log_to_stderr, read_config
 from ratelimit.config import Config
 from ratelimit.controller import Controller
-from ratelimit.controllermetrics import serve_metrics
+from ratelimit.controllermetrics import ControllerMetrics, serve_metrics
 from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.gateway.server import GatewayStartError, run_gateway
 from ratelimit.housekeeping import housekeeping
+from ratelimit.leadership import Leadership
 from ratelimit.publisher import Publisher
 from ratelimit.statefile import StateFileError
 from ratelimit.supervisor.gateways import gateway_settings
@@ -26,7 +27,10 @@ from ratelimit.watch import ConfigWatch, follow
 from serving.fleet import Fleet, probe_session
 from serving.profile import ProfileError
 
-RedisOption = Annotated[str | None, typer.Option(help="The Redis to use instead of the config's.")]
+#: A password belongs into the variable: command lines can be read by every user of a machine.
+RedisOption = Annotated[
+    str | None, typer.Option(envvar="PENSTOCK_REDIS_URL", help="The Redis to use instead of the config's.")
+]
 
 
 def gateway(
@@ -47,7 +51,10 @@ def gateway(
 
 
 def controller(config: ConfigOption = DEFAULT_CONFIG, redis: RedisOption = None) -> None:
-    """Watch the config's replicas, derive the limits and publish them, until SIGTERM."""
+    """Watch the config's replicas, derive the limits and publish them, until SIGTERM.
+
+    Several may run on one Redis and one state folder: one leads, the others stand by.
+    """
     log_to_stderr()
     settings = read_config(config)
     with failing_clearly(EmbeddedRedisError, RedisError, ProfileError, StateFileError):
@@ -59,13 +66,29 @@ async def _control(watch: ConfigWatch, redis_url: str) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     redis = await connect(redis_url)
+    metrics, shown = ControllerMetrics(), watch.config.controller
+    leadership = Leadership(redis, metrics)
+    leading: list[Controller] = []
+
+    def adopt(config: Config) -> None:
+        for running in leading:
+            running.adopt(config)
+
     async with contextlib.aclosing(redis), probe_session() as session:
-        publisher = Publisher(redis, watch.config.state_dir)
-        running = Controller(watch.config, lambda changed: Fleet(session, changed), publisher)
-        shown = watch.config.controller
-        metrics = serve_metrics(running.metrics, shown.metrics_host, shown.metrics_port)
-        work = (running.run(), follow(watch, running.adopt), metrics, *housekeeping(redis, watch))
-        async with background(*work) as tasks:
+
+        async def lead() -> None:
+            """One term: all state is read anew, for another may have led since."""
+            publisher = Publisher(redis, watch.config.state_dir, leadership)
+            running = Controller(watch.config, lambda changed: Fleet(session, changed), publisher, metrics)
+            leading[:] = [running]
+            try:
+                async with background(running.run(), *housekeeping(redis, watch)) as tasks:
+                    await until_stopped(tasks, asyncio.Event())
+            finally:
+                leading.clear()
+
+        showing = serve_metrics(metrics, shown.metrics_host, shown.metrics_port)
+        async with background(leadership.run(lead), follow(watch, adopt), showing) as tasks:
             await until_stopped(tasks, stop)
 
 

@@ -17,10 +17,11 @@ from redis.exceptions import RedisError
 from ratelimit.admintoken import AdminTokenError, admin_token, token_file
 from ratelimit.config import Config, EngineConfig, PoolConfig
 from ratelimit.controller import Controller
-from ratelimit.controllermetrics import serve_metrics
+from ratelimit.controllermetrics import ControllerMetrics, serve_metrics
 from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.housekeeping import housekeeping
 from ratelimit.keys import KeyFile
+from ratelimit.leadership import Leadership
 from ratelimit.publisher import Publisher
 from ratelimit.statefile import StateFileError
 from ratelimit.supervisor.departures import Departures
@@ -36,7 +37,6 @@ from serving.fleet import Fleet, probe_session
 from serving.profile import ProfileError, load_profile
 
 DEMO_KEY_VALID_S = 24 * 3600.0
-DRAIN_S = 5.0
 FIRST_LIMITS_TIMEOUT_S = 60.0
 
 Progress = Callable[[str], None]
@@ -179,8 +179,10 @@ class _Starting:
     async def _start_controller(self, redis: Redis, engines: EngineKeeper) -> Controller:
         self._progress("deriving the limits")
         session = await self._stack.enter_async_context(probe_session())
-        publisher = Publisher(redis, self._config.state_dir)
-        controller = Controller(self._config, lambda changed: Fleet(session, changed), publisher)
+        metrics = ControllerMetrics()
+        leadership = Leadership(redis, metrics)
+        publisher = Publisher(redis, self._config.state_dir, leadership)
+        controller = Controller(self._config, lambda changed: Fleet(session, changed), publisher, metrics)
 
         departures = Departures(session, controller.published_without, engines.let_go)
 
@@ -190,6 +192,8 @@ class _Starting:
             departures.add(engines.want(specs))
 
         shown = self._config.controller
+        # The state folder is locked: what this controller knows of it stays true, also over a lease that was lost.
+        await self._beside(leadership.run(asyncio.Event().wait))
         await self._beside(
             controller.run(),
             departures.run(),
@@ -204,9 +208,7 @@ class _Starting:
         self._progress("starting the gateway")
         config = self._config
         token = admin_token(config.state_dir, config.gateway.admin_token_file)
-        settings = gateway_settings(config.gateway, redis_url, token)
-        workers = [msgspec.structs.replace(worker, drain_s=DRAIN_S) for worker in settings]
-        gateways = GatewayWorkers(workers, config.state_dir / "logs")
+        gateways = GatewayWorkers(gateway_settings(config.gateway, redis_url, token), config.state_dir / "logs")
         self._stack.push_async_callback(gateways.stop)
         gateways.start()
         await or_stop(gateways.wait_ready(), self._stop, self._tasks)
@@ -228,7 +230,8 @@ async def _first_limits(controller: Controller, config: Config) -> None:
         missing = ", ".join(sorted(wanted - served)) or "no pool"
         raise StackError(
             f"no limits could be derived for {missing} in {FIRST_LIMITS_TIMEOUT_S:.0f} s: "
-            "its engines are not healthy, or no load meets its SLO (the log says which)"
+            "its engines are not healthy, no load meets its SLO, or another controller leads on this Redis "
+            "(the log says which)"
         ) from error
 
 

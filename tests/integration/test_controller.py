@@ -28,6 +28,7 @@ from serving.health import ReplicaHealth, ReplicaPhase
 from serving.profile import Profile, ProfileError, dump_profile, load_profile
 from serving.signals import Counters, Histogram
 from serving.stepsim import Knee
+from tests.support.leading import SoleLeader
 from tests.support.waiting import eventually_async
 
 A, B = "http://127.0.0.1:8100", "http://127.0.0.1:8101"
@@ -101,7 +102,7 @@ class Running:
             return fleets[0]
 
         self.redis = redis
-        self.controller = Controller(config, fleet, Publisher(redis, config.state_dir))
+        self.controller = Controller(config, fleet, Publisher(redis, config.state_dir, SoleLeader(redis)))
         self.fleet = fleets[0]
 
     async def publication(self) -> Publication | None:

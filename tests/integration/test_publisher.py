@@ -17,6 +17,7 @@ from ratelimit.publication import POOL_TICK_US, Publication
 from ratelimit.publisher import KEYS_KEY, PUBLICATION_KEY, Publisher, published_file, read_published
 from ratelimit.store import Store, StoreUnavailableError
 from tests.support.gateway import MODEL, publication
+from tests.support.leading import SoleLeader
 from tests.support.waiting import eventually_async
 
 VALID = KeyRecord("k_1", "digest-1", "acme", "pro", "one", created_at=1.0)
@@ -40,7 +41,7 @@ async def fail_over(redis: Redis, dump: dict[bytes, bytes]) -> None:
 
 async def test_nothing_is_lost_while_redis_holds_what_was_published(redis_client: Redis, tmp_path: Path) -> None:
     """A Redis that keeps the newest limits and keys is left alone."""
-    publisher = Publisher(redis_client, tmp_path)
+    publisher = Publisher(redis_client, tmp_path, SoleLeader(redis_client))
     assert not any(await publisher.lost())
 
     await publisher.publish(limits(await publisher.next_epoch()))
@@ -51,7 +52,7 @@ async def test_nothing_is_lost_while_redis_holds_what_was_published(redis_client
 
 async def test_a_failover_to_a_lagging_replica_is_noticed(redis_client: Redis, tmp_path: Path) -> None:
     """Older limits, and the keys before a revocation, are as good as lost, though both exist."""
-    publisher = Publisher(redis_client, tmp_path)
+    publisher = Publisher(redis_client, tmp_path, SoleLeader(redis_client))
     await publisher.publish(limits(await publisher.next_epoch()))
     await publisher.publish_keys([VALID])
     dump = await older_dump(redis_client)
@@ -65,7 +66,7 @@ async def test_a_failover_to_a_lagging_replica_is_noticed(redis_client: Redis, t
 
 async def test_a_key_that_went_missing_is_noticed(redis_client: Redis, tmp_path: Path) -> None:
     """Keys are judged by how many there are too, not by their version alone."""
-    publisher = Publisher(redis_client, tmp_path)
+    publisher = Publisher(redis_client, tmp_path, SoleLeader(redis_client))
     await publisher.publish_keys([VALID])
 
     await redis_client.hdel(KEYS_KEY, VALID.digest)
@@ -75,7 +76,7 @@ async def test_a_key_that_went_missing_is_noticed(redis_client: Redis, tmp_path:
 
 async def test_the_next_epoch_is_above_what_redis_was_found_to_hold(redis_client: Redis, tmp_path: Path) -> None:
     """Gateways never see an epoch twice, whichever side had the higher one."""
-    publisher = Publisher(redis_client, tmp_path)
+    publisher = Publisher(redis_client, tmp_path, SoleLeader(redis_client))
     await publisher.publish(limits(await publisher.next_epoch()))
 
     await redis_client.set(PUBLICATION_KEY, msgspec.json.encode(limits(70)))
@@ -87,7 +88,7 @@ async def test_the_next_epoch_is_above_what_redis_was_found_to_hold(redis_client
 async def test_damaged_limits_in_redis_are_replaced(redis_client: Redis, tmp_path: Path) -> None:
     """What is no publication holds no epoch, and stops nobody from publishing."""
     await redis_client.set(PUBLICATION_KEY, "not JSON")
-    publisher = Publisher(redis_client, tmp_path)
+    publisher = Publisher(redis_client, tmp_path, SoleLeader(redis_client))
 
     await publisher.publish(limits(await publisher.next_epoch()))
 
@@ -97,7 +98,7 @@ async def test_damaged_limits_in_redis_are_replaced(redis_client: Redis, tmp_pat
 async def test_an_epoch_is_not_given_out_again_when_the_disk_fails(redis_client: Redis, tmp_path: Path) -> None:
     """Limits are in force once Redis has them; the disk follows when it can."""
     state_dir = tmp_path / "state"
-    publisher = Publisher(redis_client, state_dir)
+    publisher = Publisher(redis_client, state_dir, SoleLeader(redis_client))
     first = await publisher.next_epoch()
     state_dir.write_text("a file where the folder should be")
 
@@ -114,7 +115,7 @@ async def test_an_epoch_is_not_given_out_again_when_the_disk_fails(redis_client:
 
 async def test_an_epoch_is_not_given_out_again_when_redis_fails(redis_client: Redis, tmp_path: Path) -> None:
     """An error may come after Redis took the publication, so its epoch is spent."""
-    publisher = Publisher(redis_client, tmp_path)
+    publisher = Publisher(redis_client, tmp_path, SoleLeader(redis_client))
     spent = await publisher.next_epoch()
     await redis_client.config_set("maxmemory", 1)
     try:
@@ -131,12 +132,15 @@ async def test_epochs_go_on_from_disk_where_redis_starts_empty(redis_client: Red
     with published_file(tmp_path).changing() as newest:
         newest[:] = [limits(41)]
 
-    assert await Publisher(redis_client, tmp_path).next_epoch() == 42
+    assert await Publisher(redis_client, tmp_path, SoleLeader(redis_client)).next_epoch() == 42
 
 
 async def test_published_limits_are_in_force_in_the_pools_bucket_at_once(redis_client: Redis, tmp_path: Path) -> None:
     """What is left of a pool falls with its publication, and not only when the next request brings the epoch."""
-    store, publisher = Store(redis_client, MODEL, timeout_s=5), Publisher(redis_client, tmp_path)
+    store, publisher = (
+        Store(redis_client, MODEL, timeout_s=5),
+        Publisher(redis_client, tmp_path, SoleLeader(redis_client)),
+    )
     for burst in (10**6, 500):
         await publisher.publish(publication([], epoch=await publisher.next_epoch(), pool_budget=(10**9, burst)))
     requests = itertools.count()
@@ -148,6 +152,7 @@ async def test_published_limits_are_in_force_in_the_pools_bucket_at_once(redis_c
         return answer.remaining == (500,)
 
     await eventually_async(room, 10, "the pool's new capacity")
+    assert await room()
 
 
 async def test_limits_are_published_though_a_pools_bucket_cannot_be_told(
@@ -159,7 +164,7 @@ async def test_limits_are_published_though_a_pools_bucket_cannot_be_told(
         raise StoreUnavailableError("Redis did not answer configure in 1 s")
 
     monkeypatch.setattr(Store, "configure", unavailable)
-    publisher = Publisher(redis_client, tmp_path)
+    publisher = Publisher(redis_client, tmp_path, SoleLeader(redis_client))
 
     await publisher.publish(publication([], epoch=await publisher.next_epoch()))
 

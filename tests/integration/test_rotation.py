@@ -15,6 +15,7 @@ from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.keys import KeyFile
 from ratelimit.publisher import Publisher
 from tests.support.gateway import publication
+from tests.support.leading import SoleLeader
 
 
 class Installation:
@@ -22,7 +23,7 @@ class Installation:
 
     def __init__(self, redis: Redis, state_dir: Path) -> None:
         self.keys = KeyFile(state_dir)
-        self._publisher = Publisher(redis, state_dir)
+        self._publisher = Publisher(redis, state_dir, SoleLeader(redis))
         self._directory = Directory(redis, GatewayMetrics())
 
     async def published(self) -> Installation:
