@@ -90,6 +90,12 @@ class SupplyBook:
             self._asked.set()
         return not missing
 
+    def rate_of(self, spec: ReplicaSpec, promise: Promise) -> float | None:
+        """Requests/s of one such replica; ``None`` where its knee is not known, or it cannot meet the promise."""
+        profile = self._profiles.get(spec.profile)
+        found = None if profile is None else self._knees.get(_key(profile, promise))
+        return found.knee.requests_per_s / spec.slowdown if isinstance(found, OperatingPoint) else None
+
     def unknown(self, specs: Iterable[ReplicaSpec], promises: Mapping[str, Sequence[Promise]]) -> set[tuple[str, str]]:
         """The profiles and models of these replicas whose knees are not all known, by the promises of their models."""
         kinds = {(spec.profile, spec.model): spec for spec in specs}

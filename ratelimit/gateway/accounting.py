@@ -71,7 +71,9 @@ class Account:
     """One request's charges, from what it holds to what it owes.
 
     ``client`` is the address and port that the request came from. Where limits are not enforced nothing is charged, and
-    only the usage record is written. ``green`` tells, once admitted, whether the request is within what is assured.
+    only the usage record is written. ``green`` tells, once admitted, whether the request is within what is assured;
+    ``is_repeated``, once refused, whether from memory; ``spent_us``, in the end, what it costs the pool, ``None`` where
+    nobody served it.
     """
 
     def __init__(
@@ -100,6 +102,8 @@ class Account:
         self._entry = entry_of(request_id, record, terms, request)
         self.held = held
         self.green = False
+        self.is_repeated = False
+        self.spent_us: int | None = None
         self.cost_us = self._cost_us(held, self._generated_choices)
         self._charges = charges_for(record.id, terms, held, self.cost_us, self._left(held.prompt_tokens, 0))
         self._told: Usage | None = None
@@ -160,6 +164,7 @@ class Account:
             return None
         caller = (self._record.id, self._terms.pool.model, self._client)
         known = self._ledger.denials.find(caller, self._charges, self._terms.epoch, _now_us())
+        self.is_repeated = known is not None
         if known is not None:
             self._ledger.metrics.cached_denials.labels(self._terms.pool.model, self._record.tier).inc()
         return known
@@ -320,7 +325,7 @@ class Account:
         cost_us = self._cost_us(used, choices) if choices else 0
         charges = used_charges(self._charges, amounts(used, cost_us, requests))
         record = self._entry.written(time(), used, cost_us, self.green, outcome, self._marks)
-        self._settled = True
+        self._settled, self.spent_us = True, cost_us if requests else None
         self._ledger.closed(self)
         model, local = self._terms.pool.model, self._ledger.local
         if choices:

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from ratelimit.gateway.demand import Outcome
 from ratelimit.gateway.hold import Usage
 from ratelimit.publication import Publication
 
@@ -60,6 +61,11 @@ class GatewayMetrics:
             tenant,
             registry=registry,
         )
+        self.demand = Counter(
+            "penstock_offered_mix_requests",
+            "Demand, served or not, in requests of the pool's mix; retries that say so are not counted again.",
+            [*tenant, "outcome"], registry=registry,
+        )  # fmt: skip
         self.hold_error = Histogram(
             "penstock_hold_error_tokens", "Tokens held at admission minus tokens used.", ["model", "kind"],
             buckets=_HOLD_ERROR_BUCKETS, registry=registry,
@@ -122,12 +128,17 @@ class GatewayMetrics:
             "penstock_capacity_per_second", "What a pool can serve under its SLO.", ["model", "unit"], registry=registry
         )
         self.replicas = Gauge("penstock_replicas", "Replicas that take requests.", ["model"], registry=registry)
+        self.assured = Gauge(
+            "penstock_tier_assured", "1 where a tier is promised a share of a model, 0 where it takes what is left.",
+            tenant, registry=registry,
+        )  # fmt: skip
         self.limits = Gauge(
             "penstock_limit", "Limit of one key: a minute, or in flight.", [*tenant, "name"], registry=registry
         )
         self.keys = Gauge("penstock_keys", "API keys known.", registry=registry)
         # Looking a child up by its labels costs a lock and a tuple of strings each time.
         self._request_child = lru_cache(4096)(self.requests.labels)
+        self._demand_child = lru_cache(4096)(self.demand.labels)
         self._hold_child = lru_cache(1024)(self.hold_error.labels)
         self._tokens_child = lru_cache(4096)(self.tokens.labels)
         self._balance = {name: lru_cache(4096)(c.labels) for name, c in self._balanced()}
@@ -146,6 +157,10 @@ class GatewayMetrics:
     def finished(self, route: str, model: str, tier: str, status: int) -> None:
         """A request got its answer."""
         self._request_child(route, model, tier, str(status)).inc()
+
+    def offered(self, model: str, tier: str, outcome: Outcome, mix_requests: float) -> None:
+        """A request asked for this much of what the pool can serve."""
+        self._demand_child(model, tier, outcome).inc(mix_requests)
 
     def denied(self, model: str, tier: str, bucket: str) -> None:
         """A request was refused for want of room or capacity."""
@@ -184,7 +199,7 @@ class GatewayMetrics:
     def published(self, publication: Publication) -> None:
         """Other limits are in force."""
         self.epoch.set(publication.epoch)
-        for gauge in (self.capacity, self.replicas, self.limits):
+        for gauge in (self.capacity, self.replicas, self.limits, self.assured):
             gauge.clear()
         for pool in publication.pools:
             self.replicas.labels(pool.model).set(len(pool.replicas))
@@ -192,5 +207,6 @@ class GatewayMetrics:
             self.capacity.labels(pool.model, "input_tokens").set(pool.usable_input_tokens_per_s)
             self.capacity.labels(pool.model, "output_tokens").set(pool.usable_output_tokens_per_s)
         for terms in publication.tiers:
+            self.assured.labels(terms.model, terms.tier).set(terms.assured)
             for limit in terms.limits:
                 self.limits.labels(terms.model, terms.tier, limit.name).set(limit.per_minute or limit.burst)

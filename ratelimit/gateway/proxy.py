@@ -25,6 +25,7 @@ from ratelimit.gateway.asgi import (
     Scope,
     Send,
     credential,
+    header,
     new_request_id,
     read_body,
     request_id_for,
@@ -32,13 +33,16 @@ from ratelimit.gateway.asgi import (
     send_whole,
     send_within,
 )
-from ratelimit.gateway.charges import rooms
+from ratelimit.gateway.charges import limit_of, rooms
+from ratelimit.gateway.demand import RETRY_HEADER, Asked, Demand, attempt_of
 from ratelimit.gateway.dialects import Dialect, dialect_of, engine_refusal, id_headers
 from ratelimit.gateway.directory import Directory
+from ratelimit.gateway.drain import Drain
 from ratelimit.gateway.errors import (
     Headers,
     Rejection,
     answer_too_large,
+    going_away,
     internal_error,
     reduced_capacity,
     timed_out,
@@ -101,6 +105,7 @@ class Proxy:
         forwarder: Forwarder,
         ledger: Ledger,
         metrics: GatewayMetrics,
+        drain: Drain,
     ) -> None:
         self._settings = settings
         self._directory = directory
@@ -108,7 +113,9 @@ class Proxy:
         self._forwarder = forwarder
         self._ledger = ledger
         self._metrics = metrics
+        self._drain = drain
         self._durations = Durations()
+        self._demand = Demand(metrics)
         self._bodies = BodyRoom(_LARGEST_BODIES * settings.max_body_bytes)
 
     async def serve(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,11 +146,20 @@ class Proxy:
             self._metrics.open_requests.dec()
             self._metrics.finished(route, exchange.model, exchange.tier, exchange.status)
 
-    async def _serve(self, exchange: _Exchange, receive: Receive) -> None:
+    async def _read(self, exchange: _Exchange, receive: Receive) -> bytes:
         settings = self._settings
+        try:
+            async with self._drain.until(None):
+                return await read_body(
+                    exchange.scope, receive, settings.max_body_bytes, settings.body_timeout_s, exchange.body
+                )
+        except TimeoutError as error:
+            raise going_away() from error
+
+    async def _serve(self, exchange: _Exchange, receive: Receive) -> None:
         record = self._directory.authenticate(credential(exchange.scope))
         exchange.tier = record.tier
-        body = await read_body(exchange.scope, receive, settings.max_body_bytes, settings.body_timeout_s, exchange.body)
+        body = await self._read(exchange, receive)
         received = perf_counter()
         request = parse_request(exchange.route, body)
         del body  # here and below: a large request is not kept while its answer comes
@@ -151,25 +167,31 @@ class Proxy:
         exchange.model = terms.pool.model
         self._directory.activity.note(record.id, exchange.model)
         held = self._ledger.held(record, terms, request)
+        attempt = attempt_of(header(exchange.scope, RETRY_HEADER))
         if not terms.groups:
+            self._demand.ended(Asked(terms, record.tier, 0, attempt), None)
             raise reduced_capacity("No replica serves this model at the moment.", _STORE_RETRY_US, "replicas")
         limiter, client = self._limiter_for(terms.pool.model), exchange.scope.get("client")
         account = Account(self._ledger, limiter, exchange.reservation_id, record, terms, request, held, client)
+        asked = Asked(terms, record.tier, account.cost_us, attempt)
         async with ClientWatch(receive) as watch:
-            admitted = await self._admit(exchange, account, record, terms)
+            admitted = await self._admit(exchange, account, record, asked)
             self._metrics.added_latency_of(terms.pool.model).observe(perf_counter() - received)
             try:
                 await self._answer(exchange, account, record, terms, request, admitted, watch)
             finally:
                 account.settle_unserved()  # does nothing where a more exact settlement came before
+                self._demand.ended(asked, account.spent_us)
         if exchange.status == _SERVED and exchange.route != "count_tokens":
             self._durations.note((record.id, terms.pool.model), perf_counter() - received)
 
-    async def _admit(self, exchange: _Exchange, account: Account, record: KeyRecord, terms: Terms) -> Headers:
+    async def _admit(self, exchange: _Exchange, account: Account, record: KeyRecord, asked: Asked) -> Headers:
         """The rate-limit headers of the answer; raises ``Rejection`` where the request is refused."""
+        terms = asked.terms
         try:
             answer = await account.admit()
         except StoreUnavailableError as error:
+            self._demand.refused(asked)
             detail = "The rate limiter cannot be reached. Please try again."
             raise reduced_capacity(detail, _STORE_RETRY_US, "store") from error
         now_s = time()
@@ -177,6 +199,9 @@ class Proxy:
         if answer is not None and exchange.dialect == "anthropic":
             told = anthropic_limit_headers(rooms(terms, answer), now_s)
         if isinstance(answer, Denied):
+            limit = limit_of(terms, answer.bucket)
+            is_capped = limit is not None and limit not in terms.derived
+            self._demand.refused(asked, is_capped=is_capped, is_repeated=account.is_repeated)
             mean_us = self._durations.mean_us((record.id, terms.pool.model))
             refused = refusal(terms, record.tier, answer, mean_us, exchange.reservation_id)
             refused.headers = (*refused.headers, *told)
@@ -224,16 +249,17 @@ class Proxy:
         body = upstream_body(request, cache_salt, priority)
         request.members.clear()
         try:
-            return await self._forwarder.call(
-                terms, PATHS[exchange.route], body, headers, account.cost_us, timeout_s, request.stream
-            )
+            async with self._drain.until(None):
+                return await self._forwarder.call(
+                    terms, PATHS[exchange.route], body, headers, account.cost_us, timeout_s, request.stream
+                )
         except (asyncio.CancelledError, TimeoutError) as error:
             if request.stream:
                 account.settle_used(None, ended=False)
             else:
                 account.settle_as_held()
             if isinstance(error, TimeoutError):
-                raise timed_out(timeout_s) from error
+                raise (going_away() if self._drain.is_over else timed_out(timeout_s)) from error
             raise
         except BrokeOffError as error:  # perhaps for this request's sake: it is not free
             account.settle_used(None, ended=False)
@@ -284,12 +310,12 @@ class Proxy:
             start = {"type": "http.response.start", "status": _SERVED, "headers": headers}
             await send_within(exchange.send, deadline - asyncio.get_running_loop().time(), start)
             exchange.answered = True
-            async with asyncio.timeout_at(deadline):
+            async with self._drain.until(deadline):
                 await self._pump(account, call, stream, exchange.send)
         except UpstreamError as error:
             broken = error.reason
         except TimeoutError:
-            broken = "timeout"
+            broken = "gateway ended" if self._drain.is_over else "timeout"
         except ClientLeftError:
             raise
         except Exception as error:  # whatever a replica sends: counted, and told to the client

@@ -15,7 +15,8 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
     """On what terms a caller is served by a pool; ``groups`` are the pool's, identical ones counted together.
 
     ``limits`` are those of its tier, then those of the operator's rules that name it. ``active_keys`` share what the
-    tier is assured. The other fields are ``publication.TierLimits``'s. Two are the same only if they are one object.
+    tier is assured. ``derived`` are the tier's limits before any rule cuts them: they grow with the fleet. The other
+    fields are ``publication.TierLimits``'s. Two are the same only if they are one object.
     """
 
     epoch: int
@@ -32,6 +33,7 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
     assured: bool
     holds: Holds
     shadow: bool
+    derived: tuple[Limit, ...] = ()
 
 
 class TermsBook:
@@ -87,6 +89,7 @@ class TermsBook:
             assured=published.assured,
             holds=published.holds,
             shadow=published.shadow or key_id in publication.shadow_keys,
+            derived=published.limits,
         )
 
 
