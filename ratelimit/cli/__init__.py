@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from ratelimit.cli.check import check
@@ -19,11 +22,27 @@ from ratelimit.cli.usage import app as usage_app
 
 app = typer.Typer(
     name="penstock",
-    help="Rate limits for LLM inference, derived from measured GPU throughput.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"penstock {version('penstock')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Rate limits for LLM inference, derived from measured GPU throughput."""
+
+
 for command in (check, up, gateway, controller, engine, measure, fit, plan):
     app.command()(command)
 app.command("import")(import_)
