@@ -72,9 +72,17 @@ def _key_id(value: str) -> str:
     return value
 
 
+_REDIS_SCHEMES = ("redis://", "rediss://", "unix://", "redis+sentinel://", "rediss+sentinel://")
+
+
 def _redis_url(value: str) -> str:
-    if value != "embedded" and urlsplit(value).scheme not in ("redis", "rediss", "unix"):
-        raise ValueError("not a Redis; write embedded, redis://HOST:PORT/0 or unix:///PATH")
+    if value.startswith(("redis+cluster://", "rediss+cluster://")):
+        raise ValueError("a Redis Cluster cannot hold publications, keys and usage yet; use one Redis, or Sentinel")
+    if value != "embedded" and not value.startswith(_REDIS_SCHEMES):
+        raise ValueError(
+            "not a Redis; write embedded, redis://HOST:PORT/0, rediss://… for TLS, unix:///PATH, or "
+            "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/0"
+        )
     return value
 
 
@@ -102,8 +110,10 @@ class Section(BaseModel):
 class GatewayConfig(Section):
     """The gateway's sockets and bounds. Worker i has its metrics and administration on ``admin_port`` + i.
 
-    ``redis_timeout_ms`` bounds each decision of the limiter; a slower Redis counts as away. ``admin_token_file`` holds
-    what the admin ports ask for; unset, it is made once, as ``admin_token`` in ``state_dir``.
+    ``redis_timeout_ms`` bounds each decision of the limiter; a slower Redis counts as away. After SIGTERM connections
+    are accepted for ``drain_delay_s`` more, for load balancers to hear of it; then open requests get ``drain_s`` to
+    finish. ``admin_token_file`` holds what the admin ports ask for; unset, it is made once, as ``admin_token`` in
+    ``state_dir``.
     """
 
     host: str = Field(default="127.0.0.1", min_length=1)
@@ -115,6 +125,8 @@ class GatewayConfig(Section):
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     body_timeout_s: Positive = 20
     redis_timeout_ms: float = Field(default=30, ge=1, le=60_000)
+    drain_s: float = Field(default=20, ge=0, le=3_600)
+    drain_delay_s: float = Field(default=0, ge=0, le=300)
     admin_token_file: LocalPath | None = None
 
     def admin_ports(self) -> list[int]:
