@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -18,13 +17,13 @@ from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from ratelimit.link.endpoint import parse_endpoint
+from ratelimit.redisclient import RedisUrlError, redis_client, shown
 from serving.engine.guard import GuardedProcess, GuardError
 
 #: Reading back a large append-only file takes a while.
@@ -35,8 +34,6 @@ PING_TIMEOUT_S = 5.0
 POLL_S = 0.02
 #: A Unix socket's path ends at 107 bytes (104 on macOS).
 LONGEST_SOCKET_PATH = 100
-#: Connections of one process; more callers than these wait their turn.
-MAX_CONNECTIONS = 64
 
 
 class EmbeddedRedisError(RuntimeError):
@@ -100,16 +97,11 @@ async def start_embedded_redis(data_dir: Path, log_path: Path) -> EmbeddedRedis:
 
 
 async def connect(url: str) -> Redis:
-    """A client of the Redis at ``url``, once it has answered; the caller closes it. Raises EmbeddedRedisError.
-
-    A connection that broke while idle is replaced once; there is no other retry, since every caller has its own limit.
-    """
+    """A client of the Redis at ``url``, once it has answered; the caller closes it. Raises EmbeddedRedisError."""
     try:
-        shown = _shown(url)
-    except ValueError as error:
-        raise EmbeddedRedisError(f"redis: {error}; or write embedded") from None
-    pool = BlockingConnectionPool.from_url(url, max_connections=MAX_CONNECTIONS, retry=Retry(NoBackoff(), 1))
-    client = Redis.from_pool(pool)
+        client, where = redis_client(url), shown(url)
+    except RedisUrlError as error:
+        raise EmbeddedRedisError(f"{error}; or write embedded") from None
     try:
         async with asyncio.timeout(PING_TIMEOUT_S):
             await client.ping()
@@ -117,19 +109,9 @@ async def connect(url: str) -> Redis:
         await client.aclose()
         reason = str(error) or f"no answer in {PING_TIMEOUT_S:.0f} s"
         raise EmbeddedRedisError(
-            f"no Redis at {shown}: {reason}; start it, or write `redis: embedded` to have Penstock run one"
+            f"no Redis at {where}: {reason}; start it, or write `redis: embedded` to have Penstock run one"
         ) from error
     return client
-
-
-def _shown(url: str) -> str:
-    """The URL made anew from the parts that are no secret; raises ValueError, without any part of it."""
-    endpoint = parse_endpoint(url)
-    scheme, _, rest = url.partition("://")
-    authority, *beyond = re.split("[/?#]", rest, maxsplit=1)
-    if authority and "@" in "".join(beyond):  # a part of the password would be taken for the host, the port or the path
-        raise ValueError("the Redis URL has an @ behind its host: write %-escapes for a password's special characters")
-    return f"unix://{endpoint}" if endpoint.path else f"{scheme}://{endpoint}/{endpoint.db}"
 
 
 def _argv(executable: str, socket: Path, data_dir: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """The admin port's application: metrics, health, the publication in force, and the keys. Nothing that changes anything.
 
-Not for callers: everything but ``/health`` asks for the admin token, an API key does not do.
+Not for callers: everything but ``/health`` and ``/live`` asks for the admin token, an API key does not do.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from redis.exceptions import RedisError
 
-from ratelimit.gateway.app import add_error_answers
+from ratelimit.gateway.app import add_error_answers, health_answer
 from ratelimit.gateway.asgi import Receive, Scope, Send, header
 from ratelimit.gateway.directory import Directory
 from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.gateway.readiness import Readiness
 from ratelimit.keys import KeyRecord, KeyStatus, status
 
 #: When each key was last used, in seconds since 1970, by id; may raise ``RedisError`` or ``OSError``.
 ReadUses = Callable[[], Awaitable[Mapping[str, int]]]
 
+#: Probes of an orchestrator carry no token.
+_OPEN = frozenset({"/health", "/live"})
 _UNAUTHORIZED = {
     "error": {
         "message": "The admin port needs its own token: Authorization: Bearer TOKEN. `penstock up` says where it is.",
@@ -47,14 +50,14 @@ class KnownKey(msgspec.Struct, frozen=True):
 
 
 class TokenGuard:
-    """Lets requests with the token through, and anybody to ``/health``; an empty token guards nothing."""
+    """Lets requests with the token through, and anybody to the probes; an empty token guards nothing."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], token: str) -> None:
         self._app = app
         self._digest = sha256(token.encode()).digest() if token else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._digest is None or scope["path"] == "/health" or self._is_shown(scope, self._digest):
+        if self._digest is None or scope["path"] in _OPEN or self._is_shown(scope, self._digest):
             await self._app(scope, receive, send)
             return
         refusal = JSONResponse(_UNAUTHORIZED, 401, {"WWW-Authenticate": 'Bearer realm="penstock admin"'})
@@ -66,8 +69,14 @@ class TokenGuard:
         return kind.lower() == b"bearer" and compare_digest(sha256(shown.strip()).digest(), wanted)
 
 
-def admin_app(directory: Directory, metrics: GatewayMetrics, token: str, read_uses: ReadUses) -> TokenGuard:
-    """``/metrics``, ``/health`` (200 once limits are known), ``/limits`` (the publication as JSON) and ``/keys``."""
+def admin_app(
+    directory: Directory, metrics: GatewayMetrics, token: str, read_uses: ReadUses, readiness: Callable[[], Readiness]
+) -> TokenGuard:
+    """``/metrics``, ``/limits`` (the publication as JSON), ``/keys``, and the probes.
+
+    ``/health`` is readiness: 200 as long as requests are to be sent here. ``/live`` is liveness: 200 whenever the event
+    loop turns, since a gateway whose background work fails ends by itself.
+    """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     add_error_answers(app)
 
@@ -77,7 +86,11 @@ def admin_app(directory: Directory, metrics: GatewayMetrics, token: str, read_us
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        return JSONResponse({"ready": directory.ready}, 200 if directory.ready else 503)
+        return health_answer(readiness())
+
+    @app.get("/live")
+    async def live() -> JSONResponse:
+        return JSONResponse({"live": True})
 
     @app.get("/limits")
     async def limits() -> Response:

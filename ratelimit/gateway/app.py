@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -30,6 +31,7 @@ from ratelimit.gateway.errors import Rejection, reduced_capacity, unknown_route,
 from ratelimit.gateway.limits_route import key_charges, limits_body, terms_asked
 from ratelimit.gateway.models_route import model_body, models_body
 from ratelimit.gateway.proxy import Proxy
+from ratelimit.gateway.readiness import Readiness
 from ratelimit.gateway.readings import RecentReadings
 from ratelimit.gateway.wire import ROUTES
 from ratelimit.store import StoreUnavailableError
@@ -40,9 +42,15 @@ _STORE_RETRY_US = 1_000_000
 class DataApp:
     """What the data port serves, and nothing else."""
 
-    def __init__(self, proxy: Proxy, directory: Directory, limiter_for: Callable[[str], Limiter]) -> None:
+    def __init__(
+        self,
+        proxy: Proxy,
+        directory: Directory,
+        limiter_for: Callable[[str], Limiter],
+        readiness: Callable[[], Readiness],
+    ) -> None:
         self._proxy = proxy
-        self._other = _other_routes(directory, limiter_for)
+        self._other = _other_routes(directory, limiter_for, readiness)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = ROUTES.get(scope["path"])
@@ -76,14 +84,16 @@ def _dialect(scope: Scope) -> Dialect:
     return dialect_of(path)
 
 
-def _other_routes(directory: Directory, limiter_for: Callable[[str], Limiter]) -> FastAPI:
+def _other_routes(
+    directory: Directory, limiter_for: Callable[[str], Limiter], readiness: Callable[[], Readiness]
+) -> FastAPI:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     add_error_answers(app)
     recent = RecentReadings()
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        return JSONResponse({"ready": directory.ready}, 200 if directory.ready else 503)
+        return health_answer(readiness())
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -109,6 +119,11 @@ def _other_routes(directory: Directory, limiter_for: Callable[[str], Limiter]) -
         return limits_body(record, terms, readings)
 
     return app
+
+
+def health_answer(state: Readiness) -> JSONResponse:
+    """What a load balancer goes by, on either port."""
+    return JSONResponse(msgspec.to_builtins(state), 200 if state.ready else 503)
 
 
 def add_error_answers(app: FastAPI) -> None:

@@ -15,7 +15,7 @@ from time import time
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError, RedisError
 
 from ratelimit.gateway.activity import Activity
 from ratelimit.gateway.charges import check_countable
@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 
 _RETRY_WHILE_EMPTY_US = 1_000_000
 _REFRESH_TIMEOUT_S = 5.0
+
+
+class RedisRefusesError(RuntimeError):
+    """Redis is there and does not let us read: waiting would not mend that. The message is Redis's own."""
 
 
 class Directory:
@@ -52,6 +56,13 @@ class Directory:
         self._changed = asyncio.Event()
         self._failed: set[str] = set()
         self.publication: Publication | None = None
+        #: Whether limits were ever in force while a pool had a replica.
+        self.could_serve = False
+
+    @property
+    def redis_is_away(self) -> bool:
+        """Whether the last attempt to read failed."""
+        return "redis" in self._failed
 
     @property
     def ready(self) -> bool:
@@ -115,6 +126,7 @@ class Directory:
         check_countable(publication)
         self._terms = TermsBook(publication)
         self.publication = publication
+        self.could_serve = self.could_serve or any(pool.replicas for pool in publication.pools)
         self._metrics.published(publication)
 
     def _swap_keys(self, documents: Mapping[bytes, bytes]) -> None:
@@ -147,12 +159,24 @@ class Directory:
             tasks.create_task(self.presence.run())
             tasks.create_task(self.activity.run())
 
+    async def read_first(self) -> None:
+        """Read for the first time, or note that Redis is away. Raises ``RedisRefusesError``."""
+        try:
+            await self._refresh_within()
+        except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
+            raise RedisRefusesError(str(error)) from error
+        except (RedisError, OSError) as error:
+            self._note_failure("redis", error)
+
+    async def _refresh_within(self) -> None:
+        async with asyncio.timeout(_REFRESH_TIMEOUT_S):
+            await self.refresh()
+        self._failed.discard("redis")
+
     async def _poll(self) -> None:
         while True:
             try:
-                async with asyncio.timeout(_REFRESH_TIMEOUT_S):
-                    await self.refresh()
-                self._failed.discard("redis")
+                await self._refresh_within()
             except (RedisError, OSError) as error:  # OSError: TimeoutError too
                 self._note_failure("redis", error)
             with suppress(TimeoutError):

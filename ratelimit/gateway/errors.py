@@ -185,6 +185,12 @@ def too_many_bodies() -> Rejection:
     return reduced_capacity(told, _CROWDED_RETRY_US, "bodies")
 
 
+def going_away() -> Rejection:
+    """503: this gateway ends, and the time that open requests had is over. Another one takes the request."""
+    told = "This gateway is being restarted, and the request was not done in time. Please try again."
+    return reduced_capacity(told, _CROWDED_RETRY_US, "drain", ((b"connection", b"close"),))
+
+
 def answer_too_large(max_bytes: int) -> Rejection:
     """502: a replica's answer was above what is kept of one. Final: it was paid for, and another would be as large."""
     message = f"The model's answer is larger than the {max_bytes} bytes passed on here. Stream it, or ask for less."

@@ -8,10 +8,12 @@ to read them as a request of its own.
 from __future__ import annotations
 
 import asyncio
+import select
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from ratelimit.gateway.asgi import Receive, Scope, Send, new_request_id, request_id_for, send_rejection
 from ratelimit.gateway.dialects import dialect_of
@@ -25,6 +27,14 @@ HEAD_TIMEOUT_S = 20.0
 MAX_CONNECTIONS = 8192
 #: Connections beyond these are closed at once: so many may be on their way to their 503.
 _MAX_REFUSED_CONNECTIONS = 1024
+#: A connection this young is about to bring its first request.
+_FIRST_REQUEST_S = 1.0
+
+
+class ConnectionsState(ServerState):
+    """What the connections of one server share; once it is ``leaving``, each ends with its next answer."""
+
+    leaving = False
 
 
 class _HeadTooLargeError(ValueError):
@@ -39,14 +49,17 @@ async def _refuse_connection(scope: Scope, receive: Receive, send: Send) -> None
 class BoundedHttp(HttpToolsProtocol):
     """One connection: a head that is too large gets a 400, and one that is too slow gets its connection closed."""
 
+    server_state: ConnectionsState
     _in_head = False  # a request has begun, and its head has not ended
     _unparsed_bytes = 0  # came since then, in reads that ended no head: what the parser may have to keep
     _head_bytes = 0
     _late: asyncio.TimerHandle | None = None
+    _expected_until_s = 0.0  # a first request that has not begun
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         """A connection that says nothing is not kept."""
         super().connection_made(transport)
+        self._expected_until_s = self.loop.time() + _FIRST_REQUEST_S
         if len(self.connections) > MAX_CONNECTIONS:
             self.app: Any = _refuse_connection
             if len(self.connections) > MAX_CONNECTIONS + _MAX_REFUSED_CONNECTIONS:
@@ -105,6 +118,7 @@ class BoundedHttp(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         self._in_head = True
+        self._expected_until_s = 0.0
         self._unparsed_bytes = self._head_bytes = 0
         super().on_message_begin()
 
@@ -130,6 +144,28 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_head = False
         self._await_no_head()
         super().on_headers_complete()
+        if self.server_state.leaving:
+            self.cycle.keep_alive = False
+
+    def leave(self) -> None:
+        """Let the client go with its next answer; where that one's head is on its way already, with the one after."""
+        if self._answering and not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
+    def shutdown(self) -> None:
+        """Close the connection, or after its answer where one is under way; not where a request comes in just now."""
+        is_expected = self._in_head or self.loop.time() < self._expected_until_s
+        if self._answering or not (is_expected or self._has_arrived()):
+            super().shutdown()
+
+    def _has_arrived(self) -> bool:
+        """Whether bytes are there that the event loop has not brought yet: closing would answer them with a reset."""
+        connected = self.transport.get_extra_info("socket")
+        if connected is None or self.transport.is_closing():
+            return False
+        poll = select.poll()
+        poll.register(connected.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     def on_message_complete(self) -> None:
         """A request is complete."""

@@ -6,31 +6,32 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TypeAlias
 
-import uvicorn
 import uvloop
 from redis.asyncio import Redis
 
-from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.gateway.admin import admin_app
 from ratelimit.gateway.app import DataApp
 from ratelimit.gateway.breaker import GuardedStores
-from ratelimit.gateway.directory import Directory
+from ratelimit.gateway.directory import Directory, RedisRefusesError
+from ratelimit.gateway.drain import Drain
 from ratelimit.gateway.forward import Forwarder
-from ratelimit.gateway.http1 import BoundedHttp
 from ratelimit.gateway.ledger import Ledger
 from ratelimit.gateway.local import LocalMode
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.presence import HEARTBEAT_S, Presence
 from ratelimit.gateway.proxy import Proxy
+from ratelimit.gateway.readiness import Readiness, readiness
+from ratelimit.gateway.serving import GatewayServer
 from ratelimit.gateway.settings import SETTLE_DRAIN_S, GatewaySettings
 from ratelimit.gateway.upstream import AiohttpUpstream
 from ratelimit.keyuse import read_uses
 from ratelimit.link import open_link
+from ratelimit.redisclient import RedisUrlError, redis_client, shown
 from ratelimit.store import Commands, Store
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ log = logging.getLogger(__name__)
 #: The data port's app, the admin port's, and what runs beside them until it is cancelled.
 _Wired: TypeAlias = tuple[DataApp, object, asyncio.Task[None]]
 
-_BACKLOG = 2048
-_KEEP_ALIVE_S = 75
 _ADMIN_DRAIN_S = 1
 #: Longer than any call may take: the breaker judges first, and it looks at what the socket holds before it does.
 _STORE_TIMEOUT_S = 60.0
@@ -51,14 +50,6 @@ class GatewayStartError(RuntimeError):
 
 class GatewayBrokenError(RuntimeError):
     """The gateway's background work ended by a fault, so the gateway has ended too: start it again."""
-
-
-class _Server(uvicorn.Server):
-    """A uvicorn server that leaves the process's signals alone: two of them run here, and one decides."""
-
-    @contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
 
 
 def listening_socket(host: str, port: int, shared: bool) -> socket.socket:
@@ -79,29 +70,12 @@ def listening_socket(host: str, port: int, shared: bool) -> socket.socket:
     return listener
 
 
-def _server(app: object, drain_s: float) -> _Server:
-    config = uvicorn.Config(
-        app,  # type: ignore[arg-type]  # uvicorn wants its own ASGI types; ours are wider
-        loop="none",
-        http=BoundedHttp,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        backlog=_BACKLOG,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=max(1, round(drain_s)),
-    )
-    return _Server(config)
-
-
 def run_gateway(settings: GatewaySettings) -> None:
     """Serve until SIGTERM or SIGINT, then let open requests finish and settle.
 
-    Raises ``GatewayStartError`` for a busy port and for a Redis that does not answer, and ``GatewayBrokenError`` after
-    it has ended in the same order by itself, since its background work had.
+    A Redis that does not answer yet is waited for, with the ports open and the gateway not ready. Raises
+    ``GatewayStartError`` for a busy port and for a Redis that refuses us, and ``GatewayBrokenError`` after it has ended
+    in the same order by itself, since its background work had.
     """
     uvloop.run(serve_gateway(settings))
 
@@ -113,14 +87,18 @@ async def serve_gateway(settings: GatewaySettings) -> None:
         listening_socket(settings.host, settings.admin_port, shared=False) as admin_socket,
     ):
         try:
-            redis = await connect(settings.redis_url)
-        except EmbeddedRedisError as error:
+            redis = redis_client(settings.redis_url)
+        except RedisUrlError as error:
             raise GatewayStartError(str(error)) from error
+        drain = Drain()
         try:
-            async with _limiter_link(settings) as link, _wired(settings, redis, link) as (data, admin, background):
-                data_server, admin_server = _server(data, settings.drain_s), _server(admin, _ADMIN_DRAIN_S)
+            async with (
+                _limiter_link(settings) as link,
+                _wired(settings, redis, link, drain) as (data, admin, background),
+            ):
+                data_server = GatewayServer(data, drain, settings.drain_s, settings.drain_delay_s)
                 with _watched(background, data_server):
-                    await _serve(data_server, data_socket, admin_server, admin_socket)
+                    await _serve(data_server, data_socket, GatewayServer(admin, Drain(), _ADMIN_DRAIN_S), admin_socket)
         finally:
             await redis.aclose()
 
@@ -135,7 +113,7 @@ async def _limiter_link(settings: GatewaySettings) -> AsyncIterator[Commands]:
 
 
 @asynccontextmanager
-async def _wired(settings: GatewaySettings, redis: Redis, link: Commands) -> AsyncIterator[_Wired]:
+async def _wired(settings: GatewaySettings, redis: Redis, link: Commands, drain: Drain) -> AsyncIterator[_Wired]:
     metrics = GatewayMetrics()
     presence = Presence(redis, settings.gateway_id, metrics)
     directory = Directory(redis, metrics, settings.poll_interval_s, presence)
@@ -144,12 +122,13 @@ async def _wired(settings: GatewaySettings, redis: Redis, link: Commands) -> Asy
     stores = GuardedStores(lambda model: Store(link, model, _STORE_TIMEOUT_S), settings.store_timeout_s, metrics)
     async with _upstream(settings) as upstream:
         forwarder = Forwarder(upstream, metrics, settings.first_byte_timeout_s)
-        proxy = Proxy(settings, directory, stores, forwarder, ledger, metrics)
-        await directory.refresh()
+        proxy = Proxy(settings, directory, stores, forwarder, ledger, metrics, drain)
+        health = partial(_readiness, directory, drain)
+        await _read_first(directory, settings)
         background = asyncio.create_task(_background(directory, ledger, local, stores))
         try:
-            admin = admin_app(directory, metrics, settings.admin_token, partial(read_uses, redis))
-            yield DataApp(proxy, directory, stores), admin, background
+            admin = admin_app(directory, metrics, settings.admin_token, partial(read_uses, redis), health)
+            yield DataApp(proxy, directory, stores, health), admin, background
             await ledger.drain(SETTLE_DRAIN_S)
             await local.flush(stores)
         finally:
@@ -162,14 +141,37 @@ async def _wired(settings: GatewaySettings, redis: Redis, link: Commands) -> Asy
             raise GatewayBrokenError("the background work ended by itself")
 
 
+def _readiness(directory: Directory, drain: Drain) -> Readiness:
+    return readiness(
+        draining=drain.has_begun,
+        could_serve=directory.could_serve,
+        has_limits=directory.ready,
+        redis_is_away=directory.redis_is_away,
+    )
+
+
+async def _read_first(directory: Directory, settings: GatewaySettings) -> None:
+    """Read what is published, if Redis is there; a Redis that would refuse us later too ends the start."""
+    where = shown(settings.redis_url)
+    try:
+        await directory.read_first()
+    except RedisRefusesError as error:
+        raise GatewayStartError(
+            f"Redis at {where} refuses this gateway: {error}. Check the user and the password in the URL, and that the "
+            "user may do what docs/redis.md lists."
+        ) from error
+    if directory.redis_is_away:
+        log.warning("no Redis at %s yet; this gateway becomes ready when it answers", where)
+
+
 @contextmanager
-def _watched(background: asyncio.Task[None], data: _Server) -> Iterator[None]:
+def _watched(background: asyncio.Task[None], data: GatewayServer) -> Iterator[None]:
     """End the server, as a signal does, when the background work ends: it would serve on with limits that grow old."""
 
     def stop(_: asyncio.Task[None]) -> None:
         fault = None if background.cancelled() else background.exception()
         log.critical("the background work has ended, and so does this gateway", exc_info=fault)
-        data.should_exit = True
+        data.leave()
 
     background.add_done_callback(stop)
     try:
@@ -202,20 +204,18 @@ def _upstream(settings: GatewaySettings) -> AiohttpUpstream:
     return AiohttpUpstream(settings.connect_timeout_s, settings.chunk_timeout_s, settings.max_answer_bytes)
 
 
-async def _serve(data: _Server, data_socket: socket.socket, admin: _Server, admin_socket: socket.socket) -> None:
+async def _serve(
+    data: GatewayServer, data_socket: socket.socket, admin: GatewayServer, admin_socket: socket.socket
+) -> None:
     """Run both servers; a signal ends the data server first, and the admin port answers until it has drained."""
     loop = asyncio.get_running_loop()
-
-    def stop() -> None:
-        data.should_exit = True
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, data.leave)
     admin_task = asyncio.create_task(admin.serve([admin_socket]))
     try:
         await data.serve([data_socket])
     finally:
-        admin.should_exit = True
+        admin.leave()
         await admin_task
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)

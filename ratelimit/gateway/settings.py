@@ -11,6 +11,10 @@ import msgspec
 SETTINGS_VARIABLE = "PENSTOCK_GATEWAY_SETTINGS"
 #: For settlements that are under way when the last request has ended.
 SETTLE_DRAIN_S = 5.0
+#: For requests that are cut off to tell their clients so.
+LAST_WORDS_S = 2.0
+#: For all else that a process does at its end.
+EXIT_ALLOWANCE_S = 2.0
 
 _SECRET_FIELDS = frozenset({"admin_token", "redis_url"})
 
@@ -26,7 +30,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     Several processes may share ``port``; each has an ``admin_port`` of its own. ``request_timeout_s`` bounds a request
     from its admission to its last byte. ``first_byte_timeout_s`` bounds the wait for a stream's first chunk on one
     replica, ``chunk_timeout_s`` the silence between two chunks. An answer that is not streamed is kept whole, up to
-    ``max_answer_bytes``. On SIGTERM open requests get ``drain_s`` to finish.
+    ``max_answer_bytes``. After SIGTERM connections are accepted for ``drain_delay_s`` more, so that load balancers can
+    hear of it; then open requests get ``drain_s`` to finish.
 
     ``admin_token`` is what the admin port asks for; where it is empty, as in tests, the admin port is open.
     ``gateway_id`` is unique to one start of one process. A call of the store may take ``store_timeout_s``, and a
@@ -45,11 +50,17 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     first_byte_timeout_s: float = 120.0
     chunk_timeout_s: float = 60.0
     drain_s: float = 20.0
+    drain_delay_s: float = 0.0
     store_timeout_s: float = 0.03
     lease_s: float = 15.0
     poll_interval_s: float = 1.0
     admin_token: str = ""
     gateway_id: str = msgspec.field(default_factory=new_gateway_id)
+
+    @property
+    def longest_end_s(self) -> float:
+        """From SIGTERM until the process has exited, at most; whoever kills it sooner loses streams or settlements."""
+        return self.drain_delay_s + self.drain_s + LAST_WORDS_S + SETTLE_DRAIN_S + EXIT_ALLOWANCE_S
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         """Every field but secrets: the token, and the Redis URL, which may hold a password."""

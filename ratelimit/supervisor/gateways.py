@@ -20,7 +20,7 @@ import aiohttp
 import msgspec
 
 from ratelimit.config import GatewayConfig
-from ratelimit.gateway.settings import SETTINGS_VARIABLE, SETTLE_DRAIN_S, GatewaySettings, new_gateway_id
+from ratelimit.gateway.settings import SETTINGS_VARIABLE, GatewaySettings, new_gateway_id
 from ratelimit.supervisor.backoff import Backoff
 from serving.engine.guard import GuardedProcess
 
@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S = 0.25
 READY_TIMEOUT_S = 30.0
-#: From the end of its last stream until a worker has exited, beyond the time that settling may take.
-EXIT_ALLOWANCE_S = 2.0
 
 
 def gateway_settings(config: GatewayConfig, redis_url: str, admin_token: str) -> list[GatewaySettings]:
@@ -44,6 +42,8 @@ def gateway_settings(config: GatewayConfig, redis_url: str, admin_token: str) ->
             max_body_bytes=config.max_body_bytes,
             body_timeout_s=config.body_timeout_s,
             store_timeout_s=config.redis_timeout_ms / 1000,
+            drain_s=config.drain_s,
+            drain_delay_s=config.drain_delay_s,
             admin_token=admin_token,
         )
         for admin_port in config.admin_ports()
@@ -85,7 +85,7 @@ class GatewayWorkers:
             self._start(index)
 
     async def wait_ready(self) -> None:
-        """Wait until every worker has read the published limits. Raises ``GatewayError``."""
+        """Wait until every worker can serve. Raises ``GatewayError``."""
         deadline = asyncio.get_running_loop().time() + READY_TIMEOUT_S
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
             for index, worker in self._workers.items():
@@ -113,10 +113,7 @@ class GatewayWorkers:
     async def stop(self) -> None:
         """Stop every worker, once its open streams have ended or had their time, and what they used is settled."""
         await asyncio.gather(
-            *(
-                worker.stop(self._settings[index].drain_s + SETTLE_DRAIN_S + EXIT_ALLOWANCE_S)
-                for index, worker in self._workers.items()
-            )
+            *(worker.stop(self._settings[index].longest_end_s) for index, worker in self._workers.items())
         )
 
     def _start(self, index: int) -> None:

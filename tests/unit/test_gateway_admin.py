@@ -13,6 +13,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from ratelimit.gateway.admin import TokenGuard, admin_app, known_keys
 from ratelimit.gateway.directory import Directory
 from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.gateway.readiness import Readiness
 from ratelimit.keys import KeyRecord, digest
 
 TOKEN = "a-token-of-our-own"
@@ -22,6 +23,10 @@ KEY = KeyRecord("k_1", digest(SECRET), "acme", "pro", "private name", created_at
 
 async def no_uses() -> Mapping[str, int]:
     return {}
+
+
+def not_ready() -> Readiness:
+    return Readiness(False, "a reason")
 
 
 async def redis_is_away() -> Mapping[str, int]:
@@ -44,7 +49,9 @@ async def get(app: TokenGuard, path: str, authorization: str | None = None, meth
         return await client.request(method, path, headers=headers)
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/limits", "/keys", "/health/", "/", "/docs", "/nothing", "//health"])
+@pytest.mark.parametrize(
+    "path", ["/metrics", "/limits", "/keys", "/health/", "/live/", "/", "/docs", "/nothing", "//health"]
+)
 @pytest.mark.parametrize(
     "authorization",
     [
@@ -63,7 +70,7 @@ async def test_nothing_but_health_is_told_without_the_token(
     directory: Directory, path: str, authorization: str | None
 ) -> None:
     """Whoever has no token, or an API key, learns not even which paths there are."""
-    app = admin_app(directory, GatewayMetrics(), TOKEN, no_uses)
+    app = admin_app(directory, GatewayMetrics(), TOKEN, no_uses, not_ready)
 
     answer = await get(app, path, authorization)
 
@@ -72,17 +79,18 @@ async def test_nothing_but_health_is_told_without_the_token(
     assert TOKEN not in answer.text
 
 
-async def test_health_needs_no_token(directory: Directory) -> None:
-    """Probes of an orchestrator carry none; what they learn is whether limits are known."""
-    app = admin_app(directory, GatewayMetrics(), TOKEN, no_uses)
-    answer = await get(app, "/health")
-    assert (answer.status_code, answer.json()) == (503, {"ready": False})
+async def test_probes_need_no_token(directory: Directory) -> None:
+    """Those of an orchestrator carry none; what they learn is whether the gateway is ready, and that it lives."""
+    app = admin_app(directory, GatewayMetrics(), TOKEN, no_uses, not_ready)
+    answers = [await get(app, path) for path in ("/health", "/live")]
+    assert [answer.status_code for answer in answers] == [503, 200]
+    assert answers[0].json() == {"ready": False, "reason": "a reason"}
 
 
 @pytest.mark.parametrize("authorization", [f"Bearer {TOKEN}", f"bearer   {TOKEN}"])
 async def test_the_token_opens_the_rest(directory: Directory, authorization: str) -> None:
     """Metrics and keys are told, and what is not there is a 404."""
-    app = admin_app(directory, GatewayMetrics(), TOKEN, no_uses)
+    app = admin_app(directory, GatewayMetrics(), TOKEN, no_uses, not_ready)
     statuses = [(await get(app, path, authorization)).status_code for path in ("/metrics", "/keys", "/nothing")]
     assert statuses == [200, 200, 404]
 
@@ -91,7 +99,7 @@ async def test_the_token_opens_the_rest(directory: Directory, authorization: str
 @pytest.mark.parametrize("path", ["/metrics", "/health", "/limits", "/keys"])
 async def test_nothing_changes_state(directory: Directory, method: str, path: str) -> None:
     """Whoever has the token can read, and nothing else."""
-    app = admin_app(directory, GatewayMetrics(), TOKEN, no_uses)
+    app = admin_app(directory, GatewayMetrics(), TOKEN, no_uses, not_ready)
     assert (await get(app, path, f"Bearer {TOKEN}", method)).status_code == 405
 
 
@@ -101,7 +109,7 @@ async def test_keys_are_told_without_what_they_could_be_known_by(directory: Dire
     async def uses() -> Mapping[str, int]:
         return {"k_1": 1_700_000_000}
 
-    answer = await get(admin_app(directory, GatewayMetrics(), TOKEN, uses), "/keys", f"Bearer {TOKEN}")
+    answer = await get(admin_app(directory, GatewayMetrics(), TOKEN, uses, not_ready), "/keys", f"Bearer {TOKEN}")
 
     (told,) = answer.json()
     assert (told["id"], told["org"], told["tier"], told["last_used_at"]) == ("k_1", "acme", "pro", 1_700_000_000)
@@ -110,14 +118,16 @@ async def test_keys_are_told_without_what_they_could_be_known_by(directory: Dire
 
 async def test_keys_while_redis_is_away(directory: Directory) -> None:
     """A clear answer, without Redis's own words."""
-    answer = await get(admin_app(directory, GatewayMetrics(), TOKEN, redis_is_away), "/keys", f"Bearer {TOKEN}")
+    answer = await get(
+        admin_app(directory, GatewayMetrics(), TOKEN, redis_is_away, not_ready), "/keys", f"Bearer {TOKEN}"
+    )
     assert answer.status_code == 503
     assert "password" not in answer.text
 
 
 async def test_without_a_token_the_port_is_open(directory: Directory) -> None:
     """As tests of other things have it; config and supervisor always set one."""
-    assert (await get(admin_app(directory, GatewayMetrics(), "", no_uses), "/keys")).status_code == 200
+    assert (await get(admin_app(directory, GatewayMetrics(), "", no_uses, not_ready), "/keys")).status_code == 200
 
 
 def test_a_rotated_key_is_told_once() -> None:

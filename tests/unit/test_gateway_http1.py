@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 
 from ratelimit.gateway import http1
-from ratelimit.gateway.http1 import MAX_HEAD_BYTES, BoundedHttp
+from ratelimit.gateway.http1 import MAX_HEAD_BYTES, BoundedHttp, ConnectionsState
 
 REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
 
@@ -36,7 +36,7 @@ async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.Strea
         echo_length, http=BoundedHttp, ws="none", lifespan="off", log_config=None, timeout_keep_alive=60
     )
     config.load()
-    state = uvicorn.server.ServerState()
+    state = ConnectionsState()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: BoundedHttp(config, state, {}, loop), "127.0.0.1", 0)
     reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())

@@ -15,6 +15,7 @@ from ratelimit.gateway import proxy as proxy_module
 from ratelimit.gateway.accounting import Ledger
 from ratelimit.gateway.asgi import Message
 from ratelimit.gateway.directory import Directory
+from ratelimit.gateway.drain import Drain
 from ratelimit.gateway.forward import Forwarder
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.proxy import Proxy
@@ -116,7 +117,7 @@ class Wired:
         directory._swap_keys({b"": msgspec.json.encode(record)})
         settings = GatewaySettings(redis_url="", request_timeout_s=request_timeout_s, max_body_bytes=2**26)
         forwarder = Forwarder(replica, self.metrics, first_byte_timeout_s=20.0)
-        self.proxy = Proxy(settings, directory, lambda _: self.limiter, forwarder, self.ledger, self.metrics)
+        self.proxy = Proxy(settings, directory, lambda _: self.limiter, forwarder, self.ledger, self.metrics, Drain())
 
     async def serve(self, body: dict[str, Any], reads: int = 10**9) -> Client:
         """One request, to its end and its settlement."""
