@@ -74,7 +74,7 @@ profile is read from `profiles`, a shipped one from files/profiles.json. Takes (
   {{- end -}}
 {{- end -}}
 {{- $_ := set $config "pools" $pools -}}
-{{- $gateway := dict "host" "0.0.0.0" "port" 8080 "admin_port" 9090 "admin_token_file" "/etc/penstock-admin/token" "drain_s" .Values.gateway.drainSeconds -}}
+{{- $gateway := dict "host" "0.0.0.0" "port" 8080 "admin_port" 9090 "admin_token_file" "/etc/penstock-admin/token" "drain_s" .Values.gateway.drainSeconds "drain_delay_s" .Values.gateway.drainDelaySeconds -}}
 {{- $_ := set $config "gateway" (merge $gateway (default dict $config.gateway)) -}}
 {{- $_ := set $config "controller" (merge (dict "metrics_host" "0.0.0.0" "metrics_port" 9091) (default dict $config.controller)) -}}
 {{- $_ := set $config "state_dir" "/var/lib/penstock/state" -}}

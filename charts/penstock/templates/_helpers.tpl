@@ -66,25 +66,15 @@ capabilities:
 
 {{/* Where a pod may or should run. Takes the component's values. */}}
 {{- define "penstock.placement" -}}
-{{- with .priorityClassName }}
-priorityClassName: {{ . }}
-{{- end }}
-{{- with .nodeSelector }}
-nodeSelector:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with .tolerations }}
-tolerations:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
-{{- with .affinity }}
-affinity:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
+{{- $given := dict -}}
+{{- range $field := list "priorityClassName" "nodeSelector" "tolerations" "affinity" -}}
+{{- with get $ $field }}{{ $_ := set $given $field . }}{{ end -}}
+{{- end -}}
+{{- with $given }}{{ toYaml . }}{{ end -}}
 {{- end -}}
 
 {{- define "penstock.pullSecrets" -}}
-{{- with .Values.imagePullSecrets }}
+{{- with .Values.imagePullSecrets -}}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -108,7 +98,7 @@ imagePullSecrets:
 {{- end -}}
 
 {{- define "penstock.redis.caMount" -}}
-{{- if and (not .Values.redis.bundled.enabled) .Values.redis.external.tls.caSecret }}
+{{- if and (not .Values.redis.bundled.enabled) .Values.redis.external.tls.caSecret -}}
 - name: redis-ca
   mountPath: {{ .Values.redis.external.tls.mountPath }}
   readOnly: true
@@ -116,7 +106,7 @@ imagePullSecrets:
 {{- end -}}
 
 {{- define "penstock.redis.caVolume" -}}
-{{- if and (not .Values.redis.bundled.enabled) .Values.redis.external.tls.caSecret }}
+{{- if and (not .Values.redis.bundled.enabled) .Values.redis.external.tls.caSecret -}}
 - name: redis-ca
   secret:
     secretName: {{ .Values.redis.external.tls.caSecret }}
@@ -129,11 +119,11 @@ imagePullSecrets:
 {{- end -}}
 
 {{/*
-How long a gateway's pod may take to end, in seconds: the preStop pause, the streams' own time, the settling of what
-they used, and a margin for the exit itself.
+How long a gateway's pod may take to end, in seconds: until every proxy has heard of it, the streams' own time, the
+settling of what they used, and a margin for the exit itself.
 */}}
 {{- define "penstock.gateway.graceSeconds" -}}
-{{- add .Values.gateway.preStopSeconds .Values.gateway.drainSeconds 5 5 -}}
+{{- add .Values.gateway.drainDelaySeconds .Values.gateway.drainSeconds 5 5 -}}
 {{- end -}}
 
 {{/* The config and the profiles beside it, as one folder. */}}

@@ -1,0 +1,128 @@
+"""Values that cannot be meant are refused before anything is installed, with a message that names them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from helm_python import HelmError
+
+from serving.profile import load_profile, shipped_profiles
+from tests.support import chart
+
+VIRTUAL = chart.values_of("virtual")
+MIXED = chart.values_of("mixed")
+
+
+def _engine(changes: dict[str, Any], base: dict[str, Any] = VIRTUAL) -> dict[str, Any]:
+    return chart.merged(base, {"engines": [chart.merged(base["engines"][0], changes), *base["engines"][1:]]})
+
+
+def _refused(values: dict[str, Any]) -> str:
+    with pytest.raises(HelmError) as caught:
+        chart.render(values)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"gatway": {}}, "additional properties 'gatway' not allowed", id="typo"),
+        pytest.param({"gateway": {"replica": 2}}, "at '/gateway': additional properties 'replica'", id="deep typo"),
+        pytest.param({"gateway": {"replicas": -1}}, "at '/gateway/replicas': minimum: got -1", id="negative"),
+        pytest.param({"gateway": {"replicas": 1.5}}, "at '/gateway/replicas': got number, want integer", id="fraction"),
+        pytest.param({"gateway": {"replicas": "2"}}, "at '/gateway/replicas': got string, want integer", id="string"),
+        pytest.param({"controller": {"replicas": 3}}, "at '/controller/replicas': maximum: got 3, want 2", id="three"),
+        pytest.param({"image": {"digest": "sha256:12"}}, "at '/image/digest': 'sha256:12' does not match", id="digest"),
+        pytest.param({"image": {"pullPolicy": "always"}}, "at '/image/pullPolicy': value must be one of", id="enum"),
+        pytest.param({"ingress": {"enabled": True}}, "at '/ingress/hosts': minItems: got 0, want 1", id="no host"),
+        pytest.param({"commonLabels": {"a b": "c"}}, "at '/commonLabels': additional properties 'a b'", id="label"),
+        pytest.param({"engines": [{"name": "h100"}]}, "at '/engines/0': missing properties 'model'", id="incomplete"),
+        pytest.param(
+            {"profiles": {"ours": "{}"}}, "at '/profiles': additional properties 'ours'", id="profile without .json"
+        ),
+        pytest.param({"config": {"pool": []}}, "at '/config': additional properties 'pool' not allowed", id="config"),
+        pytest.param({"config": {"tiers": []}}, "at '/config/tiers': minItems: got 0, want 1", id="no tier"),
+        pytest.param({"config": None}, "missing property 'config'", id="no config"),
+        pytest.param(
+            {"networkPolicy": {"prometheus": {"monitoring": True}}},
+            "at '/networkPolicy/prometheus': got object, want array",
+            id="peers",
+        ),
+    ],
+)
+def test_the_schema_refuses_what_cannot_be_meant(changes: dict[str, Any], message: str) -> None:
+    """Typos, wrong types, numbers out of range: each is named by its path."""
+    assert message in _refused(chart.merged(VIRTUAL, changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "tpu"}, "at '/engines/0/device': value must be one of 'gpu', 'virtual'"),
+        ({"replicas": -2}, "at '/engines/0/replicas': minimum: got -2, want 0"),
+        ({"slowdown": 0.5}, "at '/engines/0/slowdown': minimum: got 0.5, want 1"),
+        ({"name": "H100"}, "at '/engines/0/name': 'H100' does not match pattern"),
+        ({"modelPath": "/models/x"}, "at '/engines/0/modelPath'"),
+        ({"device": "gpu"}, "at '/engines/0': missing property 'modelPath'"),
+        ({"extraArgs": ["--scheduling-policy=fcfs"]}, "at '/engines/0/extraArgs/0'"),
+        ({"shmSize": "lots"}, "at '/engines/0/shmSize'"),
+        ({"resources": {"limits": {"memory": "3 GiB"}}}, "at '/engines/0/resources/limits/memory'"),
+        ({"name": "h200"}, 'engines "h200" is there twice; give each group a name of its own'),
+        ({"gpu": "H200"}, 'engines "h100": gpu is H200, but its profile "h100-llama-3.1-8b" was made for H100'),
+        ({"profile": "h100-llama"}, 'engines "h100": there is no shipped profile "h100-llama"; there are'),
+        ({"profile": "ours.json"}, 'engines "h100": profile "ours.json" is not in `profiles`'),
+        ({"model": "gpt-oss-20b"}, 'engines "h100": no pool in config.pools has the model "gpt-oss-20b"'),
+        ({"slowdown": 20}, 'engines of model "llama-3.1-8b" have different slowdowns'),
+    ],
+)
+def test_an_engine_group_that_cannot_run_is_refused(changes: dict[str, Any], message: str) -> None:
+    """By the schema where one value is wrong, by the templates where two contradict each other."""
+    assert message in _refused(_engine(changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"controller": {"replicas": 2}}, "controller.replicas is 2, but both need the same state"),
+        ({"redis": {"bundled": {"enabled": False}}}, "redis.external.existingSecret is empty"),
+        ({"loadTest": {"enabled": True}}, "loadTest.model is empty"),
+        ({"loadTest": {"enabled": True, "model": "m"}}, "loadTest.apiKey.existingSecret is empty"),
+        (
+            {"gateway": {"autoscaling": {"enabled": True, "minReplicas": 30}}},
+            "gateway.autoscaling.minReplicas is 30, above maxReplicas 20",
+        ),
+        ({"profiles": {"ours.json": "not JSON"}}, 'profiles["ours.json"] is not a profile'),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
+    """What a schema cannot see, a template says."""
+    if "profiles" in changes:
+        changes = chart.merged(_engine({"profile": "ours.json"}), changes)
+    assert message in _refused(chart.merged(VIRTUAL, changes))
+
+
+def test_two_controllers_need_a_volume_that_both_can_mount() -> None:
+    """ReadWriteMany, or an existing claim of which its owner says so."""
+    for persistence in (
+        {"accessModes": ["ReadWriteMany"]},
+        {"existingClaim": "state", "existingClaimIsShared": True},
+    ):
+        values = chart.merged(VIRTUAL, {"controller": {"replicas": 2, "persistence": persistence}})
+        assert chart.find(chart.render(values), "Deployment", "penstock-controller")["spec"]["replicas"] == 2
+    values = chart.merged(VIRTUAL, {"controller": {"replicas": 2, "persistence": {"existingClaim": "state"}}})
+    assert "existingClaimIsShared: true" in _refused(values)
+
+
+def test_a_pool_is_found_in_one_way_alone() -> None:
+    """A `discover` of one's own beside engine groups of the chart would hide one of them."""
+    values = chart.values_of("virtual")
+    values["config"]["pools"][0]["discover"] = {"selector": "a=b", "profiles": ["h100-llama-3.1-8b"]}
+    assert '"llama-3.1-8b" has a discover of its own and engine groups of the chart' in _refused(values)
+
+
+def test_the_chart_knows_every_shipped_profile() -> None:
+    """Its table has each profile's GPU, count and batch bounds; `python -m tests.support.chart` writes it anew."""
+    assert json.loads((chart.CHART / "files" / "profiles.json").read_text()) == chart.profile_table()
+    assert set(chart.profile_table()) == {load_profile(name).name for name in shipped_profiles()}
