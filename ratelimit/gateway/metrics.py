@@ -11,6 +11,7 @@ make the number of series grow; what a caller typed is never a label.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -136,6 +137,14 @@ class GatewayMetrics:
             "penstock_limit", "Limit of one key: a minute, or in flight.", [*tenant, "name"], registry=registry
         )
         self.keys = Gauge("penstock_keys", "API keys known.", registry=registry)
+        # A counter that is first seen at 1 has not grown, as Prometheus sees it: those to alert on are shown from 0 on.
+        for counter, values in (
+            (self.unsettled, ("store away", "too many")),
+            (self.lost, ("debt", "record")),
+            (self.directory_errors, ("publication", "keys", "key", "redis", "announcements", "presence", "activity")),
+        ):
+            for value in values:
+                counter.labels(value)
         # Looking a child up by its labels costs a lock and a tuple of strings each time.
         self._request_child = lru_cache(4096)(self.requests.labels)
         self._demand_child = lru_cache(4096)(self.demand.labels)
@@ -202,11 +211,14 @@ class GatewayMetrics:
         for gauge in (self.capacity, self.replicas, self.limits, self.assured):
             gauge.clear()
         for pool in publication.pools:
+            self.impossible_usage.labels(pool.model)
             self.replicas.labels(pool.model).set(len(pool.replicas))
             self.capacity.labels(pool.model, "requests").set(pool.usable_requests_per_s)
             self.capacity.labels(pool.model, "input_tokens").set(pool.usable_input_tokens_per_s)
             self.capacity.labels(pool.model, "output_tokens").set(pool.usable_output_tokens_per_s)
         for terms in publication.tiers:
             self.assured.labels(terms.model, terms.tier).set(terms.assured)
+            for outcome in get_args(Outcome):
+                self.demand.labels(terms.model, terms.tier, outcome)
             for limit in terms.limits:
                 self.limits.labels(terms.model, terms.tier, limit.name).set(limit.per_minute or limit.burst)
