@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
 from ratelimit.configcheck import contradictions, invalid_fields
+from ratelimit.labelselector import dns_label, label_selector
 from ratelimit.policy import (
     Holds,
     KeyAmounts,
@@ -99,6 +100,8 @@ KeyId = Annotated[str, AfterValidator(_key_id)]
 Amount = Annotated[int, Field(ge=1, le=MOST_PER_MINUTE)]
 LocalPath = Annotated[Path, AfterValidator(_in_folder)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
+LabelSelector = Annotated[str, AfterValidator(label_selector)]
+DnsLabel = Annotated[str, AfterValidator(dns_label)]
 
 
 class Section(BaseModel):
@@ -203,6 +206,21 @@ class ReplicaConfig(Section):
     domain: Name | None = None
 
 
+class DiscoverConfig(Section):
+    """Replicas that Kubernetes knows of: the endpoints of the EndpointSlices in ``namespace`` that ``selector`` picks.
+
+    Their labels name one of the ``profiles`` by its name. ``namespace`` unset: that of the controller's pod, or else
+    ``default``. ``port``: the name of the slices' port, which may be left out where they have only one.
+    """
+
+    selector: LabelSelector
+    namespace: DnsLabel | None = None
+    port: DnsLabel | None = None
+    profiles: tuple[ProfileName, ...] = Field(min_length=1)
+    slowdown: Slowdown = 1.0
+    priority_scheduling: bool = False
+
+
 class PoolConfig(Section):
     """One model: its promise, its traffic and its replicas.
 
@@ -221,10 +239,12 @@ class PoolConfig(Section):
     stuck_after_s: Positive = 5.0
     engines: tuple[EngineConfig, ...] = ()
     replicas: tuple[ReplicaConfig, ...] = ()
+    discover: DiscoverConfig | None = None
 
     def profiles(self) -> list[str]:
-        """The profiles that its replicas have, each once."""
-        return sorted({engine.profile for engine in self.engines} | {replica.profile for replica in self.replicas})
+        """The profiles that its replicas have, or that those to be discovered may have, each once."""
+        named = {engine.profile for engine in self.engines} | {replica.profile for replica in self.replicas}
+        return sorted(named | set(self.discover.profiles if self.discover else ()))
 
 
 class KeyAmountsConfig(Section):
@@ -369,5 +389,6 @@ def _pool_policy(pool: PoolConfig) -> PoolPolicy:
         max_model_len=min(profile.limits.max_model_len for profile in profiles),
         tokens_per_byte=max(profile.tokens_per_byte for profile in profiles),
         priority_scheduling=all(schedules_by_priority(engine.extra_args) for engine in pool.engines)
-        and all(replica.priority_scheduling for replica in pool.replicas),
+        and all(replica.priority_scheduling for replica in pool.replicas)
+        and (pool.discover is None or pool.discover.priority_scheduling),
     )

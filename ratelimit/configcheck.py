@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ratelimit.finding import Finding, dotted
+from ratelimit.labelselector import is_label_value
 from ratelimit.promisecheck import hopeless_slo, tier_problems, too_long_mix, unknown_mix, unmeasured_mix
 from ratelimit.publication import MOST_BURST
 from ratelimit.yamlfile import Where
@@ -162,8 +164,11 @@ def _port_uses(config: Config) -> Iterator[tuple[Where, list[int]]]:
 
 
 def _pool(where: Where, pool: PoolConfig) -> Iterator[Finding]:
-    if not pool.engines and not pool.replicas:
-        yield Finding(where, "has neither engines nor replicas; name one (count: 0 keeps a pool without running any)")
+    if not pool.engines and not pool.replicas and pool.discover is None:
+        yield Finding(
+            where,
+            "has neither engines nor replicas nor discover; name one (count: 0 keeps a pool without running any)",
+        )
     yield from unknown_mix(where, pool.mix)
     for j, engine in enumerate(pool.engines):
         at = (*where, "engines", j)
@@ -171,6 +176,22 @@ def _pool(where: Where, pool: PoolConfig) -> Iterator[Finding]:
         yield from _profile((*at, "profile"), engine.profile, pool)
     for j, replica in enumerate(pool.replicas):
         yield from _profile((*where, "replicas", j, "profile"), replica.profile, pool)
+    if pool.discover is not None:
+        yield from _discover((*where, "discover", "profiles"), pool.discover.profiles, pool)
+
+
+def _discover(where: Where, references: Sequence[str], pool: PoolConfig) -> Iterator[Finding]:
+    """Profiles that a label could not name, or could name two of."""
+    known: dict[str, str] = {}
+    for j, reference in enumerate(references):
+        yield from _profile((*where, j), reference, pool)
+        with suppress(ProfileError, OSError, ValueError):
+            name = load_profile(reference).name
+            if name in known:
+                yield Finding((*where, j), f"is named {name!r}, as {known[name]} is; a label names only one, keep one")
+            if not is_label_value(name):
+                yield Finding((*where, j), f"is named {name!r}, which no label can be; give it a name of letters and -")
+            known.setdefault(name, reference)
 
 
 def _engine(where: Where, engine: EngineConfig) -> Iterator[Finding]:

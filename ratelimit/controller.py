@@ -5,6 +5,7 @@ every round, so there is no path by which a change could be missed. A round runs
 every ``ROUND_INTERVAL_S`` for what only time or a file changes. Limits fall in the round after a replica is
 lost; they rise when a new one has been healthy for its pool's ``raise_after_s``, or at once where none served before.
 One that flaps must stay healthy for longer each time. What live signals say of a supply trims it (see ``feedback``).
+Replicas that Kubernetes tells of (see ``fleetspecs``) are fleet like those that the config names: they wait for nobody.
 What people decide may have to wait for approval (see ``approval``): then a round goes on with what was decided before
 it, and the fleet as it is.
 No round waits for a knee: a replica whose knee is not known yet does not count, and a pool whose promise changes keeps
@@ -32,6 +33,7 @@ from ratelimit.config import Config, policy_of
 from ratelimit.controllermetrics import ControllerMetrics
 from ratelimit.decided import Adopted, Decided, changes, held_together, standing, without_overrides
 from ratelimit.derive import GroupSupply, derive
+from ratelimit.fleetspecs import FleetSpecs, StartDiscovery, together
 from ratelimit.governor import Governor, IssuedKeys
 from ratelimit.inputs import FleetNow, Inputs, counted, same_limits, what_changed
 from ratelimit.keyactivity import KeyActivity, KeysNow
@@ -42,11 +44,12 @@ from ratelimit.overrides import OverrideFile
 from ratelimit.policy import Policy, Promise, TierPolicy, promises_of
 from ratelimit.publication import Publication
 from ratelimit.publisher import Publisher
-from ratelimit.replicaspecs import replica_specs
+from ratelimit.replicaspecs import pool_discoveries, replica_specs
 from ratelimit.replicasupply import gpu_supplies
 from ratelimit.statefile import StateFileError
 from ratelimit.supply import SupplyBook
-from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus
+from serving.discovery import Discovery
+from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus, is_same_engine
 from serving.profile import load_profile
 
 log = logging.getLogger(__name__)
@@ -65,10 +68,12 @@ class Controller:
         fleet: Callable[[OnChange], Fleet],
         publisher: Publisher,
         metrics: ControllerMetrics | None = None,
+        discovery: StartDiscovery = Discovery,
     ) -> None:
         self.metrics = metrics or ControllerMetrics()
         self._wake = asyncio.Event()
         self._fleet = fleet(lambda _status: self._wake.set())
+        self._specs = FleetSpecs(discovery(self._wake.set))
         self._publisher = publisher
         self._keys = KeysNow(config.state_dir)
         self._activity = KeyActivity(publisher.use_reader(), config.state_dir, config.controller.key_idle_s)
@@ -116,13 +121,15 @@ class Controller:
 
         Raises ``ProfileError``, and then keeps the one it has.
         """
-        specs = tuple(replica_specs(config))
+        specs, discoveries = tuple(replica_specs(config)), tuple(pool_discoveries(config))
+        named = {spec.profile for spec in specs} | {name for each in discoveries for name in each.profiles.values()}
         self._next = Adopted(
             policy=policy_of(config),
             specs=specs,
-            profiles={name: load_profile(name) for name in sorted({spec.profile for spec in specs})},
+            profiles={name: load_profile(name) for name in sorted(named)},
             raise_after_s={pool.model: pool.raise_after_s for pool in config.pools},
             falls_above=config.approval.falls_above,
+            discover=discoveries,
         )
         self._wake.set()
 
@@ -131,8 +138,9 @@ class Controller:
 
         While it may wait, those that it leaves out or replaces are watched on as they are: they count until then.
         """
-        before = self._decided.adopted.specs if self._decided and self._is_governed else ()
-        watched = tuple({spec.url: spec for spec in (*self._next.specs, *before)}.values())
+        before = [self._decided.adopted] if self._decided and self._decided.adopted is not self._next else []
+        self._specs.look([self._next, *before])
+        watched = together(self._specs.of(each) for each in (self._next, *(before if self._is_governed else ())))
         if watched != self._watched:
             self._watched = watched
             self._fleet.watch(watched)
@@ -171,6 +179,8 @@ class Controller:
 
     async def _rounds(self) -> None:
         try:
+            await self._specs.first_list()
+            self._watch()
             await self._fleet.probed_once()
             while not is_cancelled():
                 await self._try_round()
@@ -181,6 +191,7 @@ class Controller:
                 self._wake.clear()
         finally:
             self._fleet.watch(())
+            await self._specs.stop()
 
     async def _try_round(self) -> None:
         try:
@@ -211,6 +222,11 @@ class Controller:
             self._watch()
             await self._fleet.probed_once()
         self._watch()
+        if self._specs.is_unsure:
+            self._specs.assume(self._published or await self._publisher.newest())
+            self._watch()
+            await self._fleet.probed_once()
+        self.metrics.discovered(self._specs.state())
         self._look_at_signals()
         fleet = self._fleet_now()
         if self._is_settling(fleet):
@@ -294,7 +310,8 @@ class Controller:
         """The fleet as it is: the last one, until something of it changes or the time comes for a replica to count."""
         adopted = [self._next, *([self._decided.adopted] if self._decided else [])]
         trims, now_s = self._feedback.trims(), monotonic()
-        stamp = (self._fleet.version, self._knees_found, trims, [each.raise_after_s for each in adopted])
+        versions = self._fleet.version, self._specs.version, self._knees_found
+        stamp = (*versions, trims, [each.raise_after_s for each in adopted])
         if self._fleet_seen is None or stamp != self._fleet_stamp or now_s >= self._next_raise_s:
             self._fleet_seen, self._fleet_stamp = FleetNow(self._fleet.statuses(), now_s, trims), stamp
             self.metrics.watched(self._fleet_seen.by_url.values())
@@ -321,7 +338,7 @@ class Controller:
         """Whether the knees of all healthy replicas are known; those that are not are asked for."""
         book = self._supplies.having(adopted.profiles)
         promises = {pool.model: promises_of(adopted.policy.tiers, pool) for pool in adopted.policy.pools}
-        healthy = [s.spec for s in fleet.statuses(adopted.specs) if s.health.phase == "healthy"]
+        healthy = [s.spec for s in fleet.statuses(self._specs.of(adopted)) if s.health.phase == "healthy"]
         return not book.unknown(healthy, promises)
 
     def _inputs_of(self, fleet: FleetNow) -> Callable[[Decided], Inputs]:
@@ -338,7 +355,8 @@ class Controller:
         return inputs_of
 
     def _inputs(self, decided: Decided, fleet: FleetNow) -> Inputs:
-        statuses = fleet.statuses(decided.adopted.specs)
+        configured = fleet.statuses(decided.adopted.specs)
+        statuses = [*configured, *fleet.statuses(self._specs.discovered_of(decided.adopted))]
         book = self._supplies.having(decided.adopted.profiles)
         counted_before = self._counted_before(statuses)
         serving = [status.spec for status in statuses if status.spec.url in counted_before]
@@ -357,6 +375,7 @@ class Controller:
             supplies={model: supply_of(model, made) for model, made in promises.items()},
             counted=counting,
             specs=tuple(status.spec for status in statuses),
+            configured=tuple(status.spec for status in configured),
             active_keys=decided.active_keys,
             overrides=decided.overrides,
             trims={model: trim for model, trim in fleet.trims.items() if model in promises},
@@ -387,9 +406,8 @@ class Controller:
             return frozenset()
         watched = {status.spec.url: status.spec for status in statuses}
         before = self._inputs_published
-        return frozenset(
-            spec.url for spec in before.specs if spec.url in before.counted and watched.get(spec.url) == spec
-        )
+        counting = ((spec, watched.get(spec.url)) for spec in before.specs if spec.url in before.counted)
+        return frozenset(spec.url for spec, now in counting if now is not None and is_same_engine(now, spec))
 
     def _derive(self, inputs: Inputs, epoch: int) -> Publication:
         return derive(

@@ -11,6 +11,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 
 from ratelimit.controllerhealth import ControllerHealth
+from ratelimit.fleetspecs import DiscoveryState
 from ratelimit.groupsupply import Trim
 from ratelimit.publication import Publication
 from ratelimit.replicasupply import GpuSupply
@@ -59,6 +60,22 @@ class ControllerMetrics:
         self.watched_replicas = Gauge(
             "penstock_watched_replicas", "Replicas that are watched, by health: starting, healthy, stuck or down.",
             ["model", "gpu", "phase"], registry=registry,
+        )  # fmt: skip
+        self.discovered_replicas = Gauge(
+            "penstock_discovered_replicas", "Replicas that Kubernetes tells of, healthy or not.",
+            ["model", "gpu", "profile"], registry=registry,
+        )  # fmt: skip
+        self.discovery_refused = Gauge(
+            "penstock_discovery_refused", "EndpointSlices and endpoints that are left out, as the log says.",
+            registry=registry,
+        )  # fmt: skip
+        self.discovery_age = Gauge(
+            "penstock_discovery_age_seconds",
+            "Time since the Kubernetes API was last heard of; it says something every minute.", registry=registry,
+        )  # fmt: skip
+        self.discovery_failures = Counter(
+            "penstock_discovery_failures", "Lists and watches that failed or broke, and were begun anew.",
+            registry=registry,
         )  # fmt: skip
         self.epoch = Gauge("penstock_epoch", "Epoch of the limits in force.", registry=registry)
         self.waiting = Gauge("penstock_changes_waiting", "Changes that wait for approval.", registry=registry)
@@ -113,6 +130,15 @@ class ControllerMetrics:
         for each in supplies:
             self.fleet_replicas.labels(each.model, each.gpu).set(each.replicas)
             self.replica_adds.labels(each.model, each.gpu).set(each.adds_requests_per_s)
+
+    def discovered(self, state: DiscoveryState) -> None:
+        """Kubernetes tells of these replicas."""
+        self.discovered_replicas.clear()
+        for labels, count in state.replicas.items():
+            self.discovered_replicas.labels(*labels).set(count)
+        self.discovery_refused.set(state.refused)
+        self.discovery_age.set(state.age_s)
+        self.discovery_failures.inc(state.failed_since)
 
     def watched(self, statuses: Iterable[ReplicaStatus]) -> None:
         """The replicas that are watched have this health."""

@@ -13,6 +13,7 @@ import msgspec
 
 from ratelimit.approval import Change, digest_of
 from ratelimit.difference import bound_changed
+from ratelimit.discovered import PoolDiscovery
 from ratelimit.keylimits import added_up, countable
 from ratelimit.keys import KeyRecord, active_keys, valid_records
 from ratelimit.overrides import Override, active
@@ -27,7 +28,8 @@ _WHY_TOGETHER = ", because more of its keys wait for approval and the tier must 
 class Adopted(msgspec.Struct, frozen=True):
     """A config as limits are derived from it: its rules, its replicas, and their profiles by name as they were then.
 
-    ``raise_after_s`` is by model. ``falls_above`` is the share that a limit may lose without approval; None: all.
+    ``raise_after_s`` is by model. ``falls_above`` is the share that a limit may lose without approval; None: all. What
+    ``discover`` finds is no part of it: replicas that come and go in Kubernetes are the fleet, and wait for nobody.
     """
 
     policy: Policy
@@ -35,6 +37,7 @@ class Adopted(msgspec.Struct, frozen=True):
     profiles: dict[str, Profile]
     raise_after_s: dict[str, float]
     falls_above: float | None
+    discover: tuple[PoolDiscovery, ...] = ()
 
 
 class Decided(msgspec.Struct, frozen=True):

@@ -62,12 +62,13 @@ def counted(
 
 
 class Inputs(msgspec.Struct, frozen=True):
-    """All that limits are derived from; equal ones give equal limits."""
+    """All that limits are derived from; equal ones give equal limits. Of ``specs``, the config names ``configured``."""
 
     policy: Policy
     supplies: Mapping[str, tuple[GroupSupply, ...]]
     counted: frozenset[str]
     specs: tuple[ReplicaSpec, ...]
+    configured: tuple[ReplicaSpec, ...]
     active_keys: Mapping[tuple[str, str], int]
     overrides: tuple[Override, ...]
     trims: Mapping[str, Trim]
@@ -79,7 +80,7 @@ def what_changed(before: Inputs | None, now: Inputs) -> str:
         return "the controller started"
     changes = [f"{url} joined" for url in sorted(now.counted - before.counted)]
     changes += [f"{url} left" for url in sorted(before.counted - now.counted)]
-    changes += ["the config changed"] if (now.policy, now.specs) != (before.policy, before.specs) else []
+    changes += ["the config changed"] if (now.policy, now.configured) != (before.policy, before.configured) else []
     changes += ["supplies changed"] if not changes and now.supplies != before.supplies else []
     changes += [
         _trim_text(model, now.trims) for model in now.supplies if now.trims.get(model) != before.trims.get(model)

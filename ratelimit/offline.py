@@ -9,14 +9,17 @@ from pathlib import Path
 
 from ratelimit.config import Config, policy_of
 from ratelimit.derive import derive
+from ratelimit.discovered import discovered
 from ratelimit.keys import KeyFile, active_keys, valid_records
 from ratelimit.overrides import OverrideFile
 from ratelimit.policy import Policy, promises_of
 from ratelimit.publication import Publication
 from ratelimit.publisher import read_published
-from ratelimit.replicaspecs import replica_specs
+from ratelimit.replicaspecs import pool_discoveries, replica_specs
 from ratelimit.supervisor.tasks import background, or_stop
 from ratelimit.supply import SupplyBook
+from serving.fleet import ReplicaSpec
+from serving.profile import load_profile
 
 #: A knee takes seconds; all of them together that are not found by then never will be.
 _TIMEOUT_S = 900.0
@@ -26,6 +29,8 @@ def planned(
     config: Config, state_dir: Path | None, keys: Mapping[str, int], now_s: float, on_progress: Callable[[str], None]
 ) -> Publication:
     """What the controller would publish, as epoch 0, with all of the config's replicas healthy.
+
+    Of replicas that are discovered, those count that the limits published last in ``state_dir`` name.
 
     Overrides and active keys are those of ``state_dir`` at ``now_s``; ``keys`` counts the keys of tiers otherwise. A
     tier that nothing is known of has one key. ``on_progress`` is told how far the knees are, which take seconds each.
@@ -38,6 +43,7 @@ async def _planned(
     config: Config, state_dir: Path | None, keys: Mapping[str, int], now_s: float, on_progress: Callable[[str], None]
 ) -> Publication:
     policy, specs = policy_of(config), replica_specs(config)
+    specs += _discovered_before(config, state_dir, {spec.url for spec in specs})
     promises = {pool.model: promises_of(policy.tiers, pool) for pool in policy.pools}
     found = asyncio.Event()
     book = SupplyBook(found.set)
@@ -64,6 +70,15 @@ async def _planned(
         active_keys=_active_keys(policy, state_dir, keys, now_s),
         overrides=OverrideFile(state_dir).active(now_s) if state_dir else (),
     )
+
+
+def _discovered_before(config: Config, state_dir: Path | None, configured: set[str]) -> list[ReplicaSpec]:
+    discoveries = pool_discoveries(config)
+    if state_dir is None or not discoveries:
+        return []
+    profiles = {name: load_profile(name) for each in discoveries for name in each.profiles.values()}
+    before = dict.fromkeys((each.listing for each in discoveries), read_published(state_dir))
+    return list(discovered(discoveries, profiles, {}, before, configured).specs)
 
 
 def _active_keys(

@@ -99,6 +99,20 @@ class Publisher:
         self._note_epoch(above)
         return self._newest_epoch + 1
 
+    async def newest(self) -> Publication | None:
+        """The limits in force before anything is published here: what Redis holds, else what the disk does.
+
+        None where there are none, or nothing that can be understood.
+        """
+        document = await self._redis.get(PUBLICATION_KEY)
+        try:
+            if document is not None:
+                return msgspec.json.decode(document, type=Publication)
+            return await asyncio.to_thread(read_published, self._state_dir)
+        except (msgspec.DecodeError, StateFileError) as error:
+            log.error("the limits of before cannot be read: %s", error)
+            return None
+
     async def epoch_in_redis(self) -> int:
         """The epoch that Redis holds now; 0 where it holds none."""
         return _epoch_of(await self._redis.get(PUBLICATION_KEY))

@@ -1,8 +1,9 @@
-"""The replicas that a config names."""
+"""The replicas that a config names, and how it says that others are found."""
 
 from __future__ import annotations
 
 from ratelimit.config import Config, PoolConfig
+from ratelimit.discovered import PoolDiscovery
 from serving.fleet import ReplicaSpec
 from serving.health import stuck_time_s
 from serving.profile import load_profile
@@ -19,6 +20,23 @@ def replica_specs(config: Config) -> list[ReplicaSpec]:
             _spec(pool, replica.url, replica.profile, replica.slowdown, replica.domain) for replica in pool.replicas
         ]
     return specs
+
+
+def pool_discoveries(config: Config) -> list[PoolDiscovery]:
+    """How the replicas are found of each pool that has some discovered. Raises ``ProfileError``."""
+    return [
+        PoolDiscovery(
+            model=pool.model,
+            namespace=pool.discover.namespace,
+            selector=pool.discover.selector,
+            port=pool.discover.port,
+            profiles={load_profile(reference).name: reference for reference in pool.discover.profiles},
+            slowdown=pool.discover.slowdown,
+            stuck_after_s=pool.stuck_after_s,
+        )
+        for pool in config.pools
+        if pool.discover is not None
+    ]
 
 
 def _spec(pool: PoolConfig, url: str, profile: str, slowdown: float, domain: str | None = None) -> ReplicaSpec:

@@ -22,13 +22,13 @@ from importlib import import_module
 from pathlib import Path
 from random import uniform
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import aiohttp
 import msgspec
 from yaml import YAMLError
 
-from serving.endpointslices import EndpointSlice
+from serving.endpointslices import EndpointSlice, Listing
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +49,6 @@ _POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 class DiscoveryError(RuntimeError):
     """Why the fleet cannot be read from Kubernetes, and what to do about it."""
-
-
-class Listing(NamedTuple):
-    """The EndpointSlices to follow. ``namespace`` None: the one that this process runs in, else ``default``."""
-
-    namespace: str | None
-    selector: str
-
-    def __str__(self) -> str:
-        return f"EndpointSlices {self.selector} in namespace {self.namespace or 'of this pod'}"
 
 
 class _Version(msgspec.Struct, rename="camel"):
@@ -122,10 +112,12 @@ async def kubernetes_api() -> AsyncIterator[Api]:
     named = os.environ.get("KUBECONFIG")
     try:
         if named is None and "KUBERNETES_SERVICE_HOST" in os.environ:
-            config.load_incluster_config(client_configuration=settings)
+            config.load_incluster_config(settings)  # type: ignore[no-untyped-call] # the client's config has no types
         else:
             path = named or "~/.kube/config"
-            await config.load_kube_config(path, client_configuration=settings, persist_config=False)
+            await config.load_kube_config(  # type: ignore[no-untyped-call] # as above
+                path, client_configuration=settings, persist_config=False
+            )
     except (config.ConfigException, OSError, ValueError, YAMLError) as error:
         raise DiscoveryError(
             f"the address of the Kubernetes API is not known: {error}; run in a pod with a service account, or set "

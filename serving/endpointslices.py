@@ -13,12 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from ipaddress import IPv6Address, ip_address
+from typing import NamedTuple
 
 import msgspec
 
 PROFILE_LABEL = "penstock.io/profile"
 GPU_LABEL = "penstock.io/gpu"
 _SERVICE_LABEL = "kubernetes.io/service-name"
+
+
+class Listing(NamedTuple):
+    """The EndpointSlices to follow. ``namespace`` None: the one that this process runs in, else ``default``."""
+
+    namespace: str | None
+    selector: str
+
+    def __str__(self) -> str:
+        return f"EndpointSlices {self.selector} in namespace {self.namespace or 'of this pod'}"
 
 
 class Conditions(msgspec.Struct, frozen=True):

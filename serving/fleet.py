@@ -43,6 +43,11 @@ class ReplicaSpec(msgspec.Struct, frozen=True):
     domain: str | None = None
 
 
+def is_same_engine(one: ReplicaSpec, other: ReplicaSpec) -> bool:
+    """Whether both tell of the same server, though how it is watched, or what it fails together with, may differ."""
+    return one == msgspec.structs.replace(other, stuck_after_s=one.stuck_after_s, domain=one.domain)
+
+
 class ReplicaStatus(msgspec.Struct, frozen=True):
     """A watched replica and its health."""
 
@@ -108,9 +113,9 @@ class Fleet:
                 self._tasks[url] = asyncio.create_task(self._probe_forever(url), name=f"probe {url}")
 
     def _is_replaced(self, spec: ReplicaSpec) -> bool:
-        """Whether the replica watched at this URL differs in more than how it is watched."""
+        """Whether another engine is watched at this URL."""
         known = self._statuses.get(spec.url)
-        return known is not None and msgspec.structs.replace(known.spec, stuck_after_s=spec.stuck_after_s) != spec
+        return known is not None and not is_same_engine(known.spec, spec)
 
     async def probed_once(self) -> None:
         """Wait until every watched replica has been probed; each probe is bounded in time.

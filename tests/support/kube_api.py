@@ -37,9 +37,11 @@ def recorded_slices() -> list[Slice]:
     return found
 
 
-def endpoint(address: str, node: str | None = "node-1", **conditions: bool | None) -> dict[str, Any]:
-    """One endpoint, ready unless the conditions (ready, serving, terminating) say otherwise."""
-    states: dict[str, bool | None] = {"ready": True, "serving": True, "terminating": False, **conditions}
+def endpoint(
+    address: str, node: str | None = "node-1", *, ready: bool | None = True, terminating: bool | None = False
+) -> dict[str, Any]:
+    """One endpoint, ready unless the conditions say otherwise."""
+    states = {"ready": ready, "serving": ready or terminating, "terminating": terminating}
     return {"addresses": [address], "conditions": states, **({"nodeName": node} if node else {})}
 
 
@@ -47,12 +49,14 @@ def endpoint_slice(
     name: str,
     endpoints: Iterable[Mapping[str, Any]],
     *,
+    pool: str = "chat",
+    profile: str = "h100-llama-3.1-8b",
+    gpu: str = "H100",
     port: int | None = 8000,
     address_type: str = "IPv4",
-    **labels: str,
 ) -> Slice:
-    """A slice of the Service ``engine`` in the pool ``chat``; ``labels`` are the ``penstock.io/`` ones to change."""
-    ours = {"pool": "chat", "profile": "h100-llama-3.1-8b", "gpu": "H100"} | labels
+    """A slice of the Service ``engine`` with our three labels."""
+    ours = {"pool": pool, "profile": profile, "gpu": gpu}
     return {
         "kind": "EndpointSlice",
         "apiVersion": "discovery.k8s.io/v1",
@@ -117,7 +121,7 @@ class KubeApi:
         app.router.add_get(_API, self._list_or_watch)
         app.router.add_put(_API + "/{name}", self._put)
         app.router.add_delete(_API + "/{name}", self._delete)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
         await self.come_back()
         self.kubeconfig.write_text(json.dumps(_kubeconfig(self.url)), "utf-8")
