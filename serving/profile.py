@@ -23,6 +23,10 @@ class ProfileError(ValueError):
     """A profile that cannot be used; the message says where it is wrong and what would be right."""
 
 
+#: How far the mean context of a run's requests may lie from that of their mix, as a factor.
+_DRAWN_MEAN_ERROR = 1.05
+
+
 class OutOfRangeError(ProfileError):
     """The context asked for is outside what was measured; the message says how to extrapolate all the same."""
 
@@ -82,9 +86,15 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     surface: Surface | None = None
 
     def covers_context(self, context_tokens: float) -> bool:
-        """Whether requests of this mean context were measured; an estimate without a range claims nothing more."""
+        """Whether requests of this mean context were measured; an estimate without a range claims nothing more.
+
+        A run draws its requests, so its mean context is a little off that of the mix that it was drawn from.
+        """
         measured = None if self.fit is None else self.fit.context
-        return measured is None or measured.least_tokens <= context_tokens <= measured.most_tokens
+        if measured is None:
+            return True
+        least, most = measured.least_tokens / _DRAWN_MEAN_ERROR, measured.most_tokens * _DRAWN_MEAN_ERROR
+        return least <= context_tokens <= most
 
     def extrapolated_step_time(self, kv_tokens: float, context_tokens: float) -> tuple[StepTimeModel, str]:
         """The step-time model around that KV use (tokens read by a step) and mean context (I + O/2, tokens).

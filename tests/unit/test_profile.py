@@ -138,7 +138,13 @@ def test_within_the_measured_range_the_model_is_given_plainly() -> None:
     assert profile.extrapolated_step_time(1e4, 5000) == (profile.step_time, "")
 
 
-@pytest.mark.parametrize("context", [99, 5001])
+@pytest.mark.parametrize("context", [96, 5240])
+def test_the_mix_that_was_measured_is_within_what_was_measured(context: float) -> None:
+    """A run draws its requests from its mix, so the mean context that it measured is a little off the mix's own."""
+    assert measured_from(100, 5000).covers_context(context)
+
+
+@pytest.mark.parametrize("context", [95, 5251])
 def test_beyond_the_measured_range_the_model_is_marked(context: float) -> None:
     """What is extrapolated says so, and names the range."""
     profile = measured_from(100, 5000)
