@@ -152,7 +152,7 @@ class Leadership:
         self.check()
         fence = self._fence
         words: list[Word] = [word for command in commands for word in (len(command), *command)]
-        if not await self._fenced(keys=[LEADER_KEY], args=[fence, *words]):
+        if not await self._fenced(keys=[LEADER_KEY], args=(fence, *words)):
             self._refused.set()
             raise NotLeadingError(f"the lease in Redis is no longer {fence!r}")
 
@@ -201,7 +201,7 @@ class Leadership:
     async def _ask(self) -> bool:
         """Ask for the lease, or for more of it; whether Redis has answered. A failure is logged once."""
         standing, asked_s = self._standing, self._clock()
-        asked = [self.holder, standing.term, standing.newest_term, round(LEASE_S * 1000)]
+        asked: list[Word] = [self.holder, standing.term, standing.newest_term, round(LEASE_S * 1000)]
         try:
             async with asyncio.timeout(standing.asking_timeout_s(asked_s)):
                 term, is_ours = await self._ask_for(keys=[LEADER_KEY, TERM_KEY], args=asked)

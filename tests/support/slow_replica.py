@@ -23,6 +23,10 @@ _STREAM_HEAD = (
 )
 
 
+#: What a probe is told: it is well, and has no metrics.
+_PROBED = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+
+
 class SlowReplica:
     """One replica. Use as an async context manager.
 
@@ -135,6 +139,10 @@ class _Connection(asyncio.Protocol):
         if not found:
             return
         line, *fields = head.decode().split("\r\n")
+        if line.startswith("GET "):
+            self._received = b""
+            self.transport.write(_PROBED)
+            return
         headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
         if len(body) < int(headers["content-length"]):
             return
