@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -14,8 +13,6 @@ from jsonschema.protocols import Validator
 from jsonschema.validators import Draft202012Validator
 from kubernetes_validate.utils import schema_contents  # type: ignore[import-untyped]  # it ships no types
 from referencing import Registry, Resource
-
-from serving.profile import load_profile, shipped_profiles
 
 Manifest: TypeAlias = dict[str, Any]
 Values: TypeAlias = Mapping[str, Any]
@@ -174,25 +171,3 @@ def _definitions(version: str) -> Registry[Any]:
     path = f"kubernetes-json-schema/v{version}-local-strict/_definitions.json"
     definitions: Resource[Any] = Resource.from_contents(schema_contents(path, version))
     return definitions @ Registry()
-
-
-def profile_table() -> dict[str, Any]:
-    """What the chart's templates need to know of the shipped profiles."""
-    return {
-        name: {
-            "model": profile.model,
-            "gpu": profile.gpu,
-            "gpus_per_replica": profile.gpus_per_replica,
-            "limits": {
-                "max_num_seqs": profile.limits.max_num_seqs,
-                "max_num_batched_tokens": profile.limits.max_num_batched_tokens,
-                "max_model_len": profile.limits.max_model_len,
-            },
-        }
-        for name in shipped_profiles()
-        for profile in [load_profile(name)]
-    }
-
-
-if __name__ == "__main__":
-    (CHART / "files" / "profiles.json").write_text(json.dumps(profile_table(), indent=1, sort_keys=True) + "\n")

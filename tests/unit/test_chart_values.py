@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 from helm_python import HelmError
 
-from serving.profile import load_profile, shipped_profiles
-from tests.support import chart
+from tests.support import chart, chart_parts
 
 VIRTUAL = chart.values_of("virtual")
 MIXED = chart.values_of("mixed")
@@ -40,7 +38,7 @@ def _refused(values: dict[str, Any]) -> str:
         pytest.param({"commonLabels": {"a b": "c"}}, "at '/commonLabels': additional properties 'a b'", id="label"),
         pytest.param({"engines": [{"name": "h100"}]}, "at '/engines/0': missing properties 'model'", id="incomplete"),
         pytest.param(
-            {"profiles": {"ours": "{}"}}, "at '/profiles': additional properties 'ours'", id="profile without .json"
+            {"profiles": {"ours": "{}"}}, "at '/profiles': additional properties 'ours'", id="profile"
         ),
         pytest.param({"config": {"pool": []}}, "at '/config': additional properties 'pool' not allowed", id="config"),
         pytest.param({"config": {"tiers": []}}, "at '/config/tiers': minItems: got 0, want 1", id="no tier"),
@@ -122,7 +120,22 @@ def test_a_pool_is_found_in_one_way_alone() -> None:
     assert '"llama-3.1-8b" has a discover of its own and engine groups of the chart' in _refused(values)
 
 
-def test_the_chart_knows_every_shipped_profile() -> None:
-    """Its table has each profile's GPU, count and batch bounds; `python -m tests.support.chart` writes it anew."""
-    assert json.loads((chart.CHART / "files" / "profiles.json").read_text()) == chart.profile_table()
-    assert set(chart.profile_table()) == {load_profile(name).name for name in shipped_profiles()}
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gateway": {"enforced": False}}, "at '/config/gateway': additional properties 'enforced' not allowed"),
+        ({"gateway": {"port": 80}}, "at '/config/gateway': additional properties 'port' not allowed"),
+        ({"state_dir": "/tmp"}, "at '/config': additional properties 'state_dir' not allowed"),  # noqa: S108 - refused
+        ({"tiers": [{"name": "pro", "share": 1.2}]}, "at '/config/tiers/0/share': maximum: got 1.2, want 1"),
+        ({"pools": [{"modle": "m"}]}, "at '/config/pools/0': additional properties 'modle' not allowed"),
+        ({"pools": [{"model": "m", "engines": []}]}, "at '/config/pools/0': additional properties 'engines'"),
+    ],
+)
+def test_a_mistake_in_the_config_is_refused_before_it_is_installed(changes: dict[str, Any], message: str) -> None:
+    """The schema knows the fields of penstock.yaml, and which of them are the chart's own business."""
+    assert message in _refused(chart.merged(VIRTUAL, {"config": changes}))
+
+
+def test_the_chart_knows_what_the_service_knows() -> None:
+    """Its profiles and the schema of its config follow the code; `python -m tests.support.chart_parts` renews them."""
+    assert chart_parts.outdated() == []

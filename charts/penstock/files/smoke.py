@@ -39,7 +39,7 @@ def problem(admin_url: str, data_url: str) -> str | None:
         message = json.loads(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         return f"{data_url}/v1/models: not an OpenAI error: {body[:200]!r}"
-    print(f"ready, and a caller without a key is told: {message}")  # noqa: T201 - `helm test --logs` shows it
+    print(f"ready, and a caller without a key is told: {message}")
     return None
 
 
