@@ -161,6 +161,8 @@ def entered(
 
 _DEVICES = ("null", "zero", "random", "urandom")
 _PACKAGE_ROW = "${Package} ${Priority} ${Essential}\\n"
+#: By the required packages, and by apt, which every image of Debian has.
+_DEPENDED_UPON = ("libc6", "libgcc-s1", "libstdc++6")
 _LEFT_OUT_OF_DEBIAN = ("/usr/share/doc/", "/usr/share/man/", "/usr/share/locale/")
 #: Diverted, so listed under other names.
 _SHELL = (Path("/bin/sh"), Path("/usr/bin/sh"))
@@ -191,7 +193,7 @@ def make_base(tree: Path) -> None:
 def _required_files() -> list[Path]:
     rows = map(str.split, _output("dpkg-query", "--show", "--showformat", _PACKAGE_ROW).splitlines())
     packages = [name for name, *marks in rows if {"required", "yes"} & set(marks)]
-    listed = _output("dpkg-query", "--listfiles", *packages).splitlines()
+    listed = _output("dpkg-query", "--listfiles", *packages, *_DEPENDED_UPON).splitlines()
     files = {Path(line) for line in listed if line.startswith("/") and not line.startswith(_LEFT_OUT_OF_DEBIAN)}
     programs = [path for path in files if path.parent.name in ("bin", "sbin") and path.is_file()]
     return sorted({*files, *(path for path in _SHELL if path.exists()), *_linked(programs)})
