@@ -98,9 +98,9 @@ class ControllerMetrics:
         self.leader_changes.inc()
         self.health.stands_by()
         self._forget_pools()
-        for of_fleet in (self.fleet_replicas, self.replica_adds, self.watched_replicas):
+        for of_fleet in (self.fleet_replicas, self.replica_adds, self.watched_replicas, self.discovered_replicas):
             of_fleet.clear()
-        for gauge in (self.epoch, self.waiting, self.unaudited):
+        for gauge in (self.epoch, self.waiting, self.unaudited, self.discovery_refused, self.discovery_age):
             gauge.set(0)
 
     def round_ended(self, good: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ratelimit.config import Config, PoolConfig
 from ratelimit.discovered import PoolDiscovery
+from serving.discovery import check_client
 from serving.fleet import ReplicaSpec
 from serving.health import stuck_time_s
 from serving.profile import load_profile
@@ -20,6 +21,12 @@ def replica_specs(config: Config) -> list[ReplicaSpec]:
             _spec(pool, replica.url, replica.profile, replica.slowdown, replica.domain) for replica in pool.replicas
         ]
     return specs
+
+
+def check_can_discover(config: Config) -> None:
+    """Raises ``DiscoveryError`` where replicas are to be discovered and what that takes is not installed."""
+    if any(pool.discover is not None for pool in config.pools):
+        check_client()
 
 
 def pool_discoveries(config: Config) -> list[PoolDiscovery]:

@@ -20,10 +20,12 @@ from ratelimit.gateway.server import GatewayStartError, run_gateway
 from ratelimit.housekeeping import housekeeping
 from ratelimit.leadership import Leadership
 from ratelimit.publisher import Publisher
+from ratelimit.replicaspecs import check_can_discover
 from ratelimit.statefile import StateFileError
 from ratelimit.supervisor.gateways import gateway_settings
 from ratelimit.supervisor.tasks import background, until_stopped
 from ratelimit.watch import ConfigWatch, follow
+from serving.discovery import DiscoveryError
 from serving.fleet import Fleet, probe_session
 from serving.profile import ProfileError
 
@@ -57,7 +59,8 @@ def controller(config: ConfigOption = DEFAULT_CONFIG, redis: RedisOption = None)
     """
     log_to_stderr()
     settings = read_config(config)
-    with failing_clearly(EmbeddedRedisError, RedisError, ProfileError, StateFileError):
+    with failing_clearly(EmbeddedRedisError, RedisError, ProfileError, StateFileError, DiscoveryError):
+        check_can_discover(settings)
         asyncio.run(_control(ConfigWatch(config), _redis_url(settings, redis)))
 
 

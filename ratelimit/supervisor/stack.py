@@ -23,6 +23,7 @@ from ratelimit.housekeeping import housekeeping
 from ratelimit.keys import KeyFile
 from ratelimit.leadership import Leadership
 from ratelimit.publisher import Publisher
+from ratelimit.replicaspecs import check_can_discover
 from ratelimit.statefile import StateFileError
 from ratelimit.supervisor.departures import Departures
 from ratelimit.supervisor.engines import EngineKeeper
@@ -31,6 +32,7 @@ from ratelimit.supervisor.preflight import StackError, check_feasible, check_por
 from ratelimit.supervisor.redis import RedisKeeper
 from ratelimit.supervisor.tasks import StoppedError, background, or_stop, until_stopped
 from ratelimit.watch import ConfigWatch, follow
+from serving.discovery import DiscoveryError
 from serving.engine.guard import GuardError
 from serving.engine.launch import EngineError, EngineSpec
 from serving.fleet import Fleet, probe_session
@@ -51,6 +53,7 @@ START_ERRORS = (
     ProfileError,
     StateFileError,
     AdminTokenError,
+    DiscoveryError,
     RedisError,
     OSError,
 )
@@ -105,6 +108,7 @@ async def run_stack(
     with only_one(config.state_dir):
         (config.state_dir / "logs").mkdir(mode=0o700, exist_ok=True)
         check_ports_free(config.gateway)
+        check_can_discover(config)
         await check_feasible(config)
         with contextlib.suppress(StoppedError):
             async with contextlib.AsyncExitStack() as stack:

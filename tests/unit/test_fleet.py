@@ -115,12 +115,12 @@ async def test_another_engine_at_a_known_url_starts_anew(
 async def test_a_replica_watched_in_another_way_keeps_its_health(
     replica: FakeReplica, fleet: tuple[Fleet, Changes]
 ) -> None:
-    """A changed stuck_after_s is no reason to doubt a healthy replica."""
+    """A changed stuck_after_s, or a node that is told later, is no reason to doubt a healthy replica."""
     watching, changes = fleet
     watching.watch([spec_of(replica.url)])
     assert await changes.next() == "healthy"
 
-    watching.watch([spec_of(replica.url, stuck_after_s=90.0)])
+    watching.watch([spec_of(replica.url, stuck_after_s=90.0, domain="node-1")])
 
     status = watching.statuses()[replica.url]
     assert (status.health.phase, status.spec.stuck_after_s) == ("healthy", 90.0)
