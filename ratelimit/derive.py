@@ -27,6 +27,7 @@ from typing import get_args
 import msgspec
 
 from ratelimit.explain import number, shown, timestamp
+from ratelimit.gputypes import by_gpu
 from ratelimit.groupsupply import GroupSupply, SupplyError, Trim
 from ratelimit.keylimits import Grant, amount_text, burst_of, countable, key_limits, lengths_of, tier_limits
 from ratelimit.meter import THOUSANDTHS
@@ -77,8 +78,10 @@ def derive(
         groups, trim = supplies.get(pool.model, ()), trims.get(pool.model)
         own, *_ = promises = promises_of(policy.tiers, pool)
         able = [group for group in groups if own in group.rates]
-        found = {own: supply_of(own, groups, pool.spare_domains, trim)}
-        found |= {promise: supply_of(promise, able, pool.spare_domains, trim) for promise in promises[1:]}
+        fleet = by_gpu(groups)
+        serving = fleet if len(able) == len(groups) else by_gpu(able)
+        found = {own: supply_of(own, fleet, pool.spare_domains, trim)}
+        found |= {promise: supply_of(promise, serving, pool.spare_domains, trim) for promise in promises[1:]}
         pools.append(published_pool(pool, able, found[own], lowest))
         keys = {tier.name: max(1, active_keys.get((tier.name, pool.model), 0)) for tier in policy.tiers}
         theirs = [found[promise_of(tier, pool)] for tier in policy.tiers]

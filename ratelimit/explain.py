@@ -59,7 +59,7 @@ def product(start: Decimal, factors: Sequence[Factor]) -> Fraction:
 
 def shown(value: Fraction) -> int:
     """Rounded down to two significant digits, but at least 1: a limit of 0 would be a closed door."""
-    whole = max(1, floor(value))
+    whole = max(1, value.numerator // value.denominator)
     unit = _shown_unit(whole)
     return whole // unit * unit
 
@@ -86,8 +86,9 @@ def formula(start: str, factors: Sequence[Factor], result: Fraction) -> str:
 
 def approximate(value: Fraction) -> str:
     """A computed value cut to whole numbers, or to three significant digits where it is small."""
-    if value >= _WHOLE_FROM:
-        return f"{floor(value):,}"
+    whole = value.numerator // value.denominator  # floor() of a fraction takes several times as long
+    if whole >= _WHOLE_FROM:
+        return f"{whole:,}"
     return number(_round(Decimal(value.numerator) / Decimal(value.denominator), 3, ROUND_DOWN))
 
 

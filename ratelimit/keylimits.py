@@ -322,6 +322,7 @@ def nearest_rank(values: Iterable[T], percentile: int) -> T:
     return ordered[ceil(len(ordered) * percentile / 100) - 1]
 
 
+@lru_cache(maxsize=256)
 def _decimal(value: float) -> Decimal:
     """The decimal that the operator wrote."""
     return Decimal(str(value))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from itertools import chain
 from math import ceil, floor
 
@@ -22,7 +23,7 @@ from ratelimit.meter import THOUSANDTHS
 from ratelimit.policy import PoolPolicy
 from ratelimit.poolsupply import Supply
 from ratelimit.publication import MOST_BUDGET_BURST, MOST_PER_MINUTE, PublishedPool
-from serving.capacity import ReplicaGroup
+from serving.capacity import ReplicaGroup, WorkloadMix
 from serving.fleetcost import fleet_costs_s
 
 #: The part of the TTFT bound that a request may wait behind work admitted before it. The rest is for computing its own
@@ -47,7 +48,7 @@ def published_pool(
     burst, burst_text = _burst(busy, costs_s, groups, lowest_threshold)
     default_output = pool.default_max_output
     if default_output is None:
-        default_output = nearest_rank((shape.output_tokens for shape in pool.mix.shapes), DEFAULT_OUTPUT_PERCENTILE)
+        default_output = _default_output(pool.mix)
     usable = float(supply.usable)
     return PublishedPool(
         model=pool.model,
@@ -66,6 +67,11 @@ def published_pool(
         f"{burst_text}",
         priority_scheduling=pool.priority_scheduling,
     )
+
+
+@lru_cache(maxsize=64)
+def _default_output(mix: WorkloadMix) -> int:
+    return nearest_rank((shape.output_tokens for shape in mix.shapes), DEFAULT_OUTPUT_PERCENTILE)
 
 
 def _merged(supplies: Sequence[GroupSupply]) -> dict[ReplicaGroup, ReplicaGroup]:

@@ -20,18 +20,14 @@ from typing import NamedTuple
 import msgspec
 
 from ratelimit.explain import factor_value, factor_value_up, number
-from ratelimit.groupsupply import GroupSupply, Trim, Worth
+from ratelimit.gputypes import AbleGroups, GpuType
+from ratelimit.groupsupply import Trim
 from ratelimit.policy import Promise
 
 #: More kinds of replica than this are printed as one sum for each GPU type.
 MOST_KINDS = 12
-#: Of such a sum, this many profiles are named.
-MOST_SOURCES = 3
 _FULL = Trim(1.0, "")
 _NANO = Decimal("1e-9")
-
-
-_Able = tuple[GroupSupply, Worth]
 
 
 class Supply(msgspec.Struct, frozen=True):
@@ -54,15 +50,16 @@ class _Spare(NamedTuple):
     kept: bool
 
 
-def supply_of(promise: Promise, groups: Sequence[GroupSupply], spare_domains: int, trim: Trim | None = None) -> Supply:
+def supply_of(promise: Promise, fleet: Sequence[GpuType], spare_domains: int, trim: Trim | None = None) -> Supply:
     """The supply of these groups; those that cannot meet the promise add nothing, and are named with the reason."""
-    able = [(group, worth) for group in groups if (worth := group.worth.get(promise))]
-    hopeless = _hopeless(promise, groups) if len(able) < len(groups) else []
-    total = sum([worth.of_all for _, worth in able], Decimal(0))
+    able = [found for gpu_type in fleet if (found := gpu_type.able(promise))]
+    are_all = sum(len(each.groups) for each in able) == sum(len(gpu_type.groups) for gpu_type in fleet)
+    hopeless = [] if are_all else _hopeless(promise, fleet)
+    total = sum([each.total for each in able], Decimal(0))
     spare = _spare(able, spare_domains, total)
     text = " + ".join(_kinds(promise, able)) or "no replica is healthy"
     usable, text = _trimmed(total - spare.requests_per_s, text + spare.text, trim or _FULL)
-    slowest = max([group.slowdown for group, _ in able], default=1.0)
+    slowest = max([each.slowest for each in able], default=1.0)
     ttft_s, tpot_s = promise.slo.ttft_s * slowest, promise.slo.tpot_s * slowest
     mean_output = promise.mix.mean_output_tokens
     unkept = [] if spare.kept else [f"{spare_domains} spare failure domain(s) cannot be kept: {spare.text[3:]}"]
@@ -86,9 +83,9 @@ def _trimmed(supplied: Decimal, text: str, trim: Trim) -> tuple[Decimal, str]:
     )
 
 
-def _hopeless(promise: Promise, groups: Iterable[GroupSupply]) -> list[str]:
+def _hopeless(promise: Promise, fleet: Iterable[GpuType]) -> list[str]:
     kinds: Counter[tuple[str, str, str]] = Counter()
-    for group in groups:
+    for group in chain.from_iterable(gpu_type.groups for gpu_type in fleet):
         if promise not in group.rates and group.group.count:
             reason = group.infeasible.get(promise, "its knee is not known yet")
             kinds[group.gpu, group.profile, reason] += group.group.count
@@ -98,12 +95,12 @@ def _hopeless(promise: Promise, groups: Iterable[GroupSupply]) -> list[str]:
     ]
 
 
-def _spare(able: Sequence[_Able], spare_domains: int, total: Decimal) -> _Spare:
+def _spare(able: Sequence[AbleGroups], spare_domains: int, total: Decimal) -> _Spare:
     """What the largest failure domains serve, less what must be given out whatever the policy says."""
     if not spare_domains or not able:
         return _Spare(Decimal(0), "", kept=True)
     wanted = sum(nlargest(spare_domains, _domains(able, spare_domains)), Decimal(0))
-    most = total - max([worth.of_one for _, worth in able])
+    most = total - max([each.most_of_one for each in able])
     said = f"spare_domains: {spare_domains}"
     if wanted > most:
         said += f", which serve {number(wanted)}: one replica's worth is given out all the same"
@@ -111,29 +108,28 @@ def _spare(able: Sequence[_Able], spare_domains: int, total: Decimal) -> _Spare:
     return _Spare(kept, f" − {number(kept)} kept spare ({said})", kept=wanted <= most)
 
 
-def _domains(able: Sequence[_Able], at_most: int) -> list[Decimal]:
+def _domains(able: Iterable[AbleGroups], at_most: int) -> list[Decimal]:
     """The requests/s of failure domains, the ``at_most`` largest among them.
 
     Those are all that are labelled, and of the unlabelled replicas of each GPU type the first that are full, where the
     dearest stand together: which share a node is not known, and no other way to place them loses more.
     """
     labelled: dict[str, Decimal] = {}
-    of_gpu: dict[str, list[_Able]] = {}
+    pooled: list[Decimal] = []
     for each in able:
-        group, worth = each
-        if group.domains:
-            for label, count in group.domains.items():
-                labelled[label] = labelled.get(label, Decimal(0)) + count * worth.of_one
-        if group.unlabelled:
-            of_gpu.setdefault(group.gpu, []).append(each)
-    pooled = [_filled(those, at_most) for those in of_gpu.values()]
-    return [*labelled.values(), *chain.from_iterable(pooled)]
+        for group, of_one in zip(each.groups, each.of_one, strict=True):
+            if group.domains:
+                for label, count in group.domains.items():
+                    labelled[label] = labelled.get(label, Decimal(0)) + count * of_one
+        pooled += _filled(each, at_most)
+    return [*labelled.values(), *pooled]
 
 
-def _filled(able: list[_Able], at_most: int) -> list[Decimal]:
+def _filled(able: AbleGroups, at_most: int) -> list[Decimal]:
     """The requests/s of the first ``at_most`` domains, the last perhaps not full; a replica may be cut between two."""
     domains, room = [Decimal(0)], Fraction(1)
-    for group, worth in sorted(able, key=_of_full_domain, reverse=True):
+    for i in able.dearest_first:
+        group, of_one = able.groups[i], able.of_one[i]
         left = Fraction(group.unlabelled, group.domain_replicas)
         while left:
             if not room:
@@ -142,13 +138,9 @@ def _filled(able: list[_Able], at_most: int) -> list[Decimal]:
                 domains.append(Decimal(0))
                 room = Fraction(1)
             taken = min(left, room)
-            domains[-1] += _of_replicas(taken * group.domain_replicas, worth.of_one)
+            domains[-1] += _of_replicas(taken * group.domain_replicas, of_one)
             left, room = left - taken, room - taken
     return domains
-
-
-def _of_full_domain(each: _Able) -> float:
-    return each[1].of_full_domain
 
 
 def _of_replicas(replicas: Fraction, rate: Decimal) -> Decimal:
@@ -157,14 +149,15 @@ def _of_replicas(replicas: Fraction, rate: Decimal) -> Decimal:
     return worth if Fraction(worth) == replicas * Fraction(rate) else worth.quantize(_NANO, rounding=ROUND_UP)
 
 
-def _kinds(promise: Promise, able: Sequence[_Able]) -> list[str]:
+def _kinds(promise: Promise, able: Sequence[AbleGroups]) -> list[str]:
     """The addends of the supply: each kind of replica, or where there are many, each GPU type."""
     counts: Counter[tuple[str, float, Decimal, str, float]] = Counter()
-    for group, worth in able:
-        utilization = group.knees[promise].utilization
-        counts[group.gpu, group.slowdown, worth.of_one, group.provenance, utilization] += group.group.count
-        if len(counts) > MOST_KINDS:
-            return _gpu_types(able)
+    for each in able:
+        for group, of_one in zip(each.groups, each.of_one, strict=True):
+            utilization = group.knees[promise].utilization
+            counts[group.gpu, group.slowdown, of_one, group.provenance, utilization] += group.group.count
+            if len(counts) > MOST_KINDS:
+                return [those.text for those in able]
     slo = promise.slo
     return [
         f"{count} × {gpu}{'' if slowdown == 1 else f' (1:{slowdown:g} speed)'} × {number(rate)} requests/s "
@@ -172,20 +165,3 @@ def _kinds(promise: Promise, able: Sequence[_Able]) -> list[str]:
         f"{slo.tpot_s * slowdown * 1000:g} ms; {number(factor_value(utilization))} of the closed form]"
         for (gpu, slowdown, rate, provenance, utilization), count in sorted(counts.items())
     ]
-
-
-def _gpu_types(able: Sequence[_Able]) -> list[str]:
-    of_gpu: dict[str, list[_Able]] = {}
-    for each in able:
-        of_gpu.setdefault(each[0].gpu, []).append(each)
-    return [
-        f"{number(sum([worth.of_all for _, worth in those], Decimal(0)))} requests/s by "
-        f"{sum([group.group.count for group, _ in those]):,} {gpu} [{_sources(those)} in {len(those):,} groups]"
-        for gpu, those in sorted(of_gpu.items())
-    ]
-
-
-def _sources(groups: Sequence[_Able]) -> str:
-    found = sorted({group.provenance for group, _ in groups})
-    more = f" and {len(found) - MOST_SOURCES} more" if len(found) > MOST_SOURCES else ""
-    return "; ".join(found[:MOST_SOURCES]) + more

@@ -17,6 +17,7 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from time import process_time
@@ -28,6 +29,7 @@ from rich.table import Table
 
 from ratelimit.activekeys import ActiveKeys, owners
 from ratelimit.derive import GroupSupply, derive
+from ratelimit.gputypes import clear_gpu_types
 from ratelimit.inputs import counted
 from ratelimit.keys import KeyRecord
 from ratelimit.policy import KeyAmounts, Policy, PoolPolicy, Promise, TierPolicy, promises_of
@@ -74,11 +76,12 @@ class Fleet(msgspec.Struct, frozen=True):
         supplies = {MODEL: self.groups if groups is None else groups}
         return derive(1, "2026-11-21T00:00:00Z", "bench", self.policy, supplies, self.active_keys, ())
 
-    def after_a_loss(self) -> tuple[GroupSupply, ...]:
-        """The groups when the first has lost a replica; the others are the same objects."""
-        first, *others = self.groups
-        group = msgspec.structs.replace(first.group, count=first.group.count - 1)
-        return msgspec.structs.replace(first, group=group, replicas=first.replicas[1:]), *others
+    def after_a_loss(self, at: int = 0) -> tuple[GroupSupply, ...]:
+        """The groups when the one at this place has lost a replica; the others are the same objects."""
+        one = self.groups[at]
+        group = msgspec.structs.replace(one.group, count=one.group.count - 1)
+        fewer = msgspec.structs.replace(one, group=group, replicas=one.replicas[1:])
+        return *self.groups[:at], fewer, *self.groups[at + 1 :]
 
 
 def bench_policy(tiers: int = TIERS) -> Policy:
@@ -186,21 +189,23 @@ def timed_derivations(fleet: Fleet, rounds: int) -> list[Timing]:
     def forget() -> None:
         nonlocal cold
         clear_costs()
+        clear_gpu_types()
         unused = tuple(msgspec.structs.replace(group) for group in fleet.groups)
         cold = msgspec.structs.replace(fleet, groups=unused)
 
     def forgotten() -> Publication:
         return cold.derived()
 
-    turns = [fleet.groups, after]
+    lost, places = after, cycle(range(len(fleet.groups)))
 
-    def lose_or_regain() -> None:
-        turns.reverse()
-        fleet.derived(turns[0])
+    def lose_another() -> None:
+        """In another group each time, which then was never seen before; the one before has its replica back."""
+        nonlocal lost
+        lost = fleet.after_a_loss(next(places))
 
     return [
         timed(f"derive, {REPLICAS:,} replicas, {len(fleet.groups):,} groups, nothing cached", forgotten, 3, forget),
-        timed("derive after one replica changes", lose_or_regain, rounds),
+        timed("derive after one replica changes", lambda: fleet.derived(lost), rounds, lose_another),
         timed("compare two equal publications", lambda: before == same, rounds),
         timed(f"encode one ({len(encode(now)) / MIB:.0f} MiB of JSON)", lambda: encode(now), rounds),
     ]

@@ -16,6 +16,7 @@ from msgspec.structs import replace as replaced
 
 from ratelimit.decided import held_together
 from ratelimit.derive import GroupSupply, Promise, SupplyError, Trim, derive
+from ratelimit.gputypes import by_gpu
 from ratelimit.keylimits import lengths_of
 from ratelimit.overrides import FrozenLimit, Override
 from ratelimit.policy import KeyAmounts, Policy, PoolPolicy, TierPolicy, promise_carriers, promise_of, promises_of
@@ -270,7 +271,7 @@ def load(
 ) -> Fraction:
     """The part of a fleet that all assured callers at their limits take; 1 is all of it."""
     pool = policy_of(tiers).pools[0]
-    found = {promise: supply_of(promise, fleet, spare, trim).usable for promise in promises_of(tiers, pool)}
+    found = {promise: supply_of(promise, by_gpu(fleet), spare, trim).usable for promise in promises_of(tiers, pool)}
     taken = [(assured_requests_per_s(publication, tier, pool), found[promise_of(tier, pool)]) for tier in tiers]
     return sum((assured / Fraction(usable) for assured, usable in taken if assured), Fraction(0))
 
@@ -378,9 +379,9 @@ def test_replicas_of_one_domain_fail_together_across_groups() -> None:
     """A label that several groups share is one failure domain, and the largest of all is what is kept spare."""
     base = Drawn(8, "H100", 1.0, (10.0,) * 4, (True,) * 3, 1, ())
     racks = [replaced(base, gpu=gpu, domains=(4, 3)).group() for gpu in ("H100", "H200")]
-    assert supply_of(PROMISES[0], racks, 0).usable == 160
-    assert supply_of(PROMISES[0], racks, 1).usable == 160 - 2 * 40
-    assert supply_of(PROMISES[0], racks, 2).usable == 160 - 2 * 40 - 2 * 30
+    assert supply_of(PROMISES[0], by_gpu(racks), 0).usable == 160
+    assert supply_of(PROMISES[0], by_gpu(racks), 1).usable == 160 - 2 * 40
+    assert supply_of(PROMISES[0], by_gpu(racks), 2).usable == 160 - 2 * 40 - 2 * 30
 
 
 def test_unlabelled_groups_may_share_their_nodes() -> None:
@@ -391,7 +392,7 @@ def test_unlabelled_groups_may_share_their_nodes() -> None:
     third = replaced(base, rates=(30.0,) * 4, domain_replicas=3, count=1).group()
 
     def usable(*groups: GroupSupply, spare: int = 1) -> Decimal:
-        return supply_of(PROMISES[0], groups, spare).usable
+        return supply_of(PROMISES[0], by_gpu(groups), spare).usable
 
     fours = [replaced(base, count=4, slowdown=slowdown).group() for slowdown in (1.0, 1.25)]
     assert usable(*fours, slow) == 40 + 32 + 64 - 72
