@@ -9,9 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import helm_python
 import yaml
-from jsonschema.protocols import Validator
-from jsonschema.validators import Draft202012Validator
-from kubernetes_validate.utils import schema_contents  # type: ignore[import-untyped]  # it ships no types
+from jsonschema.validators import Draft202012Validator  # type: ignore[import-untyped]  # it ships no types
+from kubernetes_validate.utils import schema_contents  # type: ignore[import-untyped]  # nor does this
 from referencing import Registry, Resource
 
 Manifest: TypeAlias = dict[str, Any]
@@ -82,7 +81,7 @@ def render(values: Values, name: str = "penstock", namespace: str = "penstock") 
         manifest
         for path, text in sorted(texts.items())
         if path.endswith(".yaml")
-        for manifest in yaml.safe_load_all(text)
+        for manifest in yaml.load_all(text, yaml.CSafeLoader)  # in C: an example of a property is read in no time
         if manifest is not None
     ]
 
@@ -158,7 +157,7 @@ def strings_in(value: object) -> Iterator[str]:
 
 
 @functools.cache
-def _validator(kind: str, api_version: str, version: str) -> Validator:
+def _validator(kind: str, api_version: str, version: str) -> Any:
     """As ``kubernetes_validate.validate`` with ``strict``, which reads all definitions anew for each manifest."""
     group, _, number = api_version.rpartition("/")
     name = "-".join(filter(None, (kind.lower(), group.partition(".")[0], number)))

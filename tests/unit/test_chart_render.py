@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from ratelimit.config import Config, load_config
 from serving.engine.command import EngineSpec, engine_argv
 from serving.profile import load_profile
 from tests.support import chart
-from tests.support.chart import Manifest, Pod
+from tests.support.chart import Manifest
+from tests.support.chart_checks import wiring_problems
 
 #: Secrets and claims that the values files ask their reader to make.
 MADE_BY_THE_READER = {"penstock-redis", "penstock-redis-ca", "penstock-admin", "huggingface", "models"}
@@ -81,86 +82,32 @@ def test_every_gateway_lives_as_long_as_its_streams_may(manifests: list[Manifest
     assert patience_s >= gateway.drain_delay_s + gateway.drain_s + 5 + 5
 
 
-def test_selectors_pick_the_pods_that_they_are_meant_for(manifests: list[Manifest]) -> None:
-    """Each workload selects its own pods alone; each Service, budget and monitor selects something."""
-    pods = chart.pods(manifests)
-    for manifest in manifests:
-        if manifest["kind"] in ("Deployment", "StatefulSet"):
-            wanted = manifest["spec"]["selector"]["matchLabels"]
-            assert [pod.owner for pod in pods if wanted.items() <= pod.labels.items()] == [
-                f"{manifest['kind']}/{manifest['metadata']['name']}"
-            ]
-    for manifest in manifests:
-        if manifest["kind"] in ("Service", "PodDisruptionBudget"):
-            selector = manifest["spec"]["selector"]
-            wanted = selector.get("matchLabels", selector)
-            assert any(wanted.items() <= pod.labels.items() for pod in pods), manifest["metadata"]["name"]
+def test_all_objects_fit_each_other(manifests: list[Manifest]) -> None:
+    """Selectors, ports, references, secrets and the hardening of every pod: see each check for what it proves."""
+    assert wiring_problems(manifests, MADE_BY_THE_READER) == []
 
 
-def test_services_and_probes_name_ports_that_there_are(manifests: list[Manifest]) -> None:
-    """A port that is misspelt would be found when nothing answers."""
-    pods = chart.pods(manifests)
-    for service in chart.of_kind(manifests, "Service"):
-        wanted = service["spec"]["selector"]
-        targets = [pod for pod in pods if wanted.items() <= pod.labels.items()]
-        assert {port["targetPort"] for port in service["spec"]["ports"]} <= set(targets[0].ports)
-    for pod in pods:
-        assert {probe["port"] for probe in _probes(pod)} <= set(pod.ports)
-
-
-def test_service_monitors_scrape_ports_of_services_that_there_are(manifests: list[Manifest]) -> None:
-    """Each monitor selects a Service by its labels, and a port of it by its name."""
-    for monitor in chart.of_kind(manifests, "ServiceMonitor"):
-        wanted = monitor["spec"]["selector"]["matchLabels"]
-        services = [m for m in chart.of_kind(manifests, "Service") if wanted.items() <= m["metadata"]["labels"].items()]
-        assert services
-        for service in services:
-            assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
-
-
-def test_what_pods_refer_to_is_there(manifests: list[Manifest]) -> None:
-    """ConfigMaps with their keys, Secrets, claims, accounts and volumes: made by the chart, or by its reader."""
-    made = {(m["kind"], m["metadata"]["name"]) for m in manifests}
-    keys = {m["metadata"]["name"]: set(m["data"]) for m in manifests if m["kind"] in ("ConfigMap", "Secret")}
-    for pod in chart.pods(manifests):
-        for kind, name, wanted in _references(pod):
-            assert (kind, name) in made or name in MADE_BY_THE_READER, (pod.owner, kind, name)
-            assert name not in keys or wanted <= keys[name], (pod.owner, kind, name, wanted)
-        for container in pod.containers:
-            mounted = [mount["name"] for mount in container.get("volumeMounts", ())]
-            assert set(mounted) == set(pod.volumes)
-            assert len({mount["mountPath"] for mount in container["volumeMounts"]}) == len(mounted)
-
-
-def test_no_secret_is_readable_outside_a_secret(manifests: list[Manifest]) -> None:
-    """Neither config maps nor command lines nor environments hold one, and the Redis URL comes by reference."""
-    secrets = {value for m in chart.of_kind(manifests, "Secret") for value in m["data"].values()}
-    for manifest in manifests:
-        if manifest["kind"] != "Secret":
-            assert not secrets & set(chart.strings_in(manifest))
-    for component in ("gateway", "controller"):
-        (url,) = [e for e in chart.pod(manifests, component).containers[0]["env"] if e["name"] == "PENSTOCK_REDIS_URL"]
-        assert set(url) == {"name", "valueFrom"}
-        assert set(url["valueFrom"]) == {"secretKeyRef"}
-
-
-def test_every_pod_is_nobody(manifests: list[Manifest]) -> None:
-    """The restricted profile of the Pod Security Standards, a read-only root, bounds, and no API token but one."""
-    for pod in chart.pods(manifests):
-        outer = pod.spec["securityContext"]
-        assert outer["runAsNonRoot"] is True
-        assert outer["runAsUser"] > 0
-        assert outer["seccompProfile"] == {"type": "RuntimeDefault"}
-        is_watching = pod.labels["app.kubernetes.io/component"] == "controller"
-        assert pod.spec["automountServiceAccountToken"] is False or is_watching
-        for container in pod.containers:
-            inner = container["securityContext"]
-            assert inner["allowPrivilegeEscalation"] is False
-            assert inner["readOnlyRootFilesystem"] is True
-            assert inner["capabilities"] == {"drop": ["ALL"]}
-            assert container["resources"]["requests"]
-            assert "memory" in container["resources"]["limits"]
-            assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]  # noqa: S108 - a mount, not a file
+@pytest.mark.parametrize(
+    ("broken", "problem"),
+    [
+        (lambda pod: pod["metadata"]["labels"].update({"app.kubernetes.io/component": "gatway"}), "selects"),
+        (lambda pod: _container(pod).update(ports=[]), "leads to a port"),
+        (lambda pod: _container(pod)["livenessProbe"]["httpGet"].update(port="amdin"), "probes a port"),
+        (lambda pod: _container(pod)["env"][0]["valueFrom"]["secretKeyRef"].update(key="uri"), "needs ['uri'] in"),
+        (lambda pod: pod["spec"]["volumes"][1]["secret"].update(secretName="none"), "which nobody makes"),
+        (lambda pod: pod["spec"]["volumes"].pop(), "mounts"),
+        (lambda pod: _container(pod)["env"].append({"name": "HF_TOKEN", "value": "x"}), "by value"),
+        (lambda pod: pod["spec"].update(automountServiceAccountToken=True), "has a token of the API"),
+        (lambda pod: _container(pod)["securityContext"].update(readOnlyRootFilesystem=False), "write to its root"),
+        (lambda pod: _container(pod)["resources"].update(limits={}), "has no bounds"),
+    ],
+)
+def test_what_does_not_fit_is_found(broken: Callable[[dict[str, Any]], object], problem: str) -> None:
+    """The checks above see each kind of mistake."""
+    manifests = chart.render(chart.values_of("virtual"))
+    template = chart.find(manifests, "Deployment", "penstock-gateway")["spec"]["template"]
+    broken(template)
+    assert any(problem in found for found in wiring_problems(manifests))
 
 
 def test_the_controller_may_watch_where_its_config_looks(manifests: list[Manifest], tmp_path: Path) -> None:
@@ -222,30 +169,9 @@ def test_notes_name_commands_of_this_release() -> None:
     assert "kubectl -n llm" in notes
 
 
-def _probes(pod: Pod) -> Iterator[dict[str, Any]]:
-    for container in pod.containers:
-        for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
-            probe = container.get(kind, {})
-            yield from (probe[how] for how in ("httpGet", "tcpSocket") if how in probe)
-
-
-def _references(pod: Pod) -> Iterator[tuple[str, str, set[str]]]:
-    """What a pod needs to be there: (kind, name, keys in it)."""
-    if "serviceAccountName" in pod.spec:
-        yield "ServiceAccount", pod.spec["serviceAccountName"], set()
-    for volume in pod.spec.get("volumes", ()):
-        if "configMap" in volume:
-            yield "ConfigMap", volume["configMap"]["name"], {item["key"] for item in volume["configMap"]["items"]}
-        if "secret" in volume:
-            wanted = {item["key"] for item in volume["secret"].get("items", ())}
-            yield "Secret", volume["secret"]["secretName"], wanted
-        if "persistentVolumeClaim" in volume:
-            yield "PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"], set()
-    for container in pod.containers:
-        for variable in container.get("env", ()):
-            if "valueFrom" in variable:
-                reference = variable["valueFrom"]["secretKeyRef"]
-                yield "Secret", reference["name"], {reference["key"]}
+def _container(pod: dict[str, Any]) -> dict[str, Any]:
+    container: dict[str, Any] = pod["spec"]["containers"][0]
+    return container
 
 
 def _names(manifests: list[Manifest]) -> set[tuple[str, str]]:

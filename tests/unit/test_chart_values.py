@@ -37,9 +37,7 @@ def _refused(values: dict[str, Any]) -> str:
         pytest.param({"ingress": {"enabled": True}}, "at '/ingress/hosts': minItems: got 0, want 1", id="no host"),
         pytest.param({"commonLabels": {"a b": "c"}}, "at '/commonLabels': additional properties 'a b'", id="label"),
         pytest.param({"engines": [{"name": "h100"}]}, "at '/engines/0': missing properties 'model'", id="incomplete"),
-        pytest.param(
-            {"profiles": {"ours": "{}"}}, "at '/profiles': additional properties 'ours'", id="profile"
-        ),
+        pytest.param({"profiles": {"ours": "{}"}}, "at '/profiles': additional properties 'ours'", id="profile"),
         pytest.param({"config": {"pool": []}}, "at '/config': additional properties 'pool' not allowed", id="config"),
         pytest.param({"config": {"tiers": []}}, "at '/config/tiers': minItems: got 0, want 1", id="no tier"),
         pytest.param({"config": None}, "missing property 'config'", id="no config"),
@@ -72,12 +70,28 @@ def test_the_schema_refuses_what_cannot_be_meant(changes: dict[str, Any], messag
         ({"profile": "h100-llama"}, 'engines "h100": there is no shipped profile "h100-llama"; there are'),
         ({"profile": "ours.json"}, 'engines "h100": profile "ours.json" is not in `profiles`'),
         ({"model": "gpt-oss-20b"}, 'engines "h100": no pool in config.pools has the model "gpt-oss-20b"'),
+        (
+            {"autoscaling": {"enabled": True, "minReplicas": 3, "maxReplicas": 2}},
+            'engines "h100": autoscaling.minReplicas is 3, above maxReplicas 2',
+        ),
         ({"slowdown": 20}, 'engines of model "llama-3.1-8b" have different slowdowns'),
     ],
 )
 def test_an_engine_group_that_cannot_run_is_refused(changes: dict[str, Any], message: str) -> None:
     """By the schema where one value is wrong, by the templates where two contradict each other."""
     assert message in _refused(_engine(changes))
+
+
+def test_two_groups_of_one_gpu_type_are_not_scaled_by_one_number() -> None:
+    """The metric counts the replicas of a model on a GPU type: two groups would each bring all that are needed."""
+    scaled = {"enabled": True, "minReplicas": 1, "maxReplicas": 9}
+    group = VIRTUAL["engines"][0]
+    for first, second in ((scaled, None), (None, scaled), (scaled, scaled)):
+        engines = [
+            group | {"name": name} | ({"autoscaling": how} if how else {})
+            for name, how in (("a", first), ("b", second))
+        ]
+        assert "counts all replicas of llama-3.1-8b on H100" in _refused(chart.merged(VIRTUAL, {"engines": engines}))
 
 
 @pytest.mark.parametrize(
