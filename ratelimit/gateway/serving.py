@@ -5,8 +5,8 @@ connections until then; a pooled client sends its next request on a connection t
 
 1. ``leave``: every answer whose head is not sent yet carries ``Connection: close``; clients and proxies go elsewhere
    by themselves. Connections are accepted for ``drain_delay_s`` more.
-2. The listener closes. Idle connections are closed, but for one that has just come, or whose next request has arrived.
-   Open requests go on for ``drain_s``.
+2. The listener closes, after all who are connected were accepted. Idle connections are closed, but for one that has
+   just come, or whose next request has arrived. Open requests go on for ``drain_s``.
 3. What is then still open is cut off: streams end with an error event, other requests with a 503, and are settled.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -61,10 +61,7 @@ class GatewayServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Steps 2 and 3 above."""
-        for server in self.servers:
-            server.close()
-        for listener in sockets or ():
-            listener.close()
+        await self._close_listeners(sockets or [])
         if not await self._are_closed_within(self._drain_s):
             if self.server_state.tasks:
                 log.warning(
@@ -73,6 +70,20 @@ class GatewayServer(uvicorn.Server):
             self._drain.cut_off()
             if not await self._are_closed_within(LAST_WORDS_S):
                 await self._abort()
+
+    async def _close_listeners(self, listeners: list[socket.socket]) -> None:
+        """Close them, but serve who was connected already: the kernel would reset those whom nobody has accepted."""
+        queued = [each for listener in listeners for each in _accept_all(listener)]
+        for server in self.servers:
+            server.close()
+        for listener in listeners:
+            listener.close()
+        loop = asyncio.get_running_loop()
+        for each in queued:
+            await loop.connect_accepted_socket(self._connection, each)
+
+    def _connection(self) -> BoundedHttp:
+        return BoundedHttp(self.config, self.server_state, self.lifespan.state)
 
     async def _are_closed_within(self, timeout_s: float) -> bool:
         """Close connections as they become idle; whether all have ended in time."""
@@ -96,6 +107,17 @@ class GatewayServer(uvicorn.Server):
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_CANCEL_S)
+
+
+def _accept_all(listener: socket.socket) -> Iterator[socket.socket]:
+    """Every connection that waits to be accepted; an event loop takes one at a turn, and a busy one has few turns."""
+    while True:
+        try:
+            accepted, _ = listener.accept()
+        except OSError:  # BlockingIOError: there is none left
+            return
+        accepted.setblocking(False)
+        yield accepted
 
 
 def _uvicorn_config(app: object) -> uvicorn.Config:

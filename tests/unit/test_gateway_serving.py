@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -131,6 +132,24 @@ async def test_idle_connections_are_closed_and_begun_requests_are_not() -> None:
         assert await begun.read() == b""
         for writer in (idle_writer, begun_writer):
             writer.close()
+
+
+async def test_who_was_connected_is_served() -> None:
+    """Connections that the kernel has made, and that the event loop has had no turn to accept, are not reset."""
+    bench = Bench(drain_s=WITHIN_S, delay_s=0)
+    with listening_socket("127.0.0.1", 0, shared=False) as listener, ExitStack() as clients:
+        bench.server.config.load()
+        bench.server.lifespan = bench.server.config.lifespan_class(bench.server.config)
+        await bench.server.startup([listener])
+        address = listener.getsockname()
+        waiting = [clients.enter_context(socket.create_connection(address, WITHIN_S)) for _ in range(5)]
+        for client in waiting:
+            client.sendall(REQUEST)
+        bench.server.leave()
+        await bench.server.shutdown([listener])
+        answers = [client.recv(1000) for client in waiting]
+    assert {told.split()[1] for told in answers} == {b"200"}
+    assert all(b"connection: close" in told for told in answers)
 
 
 @pytest.mark.parametrize("heeds_the_end", [True, False])
