@@ -10,13 +10,15 @@ from time import monotonic
 import aiohttp
 import msgspec
 
-from serving.health import Observation, ReplicaHealth, observe
+from serving.health import Observation, ReplicaHealth, found_again, lost, observe
 from serving.signals import Counters, read_counters
 
 log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 0.5
 PROBE_TIMEOUT_S = 2.0
+#: Replicas watched no longer whose losses are remembered, those lost last.
+MOST_LOST_KEPT = 10_000
 #: How often a replica's counters are read out of what its probes fetch.
 COUNTERS_INTERVAL_S = 5.0
 
@@ -86,6 +88,7 @@ class Fleet:
         self._session = session
         self._on_change = on_change
         self._statuses: dict[str, ReplicaStatus] = {}
+        self._lost: dict[str, ReplicaStatus] = {}
         self._counters: dict[str, Counters] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._probed: dict[str, asyncio.Event] = {}
@@ -102,15 +105,28 @@ class Fleet:
         replaced = {url for url, spec in wanted.items() if self._is_replaced(spec)}
         for url in (self._tasks.keys() - wanted.keys()) | replaced:
             self._tasks.pop(url).cancel()
-            del self._statuses[url]
+            self._lose(self._statuses.pop(url))
             self._counters.pop(url, None)
             self._probed.pop(url).set()
         for url, spec in wanted.items():
             known = self._statuses.get(url)
-            self._statuses[url] = ReplicaStatus(spec, known.health if known else ReplicaHealth(since_s=monotonic()))
+            self._statuses[url] = ReplicaStatus(spec, known.health if known else self._new_health(spec))
             if url not in self._tasks:
                 self._probed[url] = asyncio.Event()
                 self._tasks[url] = asyncio.create_task(self._probe_forever(url), name=f"probe {url}")
+
+    def _lose(self, status: ReplicaStatus) -> None:
+        """Keep how often it was lost: whoever is taken off and put back again and again flaps."""
+        self._lost.pop(status.spec.url, None)
+        self._lost[status.spec.url] = ReplicaStatus(status.spec, lost(status.health, monotonic()))
+        if len(self._lost) > MOST_LOST_KEPT:
+            del self._lost[next(iter(self._lost))]
+
+    def _new_health(self, spec: ReplicaSpec) -> ReplicaHealth:
+        before = self._lost.pop(spec.url, None)
+        if before is None or not is_same_engine(before.spec, spec):
+            return ReplicaHealth(since_s=monotonic())
+        return found_again(before.health, monotonic())
 
     def _is_replaced(self, spec: ReplicaSpec) -> bool:
         """Whether another engine is watched at this URL."""

@@ -69,6 +69,18 @@ class ReplicaHealth(msgspec.Struct, frozen=True):
         return self.phase == "healthy" and self.healthy_for_s(now_s) >= raise_delay_s(raise_after_s, self.losses)
 
 
+def lost(health: ReplicaHealth, now_s: float) -> ReplicaHealth:
+    """The health of a replica that is watched no longer."""
+    phase: ReplicaPhase = "starting" if health.phase == "starting" else "down"
+    return _enter(health, phase, now_s, silent_probes=0)
+
+
+def found_again(before: ReplicaHealth, now_s: float) -> ReplicaHealth:
+    """The health of a replica that is watched again: nothing is known but how often it was lost, if not long ago."""
+    quiet = now_s - before.since_s >= FLAP_QUIET_S
+    return ReplicaHealth(since_s=now_s, losses=0 if quiet else before.losses)
+
+
 def raise_delay_s(raise_after_s: float, losses: int) -> float:
     """How long a replica must be healthy before it counts: as configured, doubled by each loss after the first."""
     if losses < 2:

@@ -112,6 +112,24 @@ async def test_another_engine_at_a_known_url_starts_anew(
     assert await changes.next() == "healthy"
 
 
+async def test_a_replica_that_is_taken_off_and_put_back_is_one_that_flaps(
+    replica: FakeReplica, fleet: tuple[Fleet, Changes]
+) -> None:
+    """Its losses are remembered, so that it counts later each time; those of another engine at its URL are not."""
+    watching, changes = fleet
+    for _ in range(3):
+        watching.watch([spec_of(replica.url)])
+        assert await changes.next() == "healthy"
+        watching.watch(())
+    watching.watch([spec_of(replica.url, domain="node-1")])
+    assert await changes.next() == "healthy"
+    assert watching.statuses()[replica.url].health.losses == 3
+
+    watching.watch(())
+    watching.watch([spec_of(replica.url, gpu="H200")])
+    assert watching.statuses()[replica.url].health.losses == 0
+
+
 async def test_a_replica_watched_in_another_way_keeps_its_health(
     replica: FakeReplica, fleet: tuple[Fleet, Changes]
 ) -> None:

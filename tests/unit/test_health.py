@@ -11,6 +11,8 @@ from serving.health import (
     MOST_FLAP_DELAY_S,
     Observation,
     ReplicaHealth,
+    found_again,
+    lost,
     observe,
     raise_delay_s,
     stuck_time_s,
@@ -29,6 +31,16 @@ def after(observations: Iterable[Observation]) -> ReplicaHealth:
 
 def working(at_s: float, tokens: float, held: float = 3.0) -> Observation:
     return Observation(at_s, "healthy", held, tokens)
+
+
+def test_a_replica_found_again_has_its_losses_for_as_long_as_they_mean_flapping() -> None:
+    """One that was taken off while it was starting lost nothing; long ago is forgotten."""
+    flapped = lost(ReplicaHealth("healthy", 90.0, losses=2), 100.0)
+
+    assert flapped.losses == 3
+    assert found_again(flapped, 110.0) == ReplicaHealth(since_s=110.0, losses=3)
+    assert found_again(flapped, 100.0 + FLAP_QUIET_S).losses == 0
+    assert lost(ReplicaHealth(since_s=90.0), 100.0).losses == 0
 
 
 def test_a_replica_that_has_never_answered_is_starting_not_down() -> None:
