@@ -134,6 +134,7 @@ async def test_killed_engine_core_ends_streams_without_a_finish_reason(
     await load.open()
     engine_core_of(engine.pid).kill()
     await load.end()
+    assert [answer.finish_reason for answer in load.answers] == [None] * STREAMS
 
 
 async def test_crash_command_ends_the_engine_core(engines: list[Engine], session: aiohttp.ClientSession) -> None:

@@ -182,6 +182,7 @@ async def test_revoked_key_stops_at_once(bench: Bench) -> None:
     await bench.redis.publish(CHANGED_CHANNEL, "keys")
     async with bench.http() as http:
         await bench.until_answered(http, "/v1/models", 401)
+        assert (await http.post(PATH, json={"model": MODEL, "messages": MESSAGES})).status_code == 401
 
 
 async def test_declared_50_mb_is_refused_at_once(bench: Bench) -> None:

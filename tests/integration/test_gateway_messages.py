@@ -213,3 +213,4 @@ async def test_a_client_that_leaves_owes_the_prompt_and_what_was_emitted(bench: 
     await bench.until(lambda: bench.upstream.aborted == 1)
     bench.upstream.gate.set()
     await bench.settled(Usage(PROMPT, 5))
+    assert (bench.upstream.aborted, bench.upstream.open_requests) == (1, 0)

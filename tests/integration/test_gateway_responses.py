@@ -111,6 +111,7 @@ async def test_a_client_that_leaves_owes_the_held_prompt(bench: Bench) -> None:
     await bench.until(lambda: bench.upstream.aborted == 1)
     bench.upstream.gate.set()
     await bench.settled(Usage(HELD_PROMPT, 0))
+    assert (bench.upstream.aborted, bench.upstream.open_requests) == (1, 0)
 
 
 @pytest.mark.parametrize(("assured", "told"), [(True, 3), (False, 1003)])

@@ -31,13 +31,13 @@ class Watched(NamedTuple):
 
 @pytest.fixture
 def watched() -> Iterator[Watched]:
-    """A sentinel that knows both servers of the service "work"."""
+    """A sentinel that knows both servers of the service "limits"."""
     executable = redis_server_executable()
     with ExitStack() as running:
         master, replica = (running.enter_context(Server(executable, port=free_port())) for _ in range(2))
         replica.call("REPLICAOF", "127.0.0.1", master.port)
         eventually(lambda: replica.call("INFO", "replication")["master_link_status"] == "up", LONG_S, "replication")
-        config = f"sentinel monitor work 127.0.0.1 {master.port} 1\nsentinel down-after-milliseconds work 1000\n"
+        config = f"sentinel monitor limits 127.0.0.1 {master.port} 1\nsentinel down-after-milliseconds limits 1000\n"
         sentinel = running.enter_context(Server(executable, ["--sentinel"], free_port(), config))
         yield Watched(master, replica, sentinel)
 
@@ -45,7 +45,7 @@ def watched() -> Iterator[Watched]:
 async def fails_over(sentinel: Server) -> bool:
     """Whether the sentinel, told to, has found a replica that it can promote."""
     try:
-        return bool(sentinel.call("SENTINEL", "FAILOVER", "work") == "OK")
+        return bool(sentinel.call("SENTINEL", "FAILOVER", "limits") == "OK")
     except ResponseError:
         return False
 
@@ -54,7 +54,7 @@ async def fails_over(sentinel: Server) -> bool:
 async def test_the_link_follows_the_master_through_a_failover(watched: Watched) -> None:
     """Writes go to the master; after a failover, and with a sentinel that is down, they go to the new one."""
     dead = free_port()
-    url = f"redis+sentinel://127.0.0.1:{dead},127.0.0.1:{watched.sentinel.port}/work/1"
+    url = f"redis+sentinel://127.0.0.1:{dead},127.0.0.1:{watched.sentinel.port}/limits/1"
     async with aclosing(open_link(url, CONNECT_S)) as link:
         assert await link.command("k", "SET", "k", 1) == b"OK"
         assert watched.master.call("INFO", "keyspace")["db1"]["keys"] == 1

@@ -27,6 +27,7 @@ from tests.support.waiting import eventually_async
 
 LEASE_MS = 600_000
 RIVALS = 3
+HISTORIES = 30
 FEW = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 ASSURED = Charge("k:a:t", 0, 20, 600, role=Role.ASSURED)
 CEILING = Charge("k:a:t.ceiling", 0, 30, 900, role=Role.CEILING)
@@ -37,12 +38,15 @@ COSTS = st.integers(0, 30)
 
 def test_obligations_01_to_04_06_07_10_12_13_over_any_history(server_url: str) -> None:
     """Whatever callers, clocks, limits, crashes and losses do, Redis and Valkey keep to the books."""
+    played: list[str] = []
 
     class StoreHistories(Histories):
         def player(self) -> StorePlayer:
+            played.append(server_url)
             return StorePlayer(server_url)
 
-    run_state_machine_as_test(StoreHistories, settings=settings(FEW, max_examples=30, stateful_step_count=30))
+    run_state_machine_as_test(StoreHistories, settings=settings(FEW, max_examples=HISTORIES, stateful_step_count=30))
+    assert len(played) >= HISTORIES
 
 
 @FEW

@@ -275,12 +275,19 @@ class Crowd(StoreModel):
 @pytest.mark.parametrize(("model", "examples"), [(AnyCalls, 80), (Crowd, 80)], ids=["any-calls", "crowd"])
 def test_obligation_05_the_scripts_equal_the_model(redis_url: str, model: type[StoreModel], examples: int) -> None:
     """Calls, retries, epochs, clock steps, crowds and lease ends leave Redis and the model the same to the bit."""
+    ended: list[int] = []
+
+    def teardown(self: StoreModel) -> None:
+        ended.append(self.now_us)
+        model.teardown(self)
+
     run_state_machine_as_test(
-        type("Here", (model,), {"redis_url": redis_url}),
+        type("Here", (model,), {"redis_url": redis_url, "teardown": teardown}),
         settings=settings(
             max_examples=examples, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+    assert len(ended) >= examples
 
 
 @pytest.mark.parametrize("capacity", [9_007_199_254_740_629, 9_007_199_254_740_973, EXACT - 1])

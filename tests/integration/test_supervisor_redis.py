@@ -32,6 +32,8 @@ async def test_a_redis_that_was_killed_comes_back_at_its_address_with_its_data(t
                     return False
 
             await eventually_async(back, 20, "the return of Redis and its data")
+            assert keeper.pids != killed
+            assert await client.get("level") == b"42"
     finally:
         await client.aclose()
         await keeper.stop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ratelimit.config import ConfigError, load_config, policy_of
+from ratelimit.policy import Policy
 
 TEXT = """\
 state_dir: state
@@ -63,11 +63,20 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("config") / "penstock.yaml"
 
 
-def only_config_errors(path: Path, content: bytes) -> None:
-    """Load and use a file of this content, which may be refused."""
+def outcome(path: Path, content: bytes) -> Policy | ConfigError:
+    """What a file of this content is taken for, or how it is refused."""
     path.write_bytes(content)
-    with contextlib.suppress(ConfigError):
-        policy_of(load_config(path))
+    try:
+        return policy_of(load_config(path))
+    except ConfigError as error:
+        return error
+
+
+def is_sound(found: Policy | ConfigError) -> bool:
+    """Whether a refusal says what is wrong in the file, and a policy promises something, and nothing twice."""
+    if isinstance(found, ConfigError):
+        return bool(found.problems) and all("penstock.yaml" in problem for problem in found.problems)
+    return bool(found.pools) and bool(found.tiers) and sum(tier.share for tier in found.tiers) <= 1 + 1e-9
 
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
@@ -75,14 +84,15 @@ def only_config_errors(path: Path, content: bytes) -> None:
 @example(edits=[(0, 0, 'state_dir: "\\0"\n')])
 def test_a_damaged_config_is_refused_in_words(path: Path, edits: list[tuple[int, int, str]]) -> None:
     """A config with any pieces exchanged loads, or raises ``ConfigError``."""
-    only_config_errors(path, edited(edits).replace("./none.json", "h200-llama-3.1-8b").encode(errors="replace"))
+    text = edited(edits).replace("./none.json", "h200-llama-3.1-8b")
+    assert is_sound(outcome(path, text.encode(errors="replace")))
 
 
 @settings(deadline=None, max_examples=50)
 @given(content=st.binary(max_size=200))
 def test_any_bytes_are_refused_in_words(path: Path, content: bytes) -> None:
     """A file of any bytes loads, or raises ``ConfigError``."""
-    only_config_errors(path, content)
+    assert is_sound(outcome(path, content))
 
 
 @pytest.mark.parametrize("field", sorted(set(re.findall(r"(\w+): [^\s{\[]", TEXT))))
@@ -93,4 +103,4 @@ def test_any_value_of_a_field_is_refused_in_words(path: Path, field: str, scalar
     text = re.sub(rf"\b{field}: [^\s,}}]+", lambda _: f"{field}: {scalar}", TEXT).replace(
         "./none.json", "h200-llama-3.1-8b"
     )
-    only_config_errors(path, text.encode(errors="replace"))
+    assert is_sound(outcome(path, text.encode(errors="replace")))

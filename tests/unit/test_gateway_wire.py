@@ -21,6 +21,7 @@ from ratelimit.gateway.wire import (
     MAX_GENERATED_CHOICES,
     MAX_PROMPTS,
     PRIORITY_HEADER,
+    ParsedRequest,
     Route,
     parse_request,
     upstream_body,
@@ -319,8 +320,10 @@ def test_what_two_readers_might_read_differently_is_refused(body: bytes, told: s
 def test_as_deep_as_the_bound_is_accepted() -> None:
     """The bound itself is accepted, and many shallow values are not taken for deep ones."""
     inner = MAX_DEPTH - 1
-    parse_request("chat", b'{"model":"m","user":' + b"[" * inner + b"]" * inner + b"}")
-    parse_request("chat", encoded(user=[[]] * 10 * MAX_DEPTH))
+    deep, shallow = b"[" * inner + b"]" * inner, msgspec.json.encode([[]] * 10 * MAX_DEPTH)
+    for user in (deep, shallow):
+        parsed = parse_request("chat", b'{"model":"m","user":' + user + b"}")
+        assert bytes(parsed.members["user"]) == user
 
 
 @pytest.mark.parametrize(("first", "second"), [("a", "b" * 99), ("b" * 99, "a")])
@@ -357,12 +360,25 @@ def test_formats_that_cannot_be_asked_for_usage_are_not() -> None:
     assert "stream_options" not in json.loads(upstream_body(parse_request("messages", body), "s", None))
 
 
+def outcome(route: Route, body: bytes) -> ParsedRequest | Rejection:
+    """What a body is read as, or how it is refused; nothing else may come out."""
+    try:
+        return parse_request(route, body)
+    except Rejection as rejection:
+        return rejection
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @given(body=st.one_of(st.binary(max_size=200), st.binary(max_size=50).map(lambda b: b'{"model":"m","user":' + b)))
 def test_any_bytes_are_parsed_or_refused(route: Route, body: bytes) -> None:
-    """No input raises anything but a refusal."""
-    with suppress(Rejection):
-        parse_request(route, body)
+    """No input raises anything but a refusal that says why; what is accepted can be counted."""
+    found = outcome(route, body)
+    if isinstance(found, Rejection):
+        assert (found.status, bool(found.message)) == (400, True)
+    else:
+        assert found.model
+        assert 0 < found.choices <= found.generated_choices <= MAX_GENERATED_CHOICES
+        assert min(found.prompts, found.prompt_bytes, found.template_tokens) >= 0
 
 
 #: What an engine may write into a prompt, by route: beside the messages, and in them.
@@ -488,8 +504,9 @@ def test_stop_strings_are_bounded(route: Route, name: str, stops: Any) -> None:
 
 def test_as_many_stop_strings_as_the_bound_are_accepted() -> None:
     """The bounds themselves are accepted."""
-    parse_request("chat", encoded(stop=["a" * MAX_STOP_BYTES] * MAX_STOPS))
-    parse_request("chat", encoded(stop="a" * MAX_STOP_BYTES))
+    for stop in (["a" * MAX_STOP_BYTES] * MAX_STOPS, "a" * MAX_STOP_BYTES):
+        parsed = parse_request("chat", encoded(stop=stop))
+        assert json.loads(upstream_body(parsed, "s", None))["stop"] == stop
 
 
 @pytest.mark.parametrize(
