@@ -82,6 +82,7 @@ def values(draw: st.DrawFn) -> dict[str, Any]:
                 "enabled": draw(st.booleans()),
                 "maxUnavailable": draw(st.sampled_from([1, "25%"])),
             },
+            "spreadOver": draw(st.lists(st.just("kubernetes.io/hostname"), max_size=1)),
             "service": {"port": draw(st.integers(1, 65535))},
         },
         "controller": {

@@ -16,7 +16,7 @@ from tests.support.chart import Manifest
 from tests.support.chart_checks import wiring_problems
 
 #: Secrets and claims that the values files ask their reader to make.
-MADE_BY_THE_READER = {"penstock-redis", "penstock-redis-ca", "penstock-admin", "huggingface", "models"}
+MADE_BY_THE_READER = {"penstock-redis", "penstock-redis-ca", "penstock-admin", "models"}
 
 
 @pytest.fixture(params=chart.VALUES_FILES, scope="module")

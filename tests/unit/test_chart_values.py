@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from re import MULTILINE, findall
 from typing import Any
 
 import pytest
 from helm_python import HelmError
+from yaml import safe_load
 
 from tests.support import chart, chart_parts
 
@@ -153,3 +156,17 @@ def test_a_mistake_in_the_config_is_refused_before_it_is_installed(changes: dict
 def test_the_chart_knows_what_the_service_knows() -> None:
     """Its profiles and the schema of its config follow the code; `python -m tests.support.chart_parts` renews them."""
     assert chart_parts.outdated() == []
+
+
+def test_the_readme_names_values_that_there_are() -> None:
+    """Each value of its table is in values.yaml, and each values file too."""
+    readme = (chart.CHART / "README.md").read_text()
+    rows = findall(r"^\| (`.*?) \|", readme[readme.index("## Main values") :], flags=MULTILINE)
+    named = [name for row in rows for name in findall(r"`([^`]+)`", row)]
+    defaults = safe_load((chart.CHART / "values.yaml").read_text())
+    for name in named:
+        assert reduce(lambda part, key: part[key], name.split("."), defaults) is not None
+    assert len(named) > 15
+    assert {f"values-{name}.yaml" for name in chart.VALUES_FILES} == {
+        path.name for path in chart.CHART.glob("values-*.yaml")
+    }

@@ -36,7 +36,7 @@
 {{ include "penstock.egress.dns" $root }}
 {{- if $root.Values.redis.bundled.enabled }}
 - ports:
-    - {port: redis, protocol: TCP}
+    - {port: 6379, protocol: TCP}
   to:
     - podSelector:
         matchLabels:
@@ -49,7 +49,7 @@
 {{- end }}
 {{- if $root.Values.engines }}
 - ports:
-    - {port: http, protocol: TCP}
+    - {port: 8000, protocol: TCP}
   to:
     - podSelector:
         matchLabels:
