@@ -68,6 +68,48 @@ async def test_a_port_that_is_taken_does_not_end_the_controller(
     assert caplog.text.count("cannot listen") == 1
 
 
+async def test_probes_are_answered_beside_the_metrics() -> None:
+    """Unready until Redis has answered, and then ready; alive all the time; each says why not."""
+    metrics, port = ControllerMetrics(), free_port()
+    serving = asyncio.create_task(serve_metrics(metrics, "127.0.0.1", port))
+    try:
+        await fetched(port)
+        assert await probed(port, "/health") == (503, {"ready": False, "why": "Redis does not answer"})
+        metrics.health.lease_asked(answered=True)
+        assert await probed(port, "/health") == (200, {"ready": True})
+        assert await probed(port, "/live") == (200, {"live": True})
+        metrics.leads()
+        metrics.round_ended(good=False)
+        assert await probed(port, "/health") == (503, {"ready": False, "why": "the last round failed"})
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+async def probed(port: int, path: str) -> tuple[int, object]:
+    async with (
+        asyncio.timeout(WAIT_S),
+        aiohttp.ClientSession() as session,
+        session.get(f"http://127.0.0.1:{port}{path}") as response,
+    ):
+        return response.status, await response.json()
+
+
+def test_a_standby_tells_of_no_fleet(publication_of_one_pool: Publication) -> None:
+    """What a leader has told of is gone when another leads, so that sums over controllers stay true."""
+    metrics = ControllerMetrics()
+    metrics.leads()
+    metrics.published(publication_of_one_pool, {})
+    assert metrics.registry.get_sample_value("penstock_leader") == 1
+    assert metrics.registry.get_sample_value("penstock_replicas", {"model": "m"}) == 0
+
+    metrics.stands_by()
+    assert metrics.registry.get_sample_value("penstock_leader") == 0
+    assert metrics.registry.get_sample_value("penstock_leader_changes_total") == 2
+    assert metrics.registry.get_sample_value("penstock_replicas", {"model": "m"}) is None
+    assert metrics.registry.get_sample_value("penstock_epoch") == 0
+
+
 async def test_nothing_is_served_without_a_port() -> None:
     """The default: the controller listens nowhere."""
     serving = asyncio.create_task(serve_metrics(ControllerMetrics(), "127.0.0.1", None))

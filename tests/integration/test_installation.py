@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -34,7 +35,8 @@ def chat(tokens: int, stream: bool = True) -> dict[str, Any]:
     return {"model": MODEL, "stream": stream, "max_tokens": tokens, "messages": [{"role": "user", "content": "x"}]}
 
 
-SHORT = chat(3)
+SHORT_TOKENS = 3
+SHORT = chat(SHORT_TOKENS)
 #: Longer than any takeover of what the test kills.
 LONG = chat(400)
 
@@ -97,16 +99,27 @@ async def limits_in_force(installation: Installation) -> list[Any]:
 
 @asynccontextmanager
 async def steady_calls(installation: Installation, *gateways: Gateway) -> AsyncIterator[list[Load]]:
-    """Calls through these gateways, and a long stream through each, none of which may have anything to complain of."""
+    """Calls through these gateways, and a long stream through each, none of which may have anything to complain of.
+
+    In the end the day files have each once, whoever led meanwhile.
+    """
     secret = installation.secret
     async with AsyncExitStack() as running:
         loads = [await running.enter_async_context(Load(each.url, secret, 2, SHORT)) for each in gateways]
         streams = [asyncio.create_task(ask(each.url, secret, LONG)) for each in gateways]
         yield loads
         answers = await asyncio.gather(*streams)
+    served = len(answers) + sum(load.statuses.total() for load in loads)
     assert [answer.complaint for answer in answers] == [""] * len(answers)
     assert [load.complaints for load in loads] == [[] for _ in loads]
     assert [set(load.statuses) for load in loads] == [{200} for _ in loads]
+
+    async def kept() -> bool:
+        return Counter(line.outcome for line in installation.ledger())["ended"] >= served
+
+    await eventually_async(kept, 30, "a usage record of every answer")
+    ids = Counter(line.id for line in installation.ledger())
+    assert set(ids.values()) == {1}
 
 
 async def go_on(loads: list[Load]) -> None:
@@ -215,7 +228,7 @@ async def test_a_killed_gateway_breaks_its_own_streams_only(tmp_path: Path) -> N
         victim, *others = installation.gateways
         async with steady_calls(installation, *others) as loads:
             stream = asyncio.create_task(ask(victim.url, installation.secret, LONG))
-            await eventually_async(lambda: _emits(replica, 3), 20, "three open streams")
+            await eventually_async(lambda: _are_open(replica, 3), 20, "three open streams")
             await victim.end()
             broken = await stream
             await go_on(loads)
@@ -234,9 +247,9 @@ async def test_a_stopped_gateway_ends_long_streams_with_an_error_event(tmp_path:
     async with installed(tmp_path) as (installation, (replica,)):
         victim, *others = installation.gateways
         async with steady_calls(installation, *others) as loads:
-            short = asyncio.create_task(ask(victim.url, installation.secret, chat(20)))
+            short = asyncio.create_task(ask(victim.url, installation.secret, chat(30)))
             stream = asyncio.create_task(ask(victim.url, installation.secret, LONG))
-            await eventually_async(lambda: _emits(replica, 4), 20, "four open streams")
+            await eventually_async(lambda: _are_open(replica, 4), 20, "four open streams")
             assert await victim.end(signal.SIGTERM) == 0
             told = await stream
             await go_on(loads)
@@ -245,10 +258,12 @@ async def test_a_stopped_gateway_ends_long_streams_with_an_error_event(tmp_path:
             assert b'data: {"error":' in told.body
             assert b"[DONE]" not in told.body
         await nothing_is_held(installation)
+        assert [line.outcome for line in installation.ledger() if line.outcome != "ended"] == ["cut"]
 
 
-async def _emits(replica: SlowReplica, streams: int) -> bool:
-    return sum(emitted > 0 for emitted in replica.emitted.values()) >= streams and replica.running >= streams
+async def _are_open(replica: SlowReplica, streams: int) -> bool:
+    """Streams that are not the steady calls' short ones."""
+    return sum(emitted > SHORT_TOKENS for emitted in replica.emitted.values()) >= streams
 
 
 async def nothing_is_held(installation: Installation) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -172,6 +173,18 @@ async def test_by_its_own_clock_a_leader_stops_before_redis_says_so(redis_client
 
     assert await redis_client.get("x") is None
     assert await redis_client.get(LEADER_KEY) is not None
+
+
+async def test_wall_clocks_have_no_part_in_it(redis_client: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leader whose machine's date jumps by a year, either way, leads on in its term."""
+    now = time.time
+    async with running(redis_client) as candidate:
+        term = await candidate.until_it_leads()
+        for jump_s in (365 * 86_400.0, -365 * 86_400.0):
+            monkeypatch.setattr(time, "time", lambda jump_s=jump_s: now() + jump_s)
+            assert await candidate.leadership._ask()
+            await candidate.leadership.write(("SET", "x", "1"))
+            assert candidate.leadership.term == term
 
 
 async def test_a_lease_that_was_taken_unknown_to_its_holder_is_taken_anew(redis_client: Redis) -> None:

@@ -21,6 +21,8 @@ from redis.asyncio import Redis
 from ratelimit.admintoken import admin_token
 from ratelimit.keys import KeyFile
 from ratelimit.leadership import LEADER_KEY
+from ratelimit.usage import LedgerLine
+from ratelimit.usagefiles import UsageFiles
 from tests.support.stack import PENSTOCK, free_ports, metric
 from tests.support.waiting import eventually_async
 
@@ -30,7 +32,10 @@ ANSWER_TIMEOUT_S = 10.0
 END_TIMEOUT_S = 40.0
 #: A takeover: the lease, an asking, the probes of the fleet and its knee, on a machine that does other things too.
 TAKEOVER_TIMEOUT_S = 40.0
-DRAIN_S = 2.0
+DRAIN_S = 3.0
+
+#: In the year 3000.
+_FOR_EVER_MS = 32_503_680_000_000
 
 _CONFIG = """\
 state_dir: {folder}/state
@@ -52,12 +57,13 @@ _REPLICA = "{{url: '{url}', profile: h100-llama-3.1-8b}}"
 
 
 class Process:
-    """One process of ``penstock``; ``probe_url`` is its port for probes."""
+    """One process of ``penstock``; ``probe_url`` is its port for probes, ``environment`` is set before its start."""
 
     def __init__(self, kind: str, config: Path, probe_url: str, http: httpx.AsyncClient) -> None:
         self.config = config
         self._http = http
         self.probe_url = probe_url
+        self.environment: dict[str, str] = {}
         self._kind = kind
         self._log = config.with_suffix(".log")
         self._process: subprocess.Popen[bytes] | None = None
@@ -73,7 +79,7 @@ class Process:
         with self._log.open("ab") as log:
             argv = [*PENSTOCK, self._kind, "--config", str(self.config)]
             environment = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
-            self._process = subprocess.Popen(argv, stdout=log, stderr=log, env=environment)
+            self._process = subprocess.Popen(argv, stdout=log, stderr=log, env=environment | self.environment)
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -157,7 +163,7 @@ class Installation:
     ) -> None:
         self._folder = folder
         self._redis_url = redis_url
-        state_dir = folder / "state"
+        self._state_dir = state_dir = folder / "state"
         self._ports = free_ports(3 * (controllers + gateways))
         configs = [folder / f"controller-{n}.yaml" for n in range(controllers)]
         configs += [folder / f"gateway-{n}.yaml" for n in range(gateways)]
@@ -226,6 +232,10 @@ class Installation:
         found = await eventually_async(led, TAKEOVER_TIMEOUT_S, "the lead of a controller")
         assert found is not None
         return found
+
+    def ledger(self) -> list[LedgerLine]:
+        """Every usage record that has reached the day files."""
+        return list(UsageFiles(self._state_dir).lines(0, _FOR_EVER_MS))
 
     def standby(self, leader: Controller) -> Controller:
         """One that does not lead."""
