@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from serving.profile import dump_profile, load_profile
 from tests.support import chart
 from tests.support.chart import Manifest
 
@@ -98,8 +99,7 @@ def test_the_load_test_has_its_key_by_reference() -> None:
 
 def test_an_own_profile_goes_where_it_is_read() -> None:
     """Into the config's folder for gateway and controller, to the virtual GPU, and into labels and arguments."""
-    text = (chart.CHART.parents[1] / "serving" / "profiles" / "h200-llama-3.1-8b.json").read_text()
-    profile = json.loads(text) | {"name": "our-h200"}
+    profile = json.loads(dump_profile(load_profile("h200-llama-3.1-8b"))) | {"name": "our-h200"}
     engines = [
         {**VIRTUAL["engines"][0], "name": "ours", "profile": "our-h200.json", "gpu": "H200"},
         {"name": "real", "model": "llama-3.1-8b", "profile": "our-h200.json", "device": "gpu", "replicas": 1}

@@ -151,6 +151,17 @@ def test_two_installs_in_one_namespace_share_no_name_and_no_engine(tmp_path: Pat
         assert f"app.kubernetes.io/instance={name}" in _selector(config)
 
 
+def test_the_longest_names_are_cut_and_stay_apart() -> None:
+    """Pods and revisions get a suffix of Kubernetes' own; groups that differ in the last letter keep their own names."""
+    values = chart.values_of("virtual")
+    values["engines"] = [group | {"name": "g" * 29 + last} for group, last in zip(values["engines"], "ab", strict=True)]
+    manifests = chart.render(values, name="r" * 53)
+    names = [m["metadata"]["name"] for m in manifests if m["kind"] == "Deployment"]
+    assert len(set(names)) == len(names) == 4
+    assert all(len(name) <= 52 for name in names)
+    assert wiring_problems(manifests) == []
+
+
 def test_generated_secrets_are_long_and_new_each_time() -> None:
     """Without a cluster to look them up in, each render draws its own."""
     values = chart.values_of("virtual")
