@@ -12,7 +12,7 @@ from ratelimit.overrides import Override
 from ratelimit.policy import Policy
 from ratelimit.publication import Publication
 from serving.fleet import ReplicaSpec, ReplicaStatus
-from serving.health import raise_delay_s
+from serving.health import MOST_FLAP_DELAY_S, raise_delay_s
 
 
 class FleetNow(msgspec.Struct, frozen=True, eq=False):
@@ -36,7 +36,10 @@ class FleetNow(msgspec.Struct, frozen=True, eq=False):
 
     def next_raise_s(self, raise_after_s: Mapping[str, float]) -> float:
         """When the next replica will have been healthy for long enough to count; infinity where none waits for that."""
-        healthy = [s for s in self.by_url.values() if s.health.phase == "healthy" and s.spec.model in raise_after_s]
+        # Most have been healthy for long, and a look at their time alone is all that they cost.
+        since_s = self.now_s - max([MOST_FLAP_DELAY_S, *raise_after_s.values()])
+        recent = [s for s in self.by_url.values() if s.health.since_s >= since_s]
+        healthy = [s for s in recent if s.health.phase == "healthy" and s.spec.model in raise_after_s]
         times_s = (s.health.since_s + raise_delay_s(raise_after_s[s.spec.model], s.health.losses) for s in healthy)
         return min((at_s for at_s in times_s if at_s > self.now_s), default=inf)
 
@@ -50,14 +53,19 @@ def counted(
     where no other of its model counts, for then it takes nothing back that was promised.
     """
     healthy = [status for status in statuses if status.health.phase == "healthy"]
-    kept = {status.spec.url: status.spec.model for status in healthy if status.spec.url in before}
-    served = set(kept.values())
-    return frozenset(
+    kept = before.intersection([status.spec.url for status in healthy])
+    if len(kept) == len(healthy):
+        return kept
+    new = [status for status in healthy if status.spec.url not in kept]
+    served = {
+        model
+        for model in {status.spec.model for status in new}
+        if any(status.spec.model == model and status.spec.url in kept for status in healthy)
+    }
+    return kept.union(
         status.spec.url
-        for status in healthy
-        if status.spec.url in kept
-        or status.spec.model not in served
-        or status.health.has_stayed(raise_after_s[status.spec.model], now_s)
+        for status in new
+        if status.spec.model not in served or status.health.has_stayed(raise_after_s[status.spec.model], now_s)
     )
 
 

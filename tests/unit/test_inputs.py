@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+from math import inf
 from typing import Literal
 
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit.inputs import counted
+from ratelimit.inputs import FleetNow, counted
 from serving.fleet import ReplicaSpec, ReplicaStatus
-from serving.health import Observation, ReplicaHealth, ReplicaPhase, observe
+from serving.health import Observation, ReplicaHealth, ReplicaPhase, observe, raise_delay_s
 
 RAISE_AFTER_S = {"m": 5.0}
 
@@ -69,3 +70,41 @@ def test_only_healthy_replicas_ever_count(seen: list[tuple[ReplicaPhase, float]]
 
     assert counted_before & healthy <= now <= healthy
     assert bool(now) == bool(healthy)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["a", "b", "c"]), st.sampled_from(["healthy", "down"]), st.floats(0, 900)), max_size=6
+    ),
+    st.sets(st.integers(0, 5)),
+    st.lists(st.integers(0, 9), min_size=6, max_size=6),
+)
+def test_who_counts_is_decided_replica_by_replica(
+    seen: list[tuple[str, ReplicaPhase, float]], before: set[int], losses: list[int]
+) -> None:
+    """Of several models too: a replica counts if it did, if it has stayed, or if nothing of its model counted; and the
+    time told for the next one is when the first of those that have not stayed yet will have.
+    """
+    now_s, raise_after_s = 900.0, {"a": 5.0, "b": 100.0}
+    fleet = [
+        ReplicaStatus(ReplicaSpec(str(i), model, "H100", "p"), ReplicaHealth(phase, since_s, losses=losses[i]))
+        for i, (model, phase, since_s) in enumerate(seen)
+        if model in raise_after_s
+    ]
+    healthy = [each for each in fleet if each.health.phase == "healthy"]
+    kept = {each.spec.url for each in healthy if int(each.spec.url) in before}
+    served = {each.spec.model for each in healthy if each.spec.url in kept}
+    stays_s = {
+        each.spec.url: each.health.since_s + raise_delay_s(raise_after_s[each.spec.model], losses[int(each.spec.url)])
+        for each in healthy
+    }
+
+    assert counted(fleet, frozenset(map(str, before)), raise_after_s, now_s) == {
+        each.spec.url
+        for each in healthy
+        if each.spec.url in kept
+        or each.spec.model not in served
+        or each.health.has_stayed(raise_after_s[each.spec.model], now_s)
+    }
+    told = FleetNow({each.spec.url: each for each in fleet}, now_s, {}).next_raise_s(raise_after_s)
+    assert told == min((at_s for at_s in stays_s.values() if at_s > now_s), default=inf)
