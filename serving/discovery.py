@@ -111,7 +111,7 @@ async def kubernetes_api() -> AsyncIterator[Api]:
     settings = client.Configuration()
     named = os.environ.get("KUBECONFIG")
     try:
-        if named is None and "KUBERNETES_SERVICE_HOST" in os.environ:
+        if not named and "KUBERNETES_SERVICE_HOST" in os.environ:
             config.load_incluster_config(settings)  # type: ignore[no-untyped-call] # the client's config has no types
         else:
             path = named or "~/.kube/config"

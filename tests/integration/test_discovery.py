@@ -323,6 +323,16 @@ async def test_the_address_of_the_api_that_nobody_knows_is_told(
             pass
 
 
+async def test_a_pod_without_a_service_account_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cluster the service account is asked for, and a pod that mounts none hears of it."""
+    monkeypatch.setenv("KUBECONFIG", "")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "6443")
+    with pytest.raises(DiscoveryError, match="Service token file does not exist"):
+        async with kubernetes_api():
+            pass
+
+
 def test_waits_double_up_to_a_bound_and_are_jittered() -> None:
     """No failure makes controllers ask in step, and none makes one wait for ever."""
     waits = [[wait_s(failures) for _ in range(50)] for failures in (1, 3, 10**6)]
