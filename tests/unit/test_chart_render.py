@@ -152,7 +152,7 @@ def test_two_installs_in_one_namespace_share_no_name_and_no_engine(tmp_path: Pat
 
 
 def test_the_longest_names_are_cut_and_stay_apart() -> None:
-    """Pods and revisions get a suffix of Kubernetes' own; groups that differ in the last letter keep their own names."""
+    """Pods and revisions get a suffix of Kubernetes' own; groups that differ in the last letter keep two names."""
     values = chart.values_of("virtual")
     values["engines"] = [group | {"name": "g" * 29 + last} for group, last in zip(values["engines"], "ab", strict=True)]
     manifests = chart.render(values, name="r" * 53)
