@@ -30,7 +30,7 @@ Outcome = Literal["admitted", "throttled", "unserved", "capped"]
 MEMORY = 300
 RETRY_HEADER = b"x-stainless-retry-count"
 
-_MICROSECONDS_PER_MINUTE = 60_000_000
+_SECONDS_PER_MINUTE = 60
 
 
 class Counts(Protocol):
@@ -60,7 +60,7 @@ def mix_requests(pool: PublishedPool, cost_us: float) -> float:
     """How many requests of the pool's mix cost so much; 1 where the pool serves nothing, and so prices nothing."""
     if not pool.budget_per_minute:
         return 1.0
-    return cost_us * pool.usable_requests_per_s * _MICROSECONDS_PER_MINUTE / pool.budget_per_minute
+    return cost_us * pool.usable_requests_per_s * _SECONDS_PER_MINUTE / pool.budget_per_minute
 
 
 class Demand:

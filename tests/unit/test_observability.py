@@ -176,7 +176,8 @@ def test_every_alert_says_what_to_do() -> None:
 
 def test_every_alert_is_tested_both_ways() -> None:
     """By promtool each fires where it should, and keeps quiet where it should."""
-    fires, quiet = set(), set()
+    fires: set[str] = set()
+    quiet: set[str] = set()
     for path in PROMTOOL_TESTS:
         for test in yaml.safe_load(path.read_text())["tests"]:
             for asked in test["promql_expr_test"]:
