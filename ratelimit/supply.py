@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from operator import attrgetter
 from typing import NamedTuple
 
 import msgspec
@@ -47,8 +46,6 @@ MOST_GROUPS_KEPT = 1000
 MOST_KNEES_KEPT = 1000
 
 _Kind = tuple[str, str, str, float]
-#: What makes replicas alike. Asked of every replica whenever one changes, so not a function of Python.
-_KIND_OF: Callable[[ReplicaSpec], _Kind] = attrgetter("model", "gpu", "profile", "slowdown")
 _KneeKey = tuple[StepTimeModel, EngineLimits, Surface | None, ContextRange | None, WorkloadMix, Slo]
 
 
@@ -124,8 +121,8 @@ class SupplyBook:
         if known == specs:
             return alike
         alike = {}
-        for kind, spec in zip(map(_KIND_OF, specs), specs, strict=True):
-            alike.setdefault(kind, []).append(spec)
+        for spec in specs:
+            alike.setdefault((spec.model, spec.gpu, spec.profile, spec.slowdown), []).append(spec)
         if len(self._alike) >= MOST_GROUPS_KEPT:
             self._alike.clear()
         self._alike[model] = specs, alike
