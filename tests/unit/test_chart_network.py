@@ -67,7 +67,8 @@ def test_what_penstock_needs_outside_stays_open(release: Release) -> None:
         assert reaches(release.policies, release.pods[name], DNS, 53, "UDP")
     assert reaches(release.policies, release.pods["controller"], OUTSIDE, 443)
     assert reaches(release.policies, release.pods["controller"], OUTSIDE, 6443)
-    assert not reaches(release.policies, release.pods["gateway"], OUTSIDE, 443)
+    for port in (443, 8000):
+        assert not reaches(release.policies, release.pods["gateway"], OUTSIDE, port)
     assert reaches(release.policies, release.pods["engine-h100"], OUTSIDE, 443)
     assert not reaches(release.policies, release.pods["redis"], OUTSIDE, 443)
 
