@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from aiohttp import web
 
+from loadtests.__main__ import Summary
 from loadtests.results import Fate, LoadRun
 from loadtests.runner import LoadError, run_load
 from loadtests.wire import Plan, PlannedCall
@@ -142,3 +145,47 @@ async def test_a_load_that_cannot_run_says_why(tmp_path: Path) -> None:
 
     with pytest.raises(LoadError, match="No such file"):
         await run_load(broken, tmp_path, lambda _: None)
+
+
+async def command(url: str, key: str, *options: str) -> tuple[int, str, str]:
+    """``python -m loadtests`` to its end: its status, what it printed, and what it complained of."""
+    arguments = ("--url", url, "--model", "m", "--rate", "20", "--duration-s", "1", *options)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "loadtests", *arguments),
+        env=os.environ | {"PENSTOCK_API_KEY": key},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    printed, complained = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode is not None
+    return process.returncode, printed.decode(), complained.decode()
+
+
+@pytest.mark.parametrize(
+    ("key", "fate", "status"), [("slow", "admitted", 0), ("refused", "throttled", 0), ("broken", "failed", 1)]
+)
+async def test_the_command_says_what_became_of_its_load(
+    gateway: FakeGateway, key: str, fate: Fate, status: int
+) -> None:
+    """One line of JSON with fates and figures; a refusal with its time to wait is no failure, a broken stream is."""
+    code, printed, complained = await command(gateway.url, key, "--scale", "0.01")
+
+    assert code == status, complained
+    summary = msgspec.json.decode(printed, type=Summary)
+    assert summary.requests > 5
+    assert summary.fates == {fate: summary.requests}
+    assert summary.figures.offered_rps == summary.requests
+    assert bool(summary.problems) == (fate == "failed")
+    assert key not in printed
+
+
+async def test_the_command_asks_for_a_key() -> None:
+    """Without PENSTOCK_API_KEY it sends nothing, and says what is missing."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "loadtests", "--url", "http://127.0.0.1:9", "--model", "m"),
+        env={name: value for name, value in os.environ.items() if name != "PENSTOCK_API_KEY"},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, complained = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 2
+    assert b"PENSTOCK_API_KEY" in complained

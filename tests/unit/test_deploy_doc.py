@@ -136,8 +136,8 @@ def test_an_option_that_a_command_has_not_is_found() -> None:
 
 def take(command: list[str]) -> None:
     """Parse it as the command line does, running nothing. Raises the error that would be shown."""
-    found, arguments = typer.main.get_command(app), command[1:]
-    context = None
+    found: Any = typer.main.get_command(app)
+    arguments, context = command[1:], None
     while isinstance(found, TyperGroup):
         context = found.make_context(command[0], arguments, parent=context)
         name, found, arguments = found.resolve_command(context, [*context._protected_args, *context.args])

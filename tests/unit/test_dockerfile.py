@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -77,7 +76,7 @@ def test_pip_keeps_no_cache_builds_nothing_and_takes_hashes_where_a_lock_has_the
 def test_what_is_copied_exists_and_is_sent() -> None:
     """Each COPY's source is in the tree and not kept back by .dockerignore, or is a path of an earlier stage."""
     for stage in STAGES:
-        earlier = [other.name for other in takewhile(lambda other, this=stage: other is not this, STAGES)]
+        earlier = [other.name for other in STAGES[: STAGES.index(stage)]]
         for copy in stage.all("COPY"):
             *sources, _ = copy.words
             if "from" in copy.flags:
