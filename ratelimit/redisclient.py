@@ -15,6 +15,7 @@ from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
 from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
 
 from ratelimit.link.endpoint import NodeUrls, parse_endpoint
 from ratelimit.link.sentinel import Master
@@ -71,12 +72,17 @@ def _check(url: str) -> None:
 
 
 def _pool(url: str) -> BlockingConnectionPool:
-    retry = Retry(NoBackoff(), 1)
+    options = {
+        "max_connections": MAX_CONNECTIONS,
+        "retry": Retry(NoBackoff(), 1),
+        # Only one vendor's service knows it; a user of few rights would be refused it at every connect.
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+    }
     if not url.partition("://")[0].endswith("+sentinel"):
-        return BlockingConnectionPool.from_url(url, max_connections=MAX_CONNECTIONS, retry=retry)
+        return BlockingConnectionPool.from_url(url, **options)
     urls = NodeUrls.parse(url, _SENTINEL_PORT)
     master = Master(urls, _SENTINEL_TIMEOUT_S)
-    return _MasterPool(master, retry=retry, **parse_url(urls.at(urls.seeds[0], master.db)))
+    return _MasterPool(master, **parse_url(urls.at(urls.seeds[0], master.db)), **options)
 
 
 class _MasterPool(BlockingConnectionPool):
@@ -88,7 +94,7 @@ class _MasterPool(BlockingConnectionPool):
     def __init__(self, master: Master, **options: Any) -> None:
         tls = options.pop("connection_class", None) is SSLConnection
         kind = SentinelManagedSSLConnection if tls else SentinelManagedConnection
-        super().__init__(max_connections=MAX_CONNECTIONS, connection_class=kind, **options)
+        super().__init__(connection_class=kind, **options)
         self.connection_kwargs["connection_pool"] = weakref.proxy(self)
         self._master = master
 

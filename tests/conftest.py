@@ -4,7 +4,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["tests.support.redis", "tests.support.servers"]
+pytest_plugins = ["tests.support.redis", "tests.support.servers", "tests.support.tls"]
 
 # No absolute timing in tests: an example that is slow because the machine is busy proves nothing. CI tries the same
 # examples each time, so that what fails there fails everywhere; machines of developers go on looking for new ones.

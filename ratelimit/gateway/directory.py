@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_WHILE_EMPTY_US = 1_000_000
 _REFRESH_TIMEOUT_S = 5.0
+_REFUSALS = (AuthenticationError, AuthorizationError, NoPermissionError)
 
 
 class RedisRefusesError(RuntimeError):
@@ -163,9 +164,9 @@ class Directory:
         """Read for the first time, or note that Redis is away. Raises ``RedisRefusesError``."""
         try:
             await self._refresh_within()
-        except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
-            raise RedisRefusesError(str(error)) from error
         except (RedisError, OSError) as error:
+            if isinstance(error, _REFUSALS) or isinstance(error.__cause__, _REFUSALS):  # redis-py wraps some
+                raise RedisRefusesError(str(error)) from error
             self._note_failure("redis", error)
 
     async def _refresh_within(self) -> None:

@@ -74,6 +74,11 @@ class Process:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was started and runs no more."""
+        return self._process is not None and self._process.poll() is not None
+
     def start(self) -> None:
         """Start it, anew after it has ended; its log goes on."""
         with self._log.open("ab") as log:
