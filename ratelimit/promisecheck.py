@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 
 def hopeless_slo(where: Where, profile: Profile, slo: SloConfig) -> Iterator[Finding]:
-    """A bound that an empty step exceeds already, which no load can meet."""
-    base_ms = profile.step_time.base_s * 1000
+    """A bound that an empty step exceeds already, which no load can meet; on a surface, wherever it is shortest."""
+    factors = [point.factor for point in profile.surface.points] if profile.surface else [1.0]
+    base_ms = profile.step_time.base_s * min(factors) * 1000
     for field in ("ttft_ms", "tpot_ms"):
         bound_ms = getattr(slo, field)
         if base_ms >= bound_ms:

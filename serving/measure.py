@@ -40,6 +40,8 @@ _START_IN_FLIGHT = 4
 _FIT_POINTS = 3
 #: A warm-up covers so many lives of a lone request.
 _WARM_UP_LIVES = 2
+#: Near its knee a request is expected to live so many times as long as alone.
+_LOADED = 2
 #: Runs repeated in one measurement because they were unsteady, or the client was late.
 MOST_RETRIES = 4
 #: An engine drops what is left within a step or two.
@@ -199,14 +201,14 @@ def expected_left_s(
     """
     anchors_s = anchors_left * expected_s(settings.point, 0.0)
     return anchors_s + sum(
-        left * expected_s(point_settings(settings.point, lives_s.get(mix, 0.0)), 2 * lives_s.get(mix, 0.0))
+        left * expected_s(point_settings(settings.point, lives_s.get(mix, 0.0)), _LOADED * lives_s.get(mix, 0.0))
         for mix, left in rates_left.items()
     )
 
 
-def longest_s(settings: MeasureSettings) -> float:
-    """The most that the runs can take: every rate tried, all retries used, each run and each drain at its bound."""
-    return most_runs(settings) * (settings.point.most_s + _DRAIN_TIMEOUT_S)
+def slow_lives_s(slo: Slo) -> dict[str, float]:
+    """Lives of a lone mean request by mix, at full length, where under load it takes as long as the SLO allows."""
+    return {name: (slo.ttft_s + slo.tpot_s * load_mix(name).mean_output_tokens) / _LOADED for name in MIX_NAMES}
 
 
 def most_runs(settings: MeasureSettings) -> int:

@@ -19,7 +19,7 @@ from serving.enginefacts import FactsError, Stated
 from serving.fit import FitError
 from serving.intervals import Interval
 from serving.journal import JournalError
-from serving.measure import MeasureSettings, MeasureTarget, Watcher, expected_left_s, longest_s, most_runs
+from serving.measure import MeasureSettings, MeasureTarget, Watcher, expected_left_s, most_runs, slow_lives_s
 from serving.measure import Progress as SweepProgress
 from serving.measure import measure as measure_endpoint
 from serving.measurement import MeasureError, Measurement, knee_text
@@ -89,9 +89,14 @@ def measure(
 async def _measured(target: MeasureTarget, out: Path) -> Measurement:
     settings = target.settings
     every = dict.fromkeys(MIX_NAMES, settings.search_points)
-    likely_s = expected_left_s(settings, {}, len(MIX_NAMES), every)
-    bound = f"{most_runs(settings)} runs of --most-point-s {settings.point.most_s:g} s, each then drained"
-    _say(f"about {_minutes(likely_s)} where answers are short, at most {_minutes(longest_s(settings))} ({bound})")
+    likely_s, slow_s = (
+        expected_left_s(settings, lives_s, len(MIX_NAMES), every) for lives_s in ({}, slow_lives_s(settings.slo))
+    )
+    _say(
+        f"about {_minutes(likely_s)} where answers are short, {_minutes(slow_s)} where they take as long as the SLO "
+        f"allows; at most {most_runs(settings)} runs, none of them longer than --most-point-s "
+        f"({settings.point.most_s:g} s)"
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr) as bar:
         task = bar.add_task("measuring")

@@ -21,8 +21,9 @@ from serving.measure import (
     fitting_mix,
     fitting_mixes,
     journal_settings,
-    longest_s,
     measure,
+    most_runs,
+    slow_lives_s,
 )
 from serving.measurement import MeasureError, Measurement, fitted_points
 from serving.mixes import MIX_NAMES, load_mix
@@ -399,11 +400,15 @@ async def test_settings_that_measure_nothing_are_refused(settings: MeasureSettin
 
 
 def test_the_time_left_is_foretold_and_bounded() -> None:
-    """Longer answers and more rates take longer, and the bound is above the estimate."""
+    """Longer answers and more rates take longer, and no run is expected to take longer than it may."""
     settings = MeasureSettings(SLO)
     every = dict.fromkeys(MIX_NAMES, settings.search_points)
     short, long = (dict.fromkeys(MIX_NAMES, life) for life in (0.5, 8.0))
 
-    assert expected_left_s(settings, short, 0, every) < expected_left_s(settings, long, 0, every) < longest_s(settings)
-    assert longest_s(settings) == 36 * (180 + 20)
+    bound_s = len(MIX_NAMES) * settings.search_points * settings.point.most_s
+    assert most_runs(settings) == 4 * (1 + 7) + 4
+    assert expected_left_s(settings, short, 0, every) < expected_left_s(settings, long, 0, every) <= bound_s
+    slow = slow_lives_s(settings.slo)
+    assert 2 * slow["chat"] == pytest.approx(SLO.ttft_s + SLO.tpot_s * load_mix("chat").mean_output_tokens)
+    assert expected_left_s(settings, short, 0, every) < expected_left_s(settings, slow, 0, every) <= bound_s
     assert expected_left_s(settings, short, 0, dict.fromkeys(MIX_NAMES, 1)) < expected_left_s(settings, short, 0, every)
