@@ -135,6 +135,15 @@ def server_facts(served: ServedAs, rows: Sequence[BenchRow] = (), stated_dtype: 
     return ServerFacts(find_gpu(served.gpu), gpus, model, dtype, command.kv_dtype)
 
 
+def misnamed(served: ServedAs) -> str:
+    """Empty, or what to say where the model's column and the serve command name two known models: the command ran."""
+    checkpoint = parse_command(served.serve_command).checkpoint
+    told, ran = find_model(served.model), find_model(checkpoint)
+    if told is None or ran is None or told == ran:
+        return ""
+    return f"the model column says {told.name}, but the serve command runs {ran.name}: taken as {ran.name}"
+
+
 def served_model(name: str, command: ServeCommand) -> ModelFacts | None:
     """The facts of the checkpoint that the command names, or else of the model's own name.
 
@@ -191,6 +200,7 @@ def sorted_out(rows: Sequence[BenchRow], facts: ServerFacts) -> tuple[list[Bench
 
 def _report(served: ServedAs, result: FitResult, points: int, mixes: int, problems: tuple[str, ...]) -> GroupReport:
     fit = result.fit
+    none_left_out = "" if fit.loo_error_median is not None else _NONE_LEFT_OUT
     return GroupReport(
         *served,
         points=points,
@@ -201,7 +211,7 @@ def _report(served: ServedAs, result: FitResult, points: int, mixes: int, proble
         loo_error_max=fit.loo_error_max,
         two_rate_error_median=fit.two_rate_error_median,
         status="fitted" if result.provenance == "measured" else "estimated",
-        reason=result.reason if fit.loo_error_median is not None else f"{result.reason}; {_NONE_LEFT_OUT}",
+        reason="; ".join(filter(None, (result.reason, none_left_out, misnamed(served)))),
         provenance=result.provenance,
         residual_median=fit.residual_median,
         residual_max=fit.residual_max,
@@ -220,6 +230,6 @@ def _without_fit(served: ServedAs, points: int, mixes: int, reason: str, problem
         loo_error_max=None,
         two_rate_error_median=None,
         status="refused",
-        reason=reason,
+        reason="; ".join(filter(None, (reason, misnamed(served)))),
         refused=problems,
     )

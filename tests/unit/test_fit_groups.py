@@ -47,6 +47,16 @@ def test_every_published_group_ends_in_a_status_with_its_reason(reports: list[Gr
         assert (report.status == "refused") == (report.points == 0) == (report.model_form is None)
 
 
+def test_a_group_that_ran_another_model_says_so(reports: list[GroupReport]) -> None:
+    """Of the published rows three are under the name of a model that their command does not serve; no other is."""
+    said = [report for report in reports if "the model column says" in report.reason]
+    assert [(report.model, report.points) for report in said] == [("gpt-oss-20b", 1), ("qwen3-32b", 2)]
+    assert [report.reason.rsplit("; ", 1)[1] for report in said] == [
+        "the model column says gpt-oss-20b, but the serve command runs gpt-oss-120b: taken as gpt-oss-120b",
+        "the model column says qwen3-32b, but the serve command runs qwen3-14b: taken as qwen3-14b",
+    ]
+
+
 def test_no_published_group_passes_for_measured(reports: list[GroupReport]) -> None:
     """Nearly all of these runs are bursts, and none has seven steady points of four mixes: every fit is estimated."""
     assert {report.provenance for report in reports} == {"estimated", None}
