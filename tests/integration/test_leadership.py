@@ -198,6 +198,7 @@ async def test_a_lease_that_was_taken_unknown_to_its_holder_is_taken_anew(redis_
     assert candidate.leadership.term == 4
 
 
+@pytest.mark.slow
 async def test_a_redis_that_restarts_empty_has_a_leader_again_in_a_higher_term() -> None:
     """The term that Redis has forgotten is not given out again: who led remembers it."""
     with Server(redis_server_executable()) as server:
