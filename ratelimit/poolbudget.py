@@ -7,7 +7,7 @@ bound that a request may wait, so that what is admitted late is still in time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
@@ -66,7 +66,14 @@ def published_pool(
         f"request = {approximate(Fraction(busy))} of {sum(group.count for group in groups):,} replicas busy; "
         f"{burst_text}",
         priority_scheduling=pool.priority_scheduling,
+        runs=_runs(supplies, fleet),
     )
+
+
+def _runs(supplies: Sequence[GroupSupply], fleet: Mapping[ReplicaGroup, ReplicaGroup]) -> tuple[tuple[int, int], ...]:
+    """Of which group of the fleet the replicas of the supplies are, one after the other."""
+    index = {kind: number for number, kind in enumerate(fleet)}
+    return tuple((index[each.kind], len(each.replicas)) for each in supplies if each.replicas)
 
 
 @lru_cache(maxsize=64)

@@ -91,6 +91,8 @@ class PublishedPool(msgspec.Struct, frozen=True):
     ``budget_per_minute`` and ``budget_burst`` are the pool bucket's rate and capacity in replica-microseconds of cost.
     ``default_max_output`` is what an answer is expected to need while nothing is learned of it.
     ``priority_scheduling``: every replica serves requests of lower priority first, so that they may be told one.
+    ``runs`` says of which of the ``groups`` the replicas are, in their order: (index, how many). Where they do not add
+    up to the replicas, as in publications of before there were any, it is not known of which.
     """
 
     model: str
@@ -106,6 +108,7 @@ class PublishedPool(msgspec.Struct, frozen=True):
     usable_output_tokens_per_s: float
     explanation: str
     priority_scheduling: bool = False
+    runs: tuple[tuple[int, int], ...] = ()
 
 
 class Publication(msgspec.Struct, frozen=True):

@@ -185,6 +185,21 @@ def replica_seconds(group: ReplicaGroup, shape: RequestShape) -> float:
     return max(resource_bounds_s(group, shape))
 
 
+def replica_share(group: ReplicaGroup, shape: RequestShape) -> tuple[float, float]:
+    """The u of a request, and the part of what a replica may hold at once under its SLO that it takes while it runs.
+
+    Where such requests alone come at 1/u a second, steps last T = c0 / (1 − w/u), and each stays for O and those that
+    its prompt fills: 1/u times that is what the replica holds, by Little's law. The part is 0 where steps take no time
+    of their own. Raises as ``resource_bounds_s`` does.
+    """
+    step_time, limits = group.step_time, group.limits
+    bounds = resource_bounds_s(group, shape)
+    seconds, work = max(bounds), bounds[0] * (1 - step_time.base_s / group.slo.tpot_s)
+    steps = shape.output_tokens + (shape.input_tokens - shape.cached_tokens) / limits.max_num_batched_tokens
+    empty_s = step_time.base_s * steps
+    return seconds, (seconds - work) / empty_s if empty_s else 0.0
+
+
 def closed_form_requests_per_s(group: ReplicaGroup, mix: WorkloadMix) -> float:
     """An upper bound on the rate at which one replica of the group serves the mix under its SLO.
 

@@ -1,9 +1,31 @@
-"""Which replica takes a request: the one that would finish its outstanding cost first."""
+"""Which replica takes a request: each GPU type its part of each kind of request, and there the least laden replica.
+
+A request that replicas of kind g need u_g replica-seconds for goes to that kind in proportion to n_g/u_g: as much as
+the kind could serve of such requests alone. Then every kind is loaded alike, with what requests are charged
+(``capacity.fleet_cost_s``), whatever their mix. Turns are taken along a sequence that fills its range evenly, so parts
+are kept closer than by lots.
+
+That rests on profiles. So a kind that holds more than half of what it may within its SLO counts for less, the fuller
+the less: where one does less than its profile says, its requests stay longer, and others get the next ones. Below that
+nobody waits, and how long requests stay says more of the GPU than of its load.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Protocol, TypeVar
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from serving.capacity import ReplicaGroup, RequestShape, replica_share
+
+#: The part of what a kind of replica may hold from which on its requests are sent elsewhere.
+HALF_FULL = 0.5
+#: Multiples of the golden ratio, without their whole part, are the most even sequence that is computed by a sum.
+_GOLDEN = 0.6180339887498949
+#: Less than this of a cost or a share is what rounding has left.
+_NOTHING = 1e-9
 
 
 class Routable(Protocol):
@@ -15,19 +37,107 @@ class Routable(Protocol):
     def requests_per_s(self) -> float: ...
 
 
+K = TypeVar("K")
 R = TypeVar("R", bound=Routable)
 
 
-def choose(replicas: Iterable[R], outstanding: Mapping[str, float], exclude: Collection[str] = ()) -> R | None:
-    """The replica with the least outstanding cost for its capacity, or ``None`` if every one is excluded.
+class Alike(NamedTuple, Generic[R]):
+    """Replicas of one pool that are of one kind (a group of one); ``kind`` is None where it is not known."""
+
+    pool: str
+    kind: ReplicaGroup | None
+    replicas: Sequence[R]
+
+
+class Load(NamedTuple):
+    """What a request is expected to bring: ``sequences`` of one shape, and its cost, in any unit common to all."""
+
+    shape: RequestShape
+    sequences: int
+    cost: float
+
+
+class Place(NamedTuple, Generic[R]):
+    """Where a request goes; it takes the ``share`` of what one such replica may hold at once."""
+
+    among: Alike[R]
+    replica: R
+    cost: float
+    share: float
+
+
+class Router:
+    """Sends the requests of one process, and knows what they take up.
+
+    ``senders`` says how many such processes send to the same replicas alike. ``turn``, from 0 to 1, is where the
+    sequence starts: different processes start at different places.
+    """
+
+    def __init__(self, turn: float, senders: Callable[[], int]) -> None:
+        self._turn = turn
+        self._senders = senders
+        self._outstanding: defaultdict[str, float] = defaultdict(float)
+        self._held: defaultdict[tuple[str, ReplicaGroup | None], float] = defaultdict(float)
+
+    def choose(self, fleet: Sequence[Alike[R]], load: Load, exclude: Collection[str] = ()) -> Place[R] | None:
+        """The place for a request, or ``None`` where every replica is excluded. It is not taken yet."""
+        open_to = [alike for alike in (_without(alike, exclude) for alike in fleet) if alike.replicas]
+        if len(open_to) > 1:
+            among, share = self._in_turn(open_to, load.shape)
+        elif open_to:
+            among, share = open_to[0], 0.0
+        else:
+            return None
+        replica = least_laden(among.replicas, self._outstanding)
+        return Place(among, replica, load.cost, share * load.sequences) if replica else None
+
+    def take(self, place: Place[R]) -> None:
+        """A request is sent there."""
+        self._outstanding[place.replica.url] += place.cost
+        self._held[place.among.pool, place.among.kind] += place.share
+
+    def leave(self, place: Place[R]) -> None:
+        """It has ended."""
+        _subtract(self._outstanding, place.replica.url, place.cost)
+        _subtract(self._held, (place.among.pool, place.among.kind), place.share)
+
+    def _in_turn(self, fleet: Sequence[Alike[R]], shape: RequestShape) -> tuple[Alike[R], float]:
+        """The kind whose turn it is, and the share of what one of its replicas may hold that a sequence takes."""
+        senders = max(1, self._senders())
+        found: list[tuple[float, float]] = []
+        for pool, kind, replicas in fleet:
+            seconds, share = replica_share(kind, shape) if kind else (0.0, 0.0)
+            full = senders * self._held.get((pool, kind), 0.0) / len(replicas)
+            found.append((len(replicas) / ((seconds or 1.0) * max(full, HALF_FULL)), share))
+        self._turn = (self._turn + _GOLDEN) % 1.0
+        reached = list(accumulate(weight for weight, _ in found))
+        at = min(bisect_right(reached, self._turn * reached[-1]), len(fleet) - 1)
+        return fleet[at], found[at][1]
+
+
+def _without(alike: Alike[R], excluded: Collection[str]) -> Alike[R]:
+    if not excluded:
+        return alike
+    return alike._replace(replicas=[replica for replica in alike.replicas if replica.url not in excluded])
+
+
+def _subtract(amounts: dict[K, float], name: K, amount: float) -> None:
+    left = amounts.get(name, 0.0) - amount
+    if left > _NOTHING:
+        amounts[name] = left
+    else:
+        amounts.pop(name, None)
+
+
+def least_laden(replicas: Iterable[R], outstanding: Mapping[str, float]) -> R | None:
+    """The replica with the least outstanding cost for its capacity, or ``None`` if none serves anything.
 
     ``outstanding`` maps a replica's URL to the cost of the requests it holds, in any unit common to all. The cost of
     a request is the same on every replica, so dividing by ``requests_per_s`` sends work in proportion to capacity.
     Ties go to the replica with the larger capacity, then to the first named.
     """
-    candidates = [replica for replica in replicas if replica.url not in exclude and replica.requests_per_s > 0]
     return min(
-        candidates,
+        (replica for replica in replicas if replica.requests_per_s > 0),
         key=lambda replica: (outstanding.get(replica.url, 0.0) / replica.requests_per_s, -replica.requests_per_s),
         default=None,
     )

@@ -1,4 +1,4 @@
-"""Finding a replica that answers: routing, retries on other replicas, and what each replica has outstanding.
+"""Finding a replica that answers: routing, and retries on other replicas.
 
 A request moves on to another replica as long as its client has seen nothing:
 
@@ -11,7 +11,6 @@ A request moves on to another replica as long as its client has seen nothing:
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Mapping
 from time import perf_counter
 
@@ -19,7 +18,8 @@ from ratelimit.gateway.errors import Rejection, reduced_capacity
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.terms import Terms
 from ratelimit.gateway.upstream import Upstream, UpstreamAnswer, UpstreamError
-from serving.routing import choose
+from ratelimit.publication import PublishedReplica
+from serving.routing import Load, Place, Router
 
 #: Replicas that one request may break off on.
 MAX_BROKEN = 2
@@ -44,36 +44,34 @@ class Call:
     ``close`` it in any case, once or more: it ends the outstanding cost, and aborts what has not ended.
     """
 
-    __slots__ = ("_cost", "_outstanding", "_url", "answer", "first")
+    __slots__ = ("_place", "_router", "answer", "first")
 
-    def __init__(self, outstanding: defaultdict[str, float], url: str, cost: float) -> None:
-        self._outstanding = outstanding
-        self._url = url
-        self._cost = cost
+    def __init__(self, router: Router, place: Place[PublishedReplica]) -> None:
+        self._router = router
+        self._place: Place[PublishedReplica] | None = place
         self.answer: UpstreamAnswer
         self.first = b""
-        outstanding[url] += cost
+        router.take(place)
 
     def close(self) -> None:
         """Let go of the replica."""
         if answer := getattr(self, "answer", None):
             answer.close()
-        cost, self._cost = self._cost, 0.0
-        left = self._outstanding.get(self._url, 0.0) - cost
-        if left > 0:
-            self._outstanding[self._url] = left
-        else:
-            self._outstanding.pop(self._url, None)
+        place, self._place = self._place, None
+        if place is not None:
+            self._router.leave(place)
 
 
 class Forwarder:
-    """Sends requests to replicas, and knows what each of them has outstanding from this process."""
+    """Sends requests to the replicas that ``router`` chooses."""
 
-    def __init__(self, upstream: Upstream, metrics: GatewayMetrics, first_byte_timeout_s: float) -> None:
+    def __init__(
+        self, upstream: Upstream, metrics: GatewayMetrics, first_byte_timeout_s: float, router: Router
+    ) -> None:
         self._upstream = upstream
         self._metrics = metrics
         self._first_byte_timeout_s = first_byte_timeout_s
-        self._outstanding: defaultdict[str, float] = defaultdict(float)
+        self._router = router
 
     async def call(
         self,
@@ -81,7 +79,7 @@ class Forwarder:
         path: str,
         body: bytes,
         headers: Mapping[str, str],
-        cost: float,
+        load: Load,
         timeout_s: float,
         stream: bool,
     ) -> Call:
@@ -91,20 +89,21 @@ class Forwarder:
         Raises ``TimeoutError`` after ``timeout_s``, with a replica at work, and ``AnswerTooLargeError``.
         """
         async with asyncio.timeout(timeout_s):
-            return await self._call_any(terms, path, body, headers, cost, stream)
+            return await self._call_any(terms, path, body, headers, load, stream)
 
     async def _call_any(
-        self, terms: Terms, path: str, body: bytes, headers: Mapping[str, str], cost: float, stream: bool
+        self, terms: Terms, path: str, body: bytes, headers: Mapping[str, str], load: Load, stream: bool
     ) -> Call:
         tried: set[str] = set()
         broken = 0
         model = terms.pool.model
-        while broken < MAX_BROKEN and (replica := choose(terms.pool.replicas, self._outstanding, tried)):
-            tried.add(replica.url)
-            call = Call(self._outstanding, replica.url, cost)
+        while broken < MAX_BROKEN and (place := self._router.choose(terms.fleet, load, tried)):
+            url = place.replica.url
+            tried.add(url)
+            call = Call(self._router, place)
             try:
                 started = perf_counter()
-                await self._begin(call, replica.url.rstrip("/") + path, body, headers, stream)
+                await self._begin(call, url.rstrip("/") + path, body, headers, stream)
             except UpstreamError as error:
                 call.close()
                 self._metrics.upstream_failures.labels(model, error.reason).inc()

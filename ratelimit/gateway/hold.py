@@ -18,6 +18,7 @@ from ratelimit.gateway.estimates import Expected
 from ratelimit.gateway.wire import ParsedRequest
 from ratelimit.publication import PublishedPool
 from serving.capacity import ReplicaGroup, RequestShape, fleet_cost_s
+from serving.routing import Load
 
 #: Bounds a reservation's tokens to what a meter counts exactly.
 MOST_TOKENS = 10**8
@@ -113,3 +114,10 @@ def pool_cost_us(groups: Sequence[ReplicaGroup], usage: Usage, choices: int, pro
     if choices > prompts:
         cost_s += (choices - prompts) * fleet_cost_s(groups, RequestShape(prompt, output, prompt))
     return min(max(1, ceil(cost_s * 1e6)), MOST_COST_US)
+
+
+def expected_load(request: ParsedRequest, held: Usage, answer_tokens: int, cost_us: int) -> Load:
+    """What a replica is expected to have of a request that holds so much, where an answer has ``answer_tokens``."""
+    choices = request.generated_choices
+    prompt, output = ceil(held.prompt_tokens / request.prompts), ceil(held.output_tokens / choices)
+    return Load(RequestShape(prompt, min(output, answer_tokens)), choices, cost_us)

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 from ratelimit.gateway.breaker import CellStore
 from ratelimit.gateway.denials import Denials
 from ratelimit.gateway.estimates import Estimates, TextRates
-from ratelimit.gateway.hold import Usage, estimate
+from ratelimit.gateway.hold import Usage, estimate, expected_load
 from ratelimit.gateway.local import LocalMode
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.terms import Terms
 from ratelimit.gateway.wire import ParsedRequest
 from ratelimit.keys import KeyRecord
+from serving.routing import Load
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,12 @@ class Ledger:
         pool = terms.pool
         expected = self.estimates.expected(record.id, pool.model, pool.default_max_output, pool.tokens_per_byte)
         return estimate(request, pool, expected)
+
+    def load(self, record: KeyRecord, terms: Terms, request: ParsedRequest, held: Usage, cost_us: int) -> Load:
+        """What a replica is expected to have of a request; its answers as long as this key's usually are."""
+        pool = terms.pool
+        expected = self.estimates.expected(record.id, pool.model, pool.default_max_output, pool.tokens_per_byte)
+        return expected_load(request, held, expected.output_tokens, cost_us)
 
     def learn(
         self, record: KeyRecord, terms: Terms, prompt: tuple[int, int], answer: int, ended: bool, deltas: int = 0

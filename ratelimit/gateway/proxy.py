@@ -221,7 +221,7 @@ class Proxy:
         watch: ClientWatch,
     ) -> None:
         deadline = asyncio.get_running_loop().time() + self._settings.request_timeout_s
-        call = await self._call(exchange, account, terms, request, cache_salt_of(record.org))
+        call = await self._call(exchange, account, record, terms, request)
         try:
             exchange.status = call.answer.status
             if request.stream and call.answer.status == _SERVED:
@@ -240,18 +240,19 @@ class Proxy:
             call.close()
 
     async def _call(
-        self, exchange: _Exchange, account: Account, terms: Terms, request: ParsedRequest, cache_salt: str
+        self, exchange: _Exchange, account: Account, record: KeyRecord, terms: Terms, request: ParsedRequest
     ) -> Call:
         """Reach a replica. Once one may be at work, its work is paid for, however the wait for its answer ends."""
         timeout_s = self._settings.request_timeout_s
         priority = priority_of(terms, account.green)
         headers = upstream_headers(exchange.route, exchange.reservation_id, priority)
-        body = upstream_body(request, cache_salt, priority)
+        body = upstream_body(request, cache_salt_of(record.org), priority)
+        load = self._ledger.load(record, terms, request, account.held, account.cost_us)
         request.members.clear()
         try:
             async with self._drain.until(None):
                 return await self._forwarder.call(
-                    terms, PATHS[exchange.route], body, headers, account.cost_us, timeout_s, request.stream
+                    terms, PATHS[exchange.route], body, headers, load, timeout_s, request.stream
                 )
         except (asyncio.CancelledError, TimeoutError) as error:
             if request.stream:

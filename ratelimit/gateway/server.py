@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from random import random
 from typing import TypeAlias
 
 import uvloop
@@ -33,6 +34,7 @@ from ratelimit.keyuse import read_uses
 from ratelimit.link import open_link
 from ratelimit.redisclient import RedisUrlError, redis_client, shown
 from ratelimit.store import Commands, Store
+from serving.routing import Router
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +123,8 @@ async def _wired(settings: GatewaySettings, redis: Redis, link: Commands, drain:
     ledger = Ledger(metrics, settings.lease_s, local)
     stores = GuardedStores(lambda model: Store(link, model, _STORE_TIMEOUT_S), settings.store_timeout_s, metrics)
     async with _upstream(settings) as upstream:
-        forwarder = Forwarder(upstream, metrics, settings.first_byte_timeout_s)
+        router = Router(random(), presence.gateways)  # noqa: S311 - where a sequence starts is no secret
+        forwarder = Forwarder(upstream, metrics, settings.first_byte_timeout_s, router)
         proxy = Proxy(settings, directory, stores, forwarder, ledger, metrics, drain)
         health = partial(_readiness, directory, drain)
         await _read_first(directory, settings)

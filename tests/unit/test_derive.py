@@ -327,6 +327,15 @@ def test_pool_budget_is_the_cost_of_the_usable_requests() -> None:
     assert pool.groups == (ReplicaGroup(2, STEP_TIME, LIMITS, SLO),)
 
 
+def test_it_is_published_of_which_group_each_replica_is() -> None:
+    """Runs in the order of the replicas: two supplies of one kind, with another between them, are of one group."""
+    (pool,) = published(supply(), supply(slowdown=2.0, gpu="H200"), supply(gpu="B200")).pools
+    slow = ReplicaGroup(1, STEP_TIME.slowed(2.0), LIMITS, SLO.slowed(2.0))
+    assert pool.groups == (ReplicaGroup(2, STEP_TIME, LIMITS, SLO), slow)
+    assert [replica.gpu for replica in pool.replicas] == ["H100", "H200", "B200"]
+    assert pool.runs == ((0, 1), (1, 1), (0, 1))
+
+
 @unhurried
 @given(fleet=fleets, mix=mixes)
 def test_pool_burst_is_what_may_wait_within_the_ttft_bound(fleet: list[float], mix: WorkloadMix) -> None:

@@ -14,6 +14,7 @@ from ratelimit.gateway.hold import (
     MOST_COUNTED_BYTES_PER_TOKEN,
     Usage,
     estimate,
+    expected_load,
     generated_at_most,
     is_possible,
     most_output,
@@ -22,6 +23,8 @@ from ratelimit.gateway.hold import (
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.terms import terms_by_tier
 from ratelimit.gateway.wire import parse_request
+from serving.capacity import RequestShape
+from serving.routing import Load
 from tests.support.gateway import MAX_MODEL_LEN, MODEL, make_key, publication
 from tests.support.limiter import AwayLimiter
 
@@ -67,6 +70,15 @@ async def test_what_came_back_is_what_the_pool_is_charged_for() -> None:
     account.settle_used(used, ended=True)
     await ledger.drain(timeout_s=30)
     assert store.settled[0]["work"] == pool_cost_us(TERMS.groups, used, choices=1, prompts=1)
+
+
+@pytest.mark.parametrize(("usual", "output"), [(10, 10), (100, 64)])
+def test_routing_expects_what_answers_usually_are_and_no_more_than_is_held(usual: int, output: int) -> None:
+    """One sequence for each answer that may be generated, each of its prompt and of the usual length."""
+    members = {"model": MODEL, "prompt": ["water", "water"], "max_tokens": 64, "n": 2}
+    request = parse_request("completions", msgspec.json.encode(members))
+    load = expected_load(request, Usage(4, 256), usual, 7)
+    assert load == Load(RequestShape(2, output), 4, 7)
 
 
 def body(**members: object) -> bytes:

@@ -22,6 +22,7 @@ from ratelimit.gateway.proxy import Proxy
 from ratelimit.gateway.settings import GatewaySettings
 from ratelimit.gateway.sse import StreamFilter
 from ratelimit.gateway.upstream import UpstreamError
+from serving.routing import Router
 from tests.support.fake_upstream import stream_events, whole_answer
 from tests.support.gateway import MODEL, make_key, publication
 from tests.support.limiter import AwayLimiter
@@ -116,7 +117,7 @@ class Wired:
         directory._swap_publication(msgspec.json.encode(publication([URL])))
         directory._swap_keys({b"": msgspec.json.encode(record)})
         settings = GatewaySettings(redis_url="", request_timeout_s=request_timeout_s, max_body_bytes=2**26)
-        forwarder = Forwarder(replica, self.metrics, first_byte_timeout_s=20.0)
+        forwarder = Forwarder(replica, self.metrics, 20.0, Router(0.0, lambda: 1))
         self.proxy = Proxy(settings, directory, lambda _: self.limiter, forwarder, self.ledger, self.metrics, Drain())
 
     async def serve(self, body: dict[str, Any], reads: int = 10**9) -> Client:

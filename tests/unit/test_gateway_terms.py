@@ -12,9 +12,9 @@ from ratelimit.cell import Cell
 from ratelimit.gateway.charges import charges_for, check_countable, limit_of, rooms
 from ratelimit.gateway.hold import Usage
 from ratelimit.gateway.limits_route import key_charges, limits_body
-from ratelimit.gateway.terms import Terms, TermsBook
+from ratelimit.gateway.terms import Terms, TermsBook, fleet_of
 from ratelimit.meter import Admitted, Role
-from ratelimit.publication import Limit, LimitRule, Publication
+from ratelimit.publication import Limit, LimitRule, Publication, PublishedPool, PublishedReplica
 from tests.support.gateway import MODEL, make_key, publication
 
 _, RECORD = make_key()
@@ -146,3 +146,38 @@ def test_limits_that_cannot_be_counted_are_refused_whole() -> None:
         check_countable(published(LimitRule("output_tokens", 2**53, keys=("k_1",))))
     with pytest.raises(ValueError, match="output_tokens"):
         check_countable(published(limits=(Limit("output_tokens", 1, 2**50, ""),)))
+
+
+def pool_of(runs: tuple[tuple[int, int], ...], *rates: float) -> PublishedPool:
+    """The test pool with two kinds of replica, which differ in their slots, and a replica for each rate."""
+    pool = publication(["http://a"]).pools[0]
+    (kind,) = pool.groups
+    other = msgspec.structs.replace(kind, limits=msgspec.structs.replace(kind.limits, max_num_seqs=7))
+    named = tuple(PublishedReplica(f"http://{i}", "H100", "p", 1.0, rate) for i, rate in enumerate(rates))
+    return msgspec.structs.replace(pool, replicas=named, groups=(kind, other), runs=runs)
+
+
+def test_replicas_are_told_apart_by_their_runs() -> None:
+    """Runs of one group are put together, wherever they stand; a replica that serves nothing is in none."""
+    fleet = fleet_of(pool_of(((1, 2), (0, 1), (1, 1)), 3.0, 0.0, 1.0, 3.0))
+    told = {each.kind.limits.max_num_seqs: [replica.url for replica in each.replicas] for each in fleet if each.kind}
+    assert told == {7: ["http://0", "http://3"], 256: ["http://2"]}
+    assert all(each.kind and each.kind.count == 1 for each in fleet)
+
+
+@pytest.mark.parametrize("runs", [(), ((0, 1),), ((0, 3),), ((0, 1), (2, 1)), ((-1, 2),), ((0, 3), (1, -1))])
+def test_replicas_of_which_the_kind_is_not_told_are_as_one(runs: tuple[tuple[int, int], ...]) -> None:
+    """A publication without runs, or with some that do not fit, is served all the same, by the replicas' weights."""
+    ((pool, kind, replicas),) = fleet_of(pool_of(runs, 1.0, 2.0))
+    assert (pool, kind, [replica.url for replica in replicas]) == (MODEL, None, ["http://0", "http://1"])
+
+
+def test_a_publication_of_before_there_were_runs_is_read() -> None:
+    """Gateways and controllers are replaced one by one: what is missing is not known, what is new is passed over."""
+    document = msgspec.to_builtins(publication(["http://a", "http://b"]))
+    del document["pools"][0]["runs"]
+    document["pools"][0]["later"] = 1
+    read = msgspec.convert(document, Publication)
+    (among,) = find(TermsBook(read)).fleet
+    assert among.kind is None
+    assert len(among.replicas) == 2
