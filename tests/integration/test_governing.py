@@ -153,7 +153,9 @@ async def test_a_small_fall_does_not_wait(redis_client: Redis, tmp_path: Path, k
     async with running(config_of(tmp_path), redis_client) as stack:
         before = await first(stack)
         stack.controller.adopt(config_of(tmp_path, share=0.3))
-        await stack.until(lambda p: assured(p) < assured(before))
+        after = await stack.until(lambda p: assured(p) < assured(before))
+        assert assured(before) * 0.7 < assured(after)
+        assert waiting_file(tmp_path).read() == []
 
 
 async def test_nothing_waits_where_nothing_says_so(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
@@ -162,6 +164,7 @@ async def test_nothing_waits_where_nothing_says_so(redis_client: Redis, tmp_path
         before = await first(stack)
         stack.controller.adopt(config_of(tmp_path, share=0.01, falls_above=None))
         await stack.until(lambda p: assured(p) < assured(before) / 10)
+        assert waiting_file(tmp_path).read() == []
 
 
 async def test_a_change_cannot_allow_itself(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
@@ -283,7 +286,9 @@ async def test_an_override_ends_at_its_time(redis_client: Redis, tmp_path: Path,
         before = await first(stack)
         OverrideFile(tmp_path).add(setting("free", "output_tokens", 10**9, time() + 1, "trial"), time())
         await stack.until(lambda p: assured(p, "free") == 10**9)
-        await stack.until(lambda p: assured(p, "free") == assured(before, "free"))
+        after = await stack.until(lambda p: assured(p, "free") == assured(before, "free"))
+        assert after.limits("free", "m") == before.limits("free", "m")
+        assert waiting_file(tmp_path).read() == []
 
 
 @pytest.mark.parametrize("how", ["freeze", "set"])
@@ -344,7 +349,9 @@ async def test_the_first_keys_of_a_tier_take_nothing_from_anybody(
         before = await first(stack)
         with KeyFile(tmp_path)._file.changing() as records:
             records += [new_key("acme", "free", f"k{i}", time(), None)[1] for i in range(5)]
-        await stack.until(lambda p: assured(p, "free") < assured(before, "free") / 4)
+        after = await stack.until(lambda p: assured(p, "free") < assured(before, "free") / 4)
+        assert assured(after) == assured(before)
+        assert waiting_file(tmp_path).read() == []
 
 
 async def test_a_restart_is_no_approval(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
@@ -471,6 +478,8 @@ async def test_an_epoch_whose_controller_died_before_it_was_kept_is_kept_by_the_
     async with running(config_of(tmp_path), redis_client) as stack:
         three = await stack.until(lambda p: p.epoch > two.epoch)
         await kept_epochs(tmp_path, [one.epoch, two.epoch, three.epoch])
+    kept = list(AuditLog(tmp_path).entries())
+    assert [entry.published for entry in kept] == [snapshot(each) for each in (three, two, one)]
 
 
 def copying(method: str, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -562,10 +571,12 @@ async def test_epochs_that_the_log_could_not_take_outlive_their_controller(
         async with running(config_of(tmp_path), redis_client) as stack:
             await first(stack)
             stack.fleet.turn(A, "down")
-            await stack.until(lambda p: urls(p) == {B})
+            two = await stack.until(lambda p: urls(p) == {B})
     async with running(config_of(tmp_path), redis_client) as stack:
         await stack.until(lambda p: p.epoch == 3)
         await kept_epochs(tmp_path, [1, 2, 3])
+    _, lost, _ = AuditLog(tmp_path).entries()
+    assert (lost.cause, lost.published, lost.unsure) == (f"{A} left", snapshot(two), False)
 
 
 async def test_a_bound_that_is_loosened_is_in_the_log_though_no_limit_changes(
