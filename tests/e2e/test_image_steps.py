@@ -1,9 +1,9 @@
-"""The Dockerfile's own steps for the gateway's image, run in a clean root, and what they make, run as a container is.
+"""The Dockerfile's own steps for two of its images, run in a clean root, and what they make, run as a container is.
 
 This proves that the steps work with what they ask for and nothing else (no compiler, no network but the locked
 packages), that the result needs no write to its root and no privilege, and that it starts, serves and stops as user
 10001. It does not prove that the base image on a registry is as the stand-in (see ``cleanroot``), nor that an engine
-reads the file as this reader does; the other two targets differ by their last installations, which are not run here.
+reads the file as this reader does. The virtual GPU's own installations (torch, vLLM) are not run here for their size.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ pytestmark = [
 
 REPOSITORY = Path(__file__).parents[2]
 TEXT = (REPOSITORY / "Dockerfile").read_text()
-TARGET = "penstock"
+TARGET, LOAD_TEST = "penstock", "loadtest"
 CONFIG = """\
 state_dir: /var/lib/penstock/state
 redis: redis://127.0.0.1:{redis}/0
@@ -62,11 +62,11 @@ orgs: [{{name: acme}}]
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the target's lock files name."""
-    stages = lineage(parse(TEXT, BASE_ENVIRONMENT), TARGET)
-    words = [word for stage in stages for copy in stage.all("COPY") for word in copy.words]
+    """What the targets' lock files name."""
+    stages = [stage for target in (TARGET, LOAD_TEST) for stage in lineage(parse(TEXT, BASE_ENVIRONMENT), target)]
+    words = {word for stage in stages for copy in stage.all("COPY") for word in copy.words}
     folder = tmp_path_factory.mktemp("wheels")
-    fetch_wheels([REPOSITORY / word for word in words if word.endswith(".lock")], folder)
+    fetch_wheels([REPOSITORY / word for word in sorted(words) if word.endswith(".lock")], folder)
     return folder
 
 
@@ -102,12 +102,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory, base: Path, wheels: Path) -> Iterator[Image]:
-    """The target, built by its own steps."""
+def build(tmp_path_factory: pytest.TempPathFactory, base: Path, wheels: Path) -> Iterator[CleanBuild]:
+    """The stages that the targets below share."""
     folder = tmp_path_factory.mktemp("image")
-    stages = parse(TEXT, BASE_ENVIRONMENT)
-    yield Image(CleanBuild(REPOSITORY, folder, base, wheels).build(stages, TARGET), stages[-1])
+    yield CleanBuild(REPOSITORY, folder, base, wheels)
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def image(build: CleanBuild) -> Image:
+    """The gateway's image, built by its own steps."""
+    return built(build, TARGET)
+
+
+def built(build: CleanBuild, target: str) -> Image:
+    """A target's image."""
+    stages = parse(TEXT, BASE_ENVIRONMENT)
+    return Image(build.build(stages, target), next(stage for stage in stages if stage.name == target))
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -173,6 +184,17 @@ def test_the_gateway_starts_and_ends_on_its_stop_signal(image: Image, tmp_path: 
         finally:
             outer.kill()
             outer.wait()
+
+
+def test_the_load_test_has_what_it_and_measuring_need(build: CleanBuild) -> None:
+    """Its own lock adds to the gateway's without contradicting it: Locust and SciPy load, `penstock measure` runs."""
+    load_test = built(build, LOAD_TEST)
+    loaded = run(load_test.entered(["python", "-c", "import scipy.optimize, ratelimit.gateway.app; import locust"]))
+    assert loaded.returncode == 0, loaded.stderr
+    assert "--rate" in run(load_test.command("--help")).stdout
+    refused = run(load_test.entered(["penstock", "measure", "http://127.0.0.1:9", "--out", "/tmp/x.json"]))  # noqa: S108
+    assert "SciPy" not in refused.stderr
+    assert "127.0.0.1:9" in refused.stderr
 
 
 def answers(url: str) -> bool:

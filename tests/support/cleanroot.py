@@ -64,31 +64,35 @@ class CleanBuild:
         self._folder = folder
         self._base = base
         self._wheels = wheels
+        self._trees: dict[str, Path] = {}
         self._ignore = (repository / ".dockerignore").read_text()
 
     def build(self, stages: list[Stage], target: str) -> Path:
-        """Run the steps that make the target, in order; its tree. Raises ``StepError``."""
-        trees: dict[str, Path] = {}
+        """Run the steps that make the target, but for stages that are built already; its tree. Raises ``StepError``."""
         for stage in lineage(stages, target):
-            tree = self._folder / f"stage-{stage.name}"
-            _output("cp", "--archive", "--reflink=auto", trees.get(stage.base, self._base), tree)
-            trees[stage.name] = tree
-            for step in stage.steps:
-                self._take(step, tree, trees)
-        return trees[target]
+            if stage.name not in self._trees:
+                self._build(stage)
+        return self._trees[target]
 
-    def _take(self, step: Step, tree: Path, trees: dict[str, Path]) -> None:
+    def _build(self, stage: Stage) -> None:
+        tree = self._folder / f"stage-{stage.name}"
+        _output("cp", "--archive", "--reflink=auto", self._trees.get(stage.base, self._base), tree)
+        for step in stage.steps:
+            self._take(step, tree)
+        self._trees[stage.name] = tree
+
+    def _take(self, step: Step, tree: Path) -> None:
         if step.instruction == "WORKDIR":
             (tree / step.workdir.lstrip("/")).mkdir(parents=True, exist_ok=True)
         elif step.instruction == "COPY":
-            self._copy(step, tree, trees)
+            self._copy(step, tree)
         elif step.instruction == "RUN":
             self._run(step, tree)
 
-    def _copy(self, step: Step, tree: Path, trees: dict[str, Path]) -> None:
+    def _copy(self, step: Step, tree: Path) -> None:
         *sources, last = step.words
         destination = tree / str(PurePosixPath(step.workdir) / last).lstrip("/")
-        stage = trees.get(step.flags.get("from", ""))
+        stage = self._trees.get(step.flags.get("from", ""))
         for source in sources:
             if stage is None and not is_sent(PurePosixPath(source), self._ignore):
                 raise StepError(f"COPY {step.text}: {source} is kept back by .dockerignore")
