@@ -11,10 +11,10 @@ import msgspec
 
 
 class Readiness(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What ``/health`` answers; ``reason`` is empty where the gateway is ready."""
+    """What ``/health`` answers; ``why`` is empty where the gateway is ready."""
 
     ready: bool
-    reason: str = ""
+    why: str = ""
 
 
 READY = Readiness(True)

@@ -21,7 +21,7 @@ def get(url: str, secret: str | None = None) -> httpx.Response:
 async def test_each_credential_opens_its_own_port(redis_url: str, redis_client: Redis) -> None:
     """The token reads the admin port, a key the data port; the log of a busy gateway holds neither."""
     secret, record = make_key()
-    await publish(redis_client, publication([]), record)
+    await publish(redis_client, publication(["http://127.0.0.1:9"]), record)
     await redis_client.hset(KEYS_USED_KEY, record.id, 100)
     settings = msgspec.structs.replace(gateway_settings(redis_url), admin_token=TOKEN)
     with GatewayProcess(settings) as gateway:

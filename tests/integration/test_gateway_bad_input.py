@@ -280,11 +280,24 @@ def test_busy_port_is_told(redis_url: str, which: str) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_dead_redis_is_told() -> None:
-    """A Redis that does not answer at start ends it with a message that says what to do."""
-    ended = run_to_its_end(gateway_settings("redis://127.0.0.1:1/0"))
+def test_dead_redis_is_waited_for() -> None:
+    """One that does not answer is told in the log, without its password; the gateway lives, and is not ready."""
+    with GatewayProcess(gateway_settings("redis://:hunter2@127.0.0.1:1/0")) as waiting:
+        health, live = (httpx.get(waiting.admin_url + path, timeout=10) for path in ("/health", "/live"))
+        assert waiting.stop() == 0
+        assert "no Redis at redis://127.0.0.1:1/0 yet" in waiting.log()
+        assert "hunter2" not in waiting.log()
+    assert (health.status_code, live.status_code) == (503, 200)
+    assert "Redis has not answered" in health.json()["why"]
+
+
+@pytest.mark.parametrize("url", ["redis://:hunter/2@127.0.0.1:1/0", "redis+cluster://:hunter2@127.0.0.1:1"])
+def test_a_url_that_cannot_be_used_is_told(url: str) -> None:
+    """What no waiting would mend ends the start, without the password."""
+    ended = run_to_its_end(gateway_settings(url))
     assert ended.returncode == 1
-    assert "no Redis at redis://127.0.0.1:1/0" in ended.stderr
+    assert "redis: " in ended.stderr
+    assert "hunter" not in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

@@ -1,4 +1,4 @@
-"""A link to the master that a real sentinel names, through a failover."""
+"""Links and clients of the master that a real sentinel names, through a failover."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from functools import partial
 from typing import NamedTuple
 
 import pytest
+from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
 from ratelimit.embedded_redis import redis_server_executable
 from ratelimit.link import open_link
+from ratelimit.redisclient import redis_client
 from tests.support.servers import Server, free_port
 from tests.support.waiting import eventually, eventually_async
 
@@ -68,6 +70,51 @@ async def test_the_link_follows_the_master_through_a_failover(watched: Watched) 
 
         await eventually_async(new_master_serves, LONG_S, "an answer of the new master")
         assert await link.command("k", "SET", "k", 2) == b"OK"
+
+
+@pytest.mark.slow
+async def test_the_plain_client_follows_it_too(watched: Watched) -> None:
+    """Transactions, reads and announcements, as publications, keys and presence need them, before and after."""
+    url = f"redis+sentinel://127.0.0.1:{watched.sentinel.port}/limits/1"
+    async with redis_client(url) as client:
+        assert (await written(client, b"1"), await heard(client)) == (b"1", b"said")
+        assert watched.master.call("INFO", "keyspace")["db1"]["keys"] == 1
+        await eventually_async(partial(fails_over, watched.sentinel), LONG_S, "the failover's begin")
+
+        async def new_master_serves() -> bool:
+            try:
+                return await written(client, b"2") == b"2" and await port_of(client) == watched.replica.port
+            except (RedisError, OSError):
+                return False
+
+        await eventually_async(new_master_serves, LONG_S, "a write on the new master")
+        assert await heard(client) == b"said"
+
+
+async def written(client: Redis, value: bytes) -> bytes | None:
+    """What a transaction reads of what it has written."""
+    async with client.pipeline(transaction=True) as pipe:
+        pipe.set("k", value)
+        pipe.get("k")
+        _, read = await pipe.execute()
+    return bytes(read)
+
+
+async def port_of(client: Redis) -> int:
+    """Where the server that answers listens."""
+    return int(str((await client.config_get("port"))["port"]))
+
+
+async def heard(client: Redis) -> bytes:
+    """What a subscriber hears of what is said after it has subscribed."""
+    async with client.pubsub(ignore_subscribe_messages=True) as pubsub, asyncio.timeout(LONG_S):
+        await pubsub.subscribe("c")
+        await pubsub.get_message(timeout=LONG_S)
+        await client.publish("c", "said")
+        while True:
+            message = await pubsub.get_message(timeout=LONG_S)
+            if message is not None:
+                return bytes(message["data"])
 
 
 async def test_sentinels_that_name_no_master_are_said(watched: Watched) -> None:

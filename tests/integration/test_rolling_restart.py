@@ -219,7 +219,7 @@ async def test_readiness_through_publication_outage_and_drain(own_server: Any, r
                 answers = [await http.get(url + "/health") for url in (gateway.admin_url, gateway.url)]
                 assert (await http.get(gateway.admin_url + "/live")).status_code == 200
             assert len({(answer.status_code, answer.text) for answer in answers}) == 1
-            return answers[0].status_code, answers[0].json().get("reason", "")
+            return answers[0].status_code, answers[0].json().get("why", "")
 
         async def until(status: int, reason: str) -> None:
             async def is_told() -> bool:

@@ -84,7 +84,7 @@ async def test_probes_need_no_token(directory: Directory) -> None:
     app = admin_app(directory, GatewayMetrics(), TOKEN, no_uses, not_ready)
     answers = [await get(app, path) for path in ("/health", "/live")]
     assert [answer.status_code for answer in answers] == [503, 200]
-    assert answers[0].json() == {"ready": False, "reason": "a reason"}
+    assert answers[0].json() == {"ready": False, "why": "a reason"}
 
 
 @pytest.mark.parametrize("authorization", [f"Bearer {TOKEN}", f"bearer   {TOKEN}"])

@@ -17,7 +17,7 @@ def test_only_draining_takes_readiness_away(values: tuple[bool, ...]) -> None:
     state = dict(zip(STATES, values, strict=True))
     answer = readiness(**state)
     assert answer.ready == (state["could_serve"] and not state["draining"])
-    assert bool(answer.reason) != answer.ready
+    assert bool(answer.why) != answer.ready
 
 
 @pytest.mark.parametrize(
@@ -32,4 +32,4 @@ def test_only_draining_takes_readiness_away(values: tuple[bool, ...]) -> None:
 )
 def test_the_reason_says_what_is_missing(state: dict[str, bool], told: str) -> None:
     """Whoever asks why a pod is not ready learns the first thing that keeps it so."""
-    assert told in readiness(**{name: state.get(name, False) for name in STATES}).reason
+    assert told in readiness(**{name: state.get(name, False) for name in STATES}).why
