@@ -15,7 +15,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import accumulate
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from serving.capacity import ReplicaGroup, RequestShape, replica_share
@@ -42,7 +41,10 @@ R = TypeVar("R", bound=Routable)
 
 
 class Alike(NamedTuple, Generic[R]):
-    """Replicas of one pool that are of one kind (a group of one); ``kind`` is None where it is not known."""
+    """Replicas of one pool that are of one kind (a group of one); ``kind`` is None where it is not known.
+
+    Where there are several kinds, each has a replica, and serves something.
+    """
 
     pool: str
     kind: ReplicaGroup | None
@@ -81,7 +83,7 @@ class Router:
 
     def choose(self, fleet: Sequence[Alike[R]], load: Load, exclude: Collection[str] = ()) -> Place[R] | None:
         """The place for a request, or ``None`` where every replica is excluded. It is not taken yet."""
-        open_to = [alike for alike in (_without(alike, exclude) for alike in fleet) if alike.replicas]
+        open_to = _without(fleet, exclude) if exclude else fleet
         if len(open_to) > 1:
             among, share = self._in_turn(open_to, load.shape)
         elif open_to:
@@ -103,22 +105,24 @@ class Router:
 
     def _in_turn(self, fleet: Sequence[Alike[R]], shape: RequestShape) -> tuple[Alike[R], float]:
         """The kind whose turn it is, and the share of what one of its replicas may hold that a sequence takes."""
-        senders = max(1, self._senders())
-        found: list[tuple[float, float]] = []
+        senders, held = max(1, self._senders()), self._held
+        reached, ends, shares = 0.0, list[float](), list[float]()
         for pool, kind, replicas in fleet:
+            count = len(replicas)
             seconds, share = replica_share(kind, shape) if kind else (0.0, 0.0)
-            full = senders * self._held.get((pool, kind), 0.0) / len(replicas)
-            found.append((len(replicas) / ((seconds or 1.0) * max(full, HALF_FULL)), share))
+            full = senders * held.get((pool, kind), 0.0) / count
+            reached += count / ((seconds or 1.0) * max(full, HALF_FULL))
+            ends.append(reached)
+            shares.append(share)
         self._turn = (self._turn + _GOLDEN) % 1.0
-        reached = list(accumulate(weight for weight, _ in found))
-        at = min(bisect_right(reached, self._turn * reached[-1]), len(fleet) - 1)
-        return fleet[at], found[at][1]
+        at = min(bisect_right(ends, self._turn * reached), len(fleet) - 1)
+        return fleet[at], shares[at]
 
 
-def _without(alike: Alike[R], excluded: Collection[str]) -> Alike[R]:
-    if not excluded:
-        return alike
-    return alike._replace(replicas=[replica for replica in alike.replicas if replica.url not in excluded])
+def _without(fleet: Sequence[Alike[R]], excluded: Collection[str]) -> list[Alike[R]]:
+    """The fleet less those replicas, and less the kinds that had no others."""
+    left = ((each, [replica for replica in each.replicas if replica.url not in excluded]) for each in fleet)
+    return [each._replace(replicas=replicas) for each, replicas in left if replicas]
 
 
 def _subtract(amounts: dict[K, float], name: K, amount: float) -> None:

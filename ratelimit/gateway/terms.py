@@ -116,4 +116,4 @@ def fleet_of(pool: PublishedPool) -> tuple[Alike[PublishedReplica], ...]:
     for index, count in pool.runs:
         those = (replica for replica in islice(named, count) if replica.requests_per_s > 0)
         found.setdefault(kinds[index], []).extend(those)
-    return tuple(Alike(pool.model, kind, those) for kind, those in found.items())
+    return tuple(Alike(pool.model, kind, those) for kind, those in found.items() if those)

@@ -163,6 +163,7 @@ def test_replicas_are_told_apart_by_their_runs() -> None:
     told = {each.kind.limits.max_num_seqs: [replica.url for replica in each.replicas] for each in fleet if each.kind}
     assert told == {7: ["http://0", "http://3"], 256: ["http://2"]}
     assert all(each.kind and each.kind.count == 1 for each in fleet)
+    assert len(fleet_of(pool_of(((0, 1), (1, 1)), 0.0, 1.0))) == 1
 
 
 @pytest.mark.parametrize("runs", [(), ((0, 1),), ((0, 3),), ((0, 1), (2, 1)), ((-1, 2),), ((0, 3), (1, -1))])
