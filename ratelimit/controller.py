@@ -19,12 +19,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from math import inf
 from time import monotonic, time
 
-import msgspec
 from redis.exceptions import RedisError
 
 from ratelimit.approval import Decision
@@ -32,24 +31,24 @@ from ratelimit.cancellation import is_cancelled
 from ratelimit.config import Config, policy_of
 from ratelimit.controllermetrics import ControllerMetrics
 from ratelimit.decided import Adopted, Decided, changes, held_together, standing, without_overrides
-from ratelimit.derive import GroupSupply, derive
+from ratelimit.derive import derive
 from ratelimit.fleetspecs import FleetSpecs, StartDiscovery, together
 from ratelimit.governor import Governor, IssuedKeys
-from ratelimit.inputs import FleetNow, Inputs, counted, same_limits, what_changed
+from ratelimit.inputs import FleetNow, Inputs, same_limits, what_changed
 from ratelimit.keyactivity import KeyActivity, KeysNow
 from ratelimit.keys import KeyRecord
 from ratelimit.leadership import NotLeadingError
 from ratelimit.livefeedback import LiveFeedback
 from ratelimit.overrides import OverrideFile
-from ratelimit.policy import Policy, Promise, TierPolicy, promises_of
 from ratelimit.publication import Publication
 from ratelimit.publisher import Publisher
 from ratelimit.replicaspecs import pool_discoveries, replica_specs
-from ratelimit.replicasupply import gpu_supplies
+from ratelimit.replicasupply import gpu_supplies, possible_specs
+from ratelimit.roundinputs import RoundInputs
 from ratelimit.statefile import StateFileError
 from ratelimit.supply import SupplyBook
 from serving.discovery import Discovery
-from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus, is_same_engine
+from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus
 from serving.profile import load_profile
 
 log = logging.getLogger(__name__)
@@ -243,7 +242,7 @@ class Controller:
         now = (fleet, base, wanted, approvals)
         if now == self._settled and not lost.publication:
             return
-        inputs_of = self._inputs_of(fleet)
+        inputs_of = self._inputs(fleet).of
         bounds = wanted.adopted.falls_above, base.adopted.falls_above
         seen = (inputs_of(wanted), inputs_of(base), bounds, approvals)
         self._settled = now if seen == self._seen else None
@@ -261,9 +260,8 @@ class Controller:
         self._inputs_published = inputs_of(decision.inputs)
         self._note_governed()
         self.metrics.published(in_force, self._inputs_published.trims)
-        book = self._supplies.having(decision.inputs.adopted.profiles)
-        self.metrics.supplied(gpu_supplies(self._inputs_published, book.rate_of))
         self._decided, self._seen = decision.inputs, seen
+        self._tell_supplies()
 
     async def _take_effect(self, decision: Decision[Decided], is_lost: bool) -> Publication:
         """Publish what was decided if it differs from what is in force, or that is lost; what is in force then.
@@ -291,6 +289,13 @@ class Controller:
         self.metrics.waiting.set(self._governor.waiting)
         self.metrics.unaudited.set(self._governor.unkept)
 
+    def _tell_supplies(self) -> None:
+        if self._inputs_published is not None and self._decided is not None:
+            adopted = self._decided.adopted
+            book = self._supplies.having(adopted.profiles)
+            supplies = gpu_supplies(self._inputs_published, book.rate_of, possible_specs(adopted))
+            self.metrics.supplied(supplies)
+
     async def _wanted(self, records: tuple[KeyRecord, ...], fleet: FleetNow) -> Decided:
         """What is to be in force; a config not before it is known what the fleet does under it, if it is to be weighed.
 
@@ -298,7 +303,7 @@ class Controller:
         """
         before, now_s = self._decided, time()
         policies = [self._next.policy, *([before.adopted.policy] if before else [])]
-        must_wait = self._is_governed and not self._knows(self._next, fleet)
+        must_wait = self._is_governed and not self._inputs(fleet).knows(self._next)
         return Decided(
             adopted=before.adopted if before and must_wait else self._next,
             overrides=self._overrides.active(now_s),
@@ -315,6 +320,7 @@ class Controller:
         if self._fleet_seen is None or stamp != self._fleet_stamp or now_s >= self._next_raise_s:
             self._fleet_seen, self._fleet_stamp = FleetNow(self._fleet.statuses(), now_s, trims), stamp
             self.metrics.watched(self._fleet_seen.by_url.values())
+            self._tell_supplies()
             self._next_raise_s = min(self._fleet_seen.next_raise_s(each.raise_after_s) for each in adopted)
         return self._fleet_seen
 
@@ -331,83 +337,11 @@ class Controller:
         if self._published is not None:
             return False
         adopted = [self._next, *([self._decided.adopted] if self._decided else [])]
-        unknown = [each for each in adopted if not self._knows(each, fleet)]
+        unknown = [each for each in adopted if not self._inputs(fleet).knows(each)]
         return bool(unknown)
 
-    def _knows(self, adopted: Adopted, fleet: FleetNow) -> bool:
-        """Whether the knees of all healthy replicas are known; those that are not are asked for."""
-        book = self._supplies.having(adopted.profiles)
-        promises = {pool.model: promises_of(adopted.policy.tiers, pool) for pool in adopted.policy.pools}
-        healthy = [s.spec for s in fleet.statuses(self._specs.of(adopted)) if s.health.phase == "healthy"]
-        return not book.unknown(healthy, promises)
-
-    def _inputs_of(self, fleet: FleetNow) -> Callable[[Decided], Inputs]:
-        """The inputs of what is decided, with the fleet as it is; each found once."""
-        found: list[tuple[Decided, Inputs]] = []
-
-        def inputs_of(decided: Decided) -> Inputs:
-            inputs = next((inputs for known, inputs in found if known == decided), None)
-            if inputs is None:
-                inputs = self._inputs(decided, fleet)
-                found.append((decided, inputs))
-            return inputs
-
-        return inputs_of
-
-    def _inputs(self, decided: Decided, fleet: FleetNow) -> Inputs:
-        configured = fleet.statuses(decided.adopted.specs)
-        statuses = [*configured, *fleet.statuses(self._specs.discovered_of(decided.adopted))]
-        book = self._supplies.having(decided.adopted.profiles)
-        counted_before = self._counted_before(statuses)
-        serving = [status.spec for status in statuses if status.spec.url in counted_before]
-        policy = self._policy_now(decided.adopted.policy, serving, book)
-        promises = {pool.model: promises_of(policy.tiers, pool) for pool in policy.pools}
-        unknown = book.unknown((status.spec for status in statuses), promises)
-        known = [status for status in statuses if (status.spec.profile, status.spec.model) not in unknown]
-        counting = counted(known, counted_before, decided.adopted.raise_after_s, fleet.now_s)
-        specs = [status.spec for status in known if status.spec.url in counting]
-
-        def supply_of(model: str, made: Sequence[Promise]) -> tuple[GroupSupply, ...]:
-            return tuple(book.supplies([spec for spec in specs if spec.model == model], made))
-
-        return Inputs(
-            policy=policy,
-            supplies={model: supply_of(model, made) for model, made in promises.items()},
-            counted=counting,
-            specs=tuple(status.spec for status in statuses),
-            configured=tuple(status.spec for status in configured),
-            active_keys=decided.active_keys,
-            overrides=decided.overrides,
-            trims={model: trim for model, trim in fleet.trims.items() if model in promises},
-        )
-
-    def _policy_now(self, policy: Policy, serving: Sequence[ReplicaSpec], book: SupplyBook) -> Policy:
-        """The policy, with each pool as it was until the knees of those that serve it are known as it is to be.
-
-        The tiers stay as they were too until then, for they make promises of their own.
-        """
-        published = self._inputs_published
-        before = {pool.model: pool for pool in published.policy.pools} if published else {}
-
-        def unknown_models(tiers: Sequence[TierPolicy]) -> set[str]:
-            promises = {pool.model: promises_of(tiers, pool) for pool in policy.pools}
-            return {model for _, model in book.unknown(serving, promises)}
-
-        tiers = policy.tiers
-        if published and unknown_models(tiers):
-            tiers = published.policy.tiers
-        unknown = unknown_models(tiers)
-        pools = tuple(before.get(pool.model, pool) if pool.model in unknown else pool for pool in policy.pools)
-        return msgspec.structs.replace(policy, tiers=tiers, pools=pools)
-
-    def _counted_before(self, statuses: Iterable[ReplicaStatus]) -> frozenset[str]:
-        """Those that count in the limits in force and are the same replicas still."""
-        if self._inputs_published is None:
-            return frozenset()
-        watched = {status.spec.url: status.spec for status in statuses}
-        before = self._inputs_published
-        counting = ((spec, watched.get(spec.url)) for spec in before.specs if spec.url in before.counted)
-        return frozenset(spec.url for spec, now in counting if now is not None and is_same_engine(now, spec))
+    def _inputs(self, fleet: FleetNow) -> RoundInputs:
+        return RoundInputs(self._supplies, self._specs, fleet, self._inputs_published)
 
     def _derive(self, inputs: Inputs, epoch: int) -> Publication:
         return derive(
