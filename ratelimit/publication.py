@@ -76,7 +76,7 @@ class TierLimits(msgspec.Struct, frozen=True):
 
 
 class PublishedReplica(msgspec.Struct, frozen=True):
-    """A replica that takes requests; ``requests_per_s`` is its supply for the pool's mix, the weight for routing."""
+    """A replica that takes requests; ``requests_per_s`` is its supply for the pool's mix, its weight among its kind."""
 
     url: str
     gpu: str
