@@ -113,6 +113,7 @@ async def test_a_redis_that_refuses_ends_the_start(rules: str, password: str, to
     assert "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_help_and_mistakes_do_not_show_the_variable(tmp_path: Path) -> None:
     """The name of the variable is told; its value is not, neither in help nor where it is no Redis at all."""
     installation = Installation(tmp_path, NOWHERE, [NO_REPLICA], controllers=0, gateways=1)
