@@ -6,10 +6,11 @@ the failure domains that are kept spare stay the same. Where the replicas of one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
+from ratelimit.decided import Adopted
 from ratelimit.groupsupply import GroupSupply
 from ratelimit.inputs import Inputs
 from ratelimit.policy import Promise, promises_of
@@ -28,20 +29,30 @@ class GpuSupply(msgspec.Struct, frozen=True):
     adds_requests_per_s: float
 
 
-def gpu_supplies(inputs: Inputs, rate_of: RateOf) -> list[GpuSupply]:
-    """Every GPU type of every pool: those that count, and those that are known of though no replica counts now."""
+def possible_specs(adopted: Adopted) -> list[ReplicaSpec]:
+    """A replica of each kind that a config lets be discovered, at no address: there may be none of it yet."""
+    return [
+        ReplicaSpec("any", each.model, adopted.profiles[profile].gpu, profile, each.slowdown)
+        for each in adopted.discover
+        for profile in each.profiles.values()
+    ]
+
+
+def gpu_supplies(inputs: Inputs, rate_of: RateOf, possible: Iterable[ReplicaSpec] = ()) -> list[GpuSupply]:
+    """Every GPU type of every pool: those that count, and those that are known of, or ``possible``, and none counts."""
+    known = {(spec.model, spec.gpu, spec.profile, spec.slowdown): spec for spec in (*possible, *inputs.specs)}
     found: list[GpuSupply] = []
     for pool in inputs.policy.pools:
         own = promises_of(inputs.policy.tiers, pool)[0]
         trim = inputs.trims[pool.model].factor if pool.model in inputs.trims else 1.0
         counting = _counting(inputs.supplies.get(pool.model, ()), own)
-        absent = _absent([spec for spec in inputs.specs if spec.model == pool.model and spec.gpu not in counting])
+        absent = [spec for spec in known.values() if spec.model == pool.model and spec.gpu not in counting]
         found += [
             GpuSupply(pool.model, gpu, count, of_all / count * trim)
             for gpu, (count, of_all) in sorted(counting.items())
         ]
-        for gpu, specs in sorted(absent.items()):
-            rates = [rate for spec in specs if (rate := rate_of(spec, own)) is not None]
+        for gpu in sorted({spec.gpu for spec in absent}):
+            rates = [rate for spec in absent if spec.gpu == gpu and (rate := rate_of(spec, own)) is not None]
             if rates:
                 found.append(GpuSupply(pool.model, gpu, 0, sum(rates) / len(rates) * trim))
     return found
@@ -55,13 +66,4 @@ def _counting(groups: Sequence[GroupSupply], own: Promise) -> dict[str, tuple[in
         if worth is not None:
             count, of_all = found.get(group.gpu, (0, 0.0))
             found[group.gpu] = count + group.group.count, of_all + float(worth.of_all)
-    return found
-
-
-def _absent(specs: Sequence[ReplicaSpec]) -> dict[str, list[ReplicaSpec]]:
-    """One replica of each kind, by GPU type."""
-    kinds = {(spec.gpu, spec.profile, spec.slowdown): spec for spec in specs}
-    found: dict[str, list[ReplicaSpec]] = {}
-    for spec in kinds.values():
-        found.setdefault(spec.gpu, []).append(spec)
     return found

@@ -91,9 +91,10 @@ class SupplyBook:
         return not missing
 
     def rate_of(self, spec: ReplicaSpec, promise: Promise) -> float | None:
-        """Requests/s of one such replica; ``None`` where its knee is not known, or it cannot meet the promise."""
-        profile = self._profiles.get(spec.profile)
-        found = None if profile is None else self._knees.get(_key(profile, promise))
+        """Requests/s of one such replica; ``None`` where it cannot meet the promise, or its knee is to be found."""
+        if spec.profile not in self._profiles or not self.knows(spec, [promise]):
+            return None
+        found = self._knees[_key(self._profiles[spec.profile], promise)]
         return found.knee.requests_per_s / spec.slowdown if isinstance(found, OperatingPoint) else None
 
     def unknown(self, specs: Iterable[ReplicaSpec], promises: Mapping[str, Sequence[Promise]]) -> set[tuple[str, str]]:

@@ -2,16 +2,27 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import closing
+from pathlib import Path
 
 import aiohttp
 import pytest
+from redis.asyncio import Redis
 
 from ratelimit import controllermetrics
 from ratelimit.controllermetrics import ControllerMetrics, serve_metrics
 from ratelimit.groupsupply import Trim
 from ratelimit.publication import Publication, PublishedPool
-from tests.support.waiting import eventually
+from tests.integration.test_controller import A, B, Knees, config_of, knees, running, urls
+from tests.integration.test_discovery_controller import api
+from tests.integration.test_discovery_controller import config_of as discovering
+from tests.support.kube_api import KubeApi
+from tests.support.waiting import eventually, eventually_async
+
+__all__ = ["api", "knees"]  # fixtures that these tests ask for
+
+GPUS = ("H100", "H200")
 
 WAIT_S = 20.0
 
@@ -135,3 +146,51 @@ def publication_of_one_pool() -> Publication:
     """A pool without replicas."""
     pool = PublishedPool("m", (), (), 4096, 1.0, 100, 0, 0, 0.0, 0.0, 0.0, "")
     return Publication(1, "", "", True, (pool,), ())
+
+
+async def test_what_autoscaling_needs_is_told_of_the_fleet(redis_client: Redis, tmp_path: Path, knees: Knees) -> None:
+    """How many replicas count, what one more adds, and the health of all that are watched; a loss is told at once."""
+
+    def told(name: str, **labels: str) -> float | None:
+        return stack.controller.metrics.registry.get_sample_value(name, {"model": "m", **labels})
+
+    def counting(replicas: int) -> Callable[[], Awaitable[bool]]:
+        async def probe() -> bool:
+            return told("penstock_fleet_replicas", gpu="H100") == replicas
+
+        return probe
+
+    async with running(config_of(tmp_path), redis_client) as stack:
+        await stack.until(lambda p: urls(p) == {A, B})
+        await eventually_async(counting(2), WAIT_S, "both")
+        adds = told("penstock_replica_adds_requests_per_second", gpu="H100")
+        usable = told("penstock_usable_requests_per_second")
+        assert adds
+        assert usable == pytest.approx(2 * adds, rel=1e-3)
+        assert told("penstock_watched_replicas", gpu="H100", phase="healthy") == 2
+
+        stack.fleet.turn(A, "down")
+        await stack.until(lambda p: urls(p) == {B})
+        await eventually_async(counting(1), WAIT_S, "the loss")
+        assert told("penstock_watched_replicas", gpu="H100", phase="down") == 1
+        assert told("penstock_usable_requests_per_second") == pytest.approx(adds, rel=1e-3)
+
+        stack.fleet.turn(B, "down")
+        await stack.until(lambda p: urls(p) == set())
+        await eventually_async(counting(0), WAIT_S, "the end")
+        assert told("penstock_replica_adds_requests_per_second", gpu="H100") == pytest.approx(adds, rel=1e-3)
+
+
+async def test_a_fleet_may_be_scaled_from_none(redis_client: Redis, tmp_path: Path, knees: Knees, api: KubeApi) -> None:
+    """What a first replica would add is told of every GPU type that may be discovered, also where none ever was."""
+    api.remove("h100")
+    async with running(discovering(tmp_path), redis_client) as stack:
+        value = stack.controller.metrics.registry.get_sample_value
+
+        async def told() -> bool:
+            adds = [value("penstock_replica_adds_requests_per_second", {"model": "m", "gpu": g}) for g in GPUS]
+            return all(adds)
+
+        await eventually_async(told, WAIT_S, "what one of each would add")
+        assert [value("penstock_fleet_replicas", {"model": "m", "gpu": gpu}) for gpu in GPUS] == [0, 0]
+        assert value("penstock_usable_requests_per_second", {"model": "m"}) == 0
