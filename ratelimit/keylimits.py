@@ -218,10 +218,11 @@ def _sizes(lengths: Lengths, carriers: tuple[LimitName, ...]) -> dict[LimitName,
     }
 
 
+@lru_cache(maxsize=1024)
 def _rated(name: LimitName, base: _Base, size: Factor, lengths: Lengths, burst_s: float, bounds: _Bounds) -> _Rated:
     """A rate per minute; its burst is ``burst_s`` of it, or one p99 request where that is more.
 
-    ``size`` is that of a mean request in this limit's unit.
+    ``size`` is that of a mean request in this limit's unit. Kept, since tiers of one promise often have one ceiling.
     """
     big = _big(lengths.big_requests, size.value)
     factors = (*base.factors, size, Factor("×", Decimal(60), "s"))

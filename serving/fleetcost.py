@@ -2,7 +2,7 @@
 
 One row per kind of replica holds the rates 1/u(x) at which it alone could serve each shape x of the mix. What a fleet
 of n_g replicas of kind g charges for x is then N / Σ n_g/u_g(x): one product of a vector with a matrix. Rows and
-matrices are kept, so that a fleet that loses a replica costs only the product.
+matrices are kept, and the products of some kinds each, so that a fleet that loses a replica costs one such product.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from serving.capacity import USABLE_KV_SHARE, InfeasibleSloError, ReplicaGroup, 
 
 Vector = NDArray[np.float64]
 
-#: 2,048 rows of a mix of 1,000 shapes are 16 MB, and so are two matrices of 1,000 such rows.
+#: Kinds whose rows are one matrix.
+_TOGETHER = 64
+#: 2,048 rows of a mix of 1,000 shapes are 16 MB, and so are 32 matrices of 64 such rows; a product is 8 kB.
 _ROWS = 2048
-_MATRICES = 2
+_MATRICES = 32
+_PRODUCTS = 256
 
 
 def fleet_costs_s(fleet: Mapping[ReplicaGroup, int], mix: WorkloadMix) -> Vector:
@@ -29,12 +32,12 @@ def fleet_costs_s(fleet: Mapping[ReplicaGroup, int], mix: WorkloadMix) -> Vector
 
     Raises ``ValueError`` for an empty fleet, and ``InfeasibleSloError`` where an empty step exceeds the TPOT bound.
     """
-    counts = np.array(list(fleet.values()), dtype=np.float64)
-    count = counts.sum()
+    count = sum(fleet.values())
     if count == 0:
         raise ValueError("an empty fleet serves nothing, so a request has no cost on it")
-    # Not by BLAS: its threads would make the order of the sum, and so the last digit, depend on the machine's load.
-    served = np.einsum("g,gx->x", counts, _rate_matrix(tuple(fleet), mix))
+    kinds, counts = tuple(fleet), tuple(fleet.values())
+    starts = range(0, len(kinds), _TOGETHER)
+    served = np.add.reduce([_served(kinds[i : i + _TOGETHER], counts[i : i + _TOGETHER], mix) for i in starts])
     costs: Vector = count / served
     return costs
 
@@ -43,6 +46,7 @@ def clear_costs() -> None:
     """Forget all rows and matrices, as in a process that has just started."""
     replica_rates.cache_clear()
     _rate_matrix.cache_clear()
+    _served.cache_clear()
     _lengths.cache_clear()
 
 
@@ -70,6 +74,15 @@ def replica_rates(kind: ReplicaGroup, mix: WorkloadMix) -> Vector:
     rates: Vector = 1 / np.maximum.reduce(bounds)
     rates.setflags(write=False)
     return rates
+
+
+@lru_cache(maxsize=_PRODUCTS)
+def _served(kinds: tuple[ReplicaGroup, ...], counts: tuple[int, ...], mix: WorkloadMix) -> Vector:
+    """The rates at which so many of each kind could serve every shape."""
+    # Not by BLAS: its threads would make the order of the sum, and so the last digit, depend on the machine's load.
+    served: Vector = np.einsum("g,gx->x", np.array(counts, dtype=np.float64), _rate_matrix(kinds, mix))
+    served.setflags(write=False)
+    return served
 
 
 @lru_cache(maxsize=_MATRICES)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace as replaced
 
 from ratelimit.gputypes import by_gpu, clear_gpu_types
 from ratelimit.policy import TierPolicy
-from serving.fleetcost import clear_costs
+from serving.capacity import ReplicaGroup, fleet_cost_s
+from serving.fleetcost import clear_costs, fleet_costs_s
 from tests.unit.test_derive_properties import (
+    LIMITS,
+    LONG,
+    SLO,
+    STEP_TIME,
     Drawn,
     derived,
     drawn_fleets,
@@ -81,3 +87,15 @@ def test_only_the_gpu_type_that_changed_is_found_again(fleet: list[Drawn]) -> No
     first, *others = groups
     after = {of_gpu.groups[0].gpu: of_gpu for of_gpu in by_gpu([replaced(first), *others])}
     assert [gpu for gpu in before if after[gpu] is not before[gpu]] == [first.gpu]
+
+
+def test_the_costs_of_a_fleet_of_many_kinds_follow_each_change() -> None:
+    """Of more kinds than are kept together: with every count that changes the costs are those of each shape alone."""
+    fleet = {
+        ReplicaGroup(1, STEP_TIME.slowed(1 + i / 100), LIMITS, SLO.slowed(1 + i / 100)): 1 + i % 7 for i in range(150)
+    }
+    for i in (0, 70, 149):
+        fleet[list(fleet)[i]] += 5
+        groups = [replaced(kind, count=count) for kind, count in fleet.items()]
+        expected = [fleet_cost_s(groups, shape) for shape in LONG.shapes]
+        assert fleet_costs_s(fleet, LONG).tolist() == pytest.approx(expected, rel=1e-12)
