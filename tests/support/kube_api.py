@@ -81,9 +81,12 @@ class KubeApi:
     ``watches`` is how many watches are open now.
     """
 
-    def __init__(self, slices: Iterable[Slice] = (), *, port: int = 0, kubeconfig: Path | None = None) -> None:
+    def __init__(
+        self, slices: Iterable[Slice] = (), *, host: str = "127.0.0.1", port: int = 0, kubeconfig: Path | None = None
+    ) -> None:
         self._folder = TemporaryDirectory(prefix="pn-kube-")
         self.kubeconfig = kubeconfig or Path(self._folder.name) / "kubeconfig"
+        self.host = host
         self.port = port
         self.requests: list[dict[str, str]] = []
         self.watches = 0
@@ -104,7 +107,7 @@ class KubeApi:
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def version(self) -> str:
@@ -141,7 +144,7 @@ class KubeApi:
     async def come_back(self) -> None:
         """Listen, at the port of before, and answer."""
         self._mode = "serve"
-        self._site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
+        self._site = web.TCPSite(self._runner, self.host, self.port, reuse_address=True)
         await self._site.start()
         if not self.port:
             self.port = int(self._runner.addresses[0][1])
@@ -348,9 +351,9 @@ def _kubeconfig(url: str) -> dict[str, Any]:
     }
 
 
-async def _serve(kubeconfig: Path, port: int, files: Iterable[Path]) -> None:
+async def _serve(kubeconfig: Path, host: str, port: int, files: Iterable[Path]) -> None:
     slices = [each for file in files for each in json.loads(file.read_text("utf-8"))["items"]]
-    async with KubeApi(slices, port=port, kubeconfig=kubeconfig) as api:
+    async with KubeApi(slices, host=host, port=port, kubeconfig=kubeconfig) as api:
         print(api.url, flush=True)
         await asyncio.Event().wait()
 
@@ -358,7 +361,8 @@ async def _serve(kubeconfig: Path, port: int, files: Iterable[Path]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A fake Kubernetes API server.")
     parser.add_argument("--kubeconfig", type=Path, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("files", type=Path, nargs="*")
     arguments = parser.parse_args()
-    asyncio.run(_serve(arguments.kubeconfig, arguments.port, arguments.files))
+    asyncio.run(_serve(arguments.kubeconfig, arguments.host, arguments.port, arguments.files))
