@@ -13,8 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -162,10 +161,11 @@ class Publisher:
         """Make exactly these API keys the known ones."""
         fields = {record.digest: msgspec.json.encode(record) for record in records}
         version = hashlib.sha256(msgspec.json.encode(list(fields.values()))).hexdigest()
-        pairs: Iterator[tuple[str, bytes]] = iter(fields.items())
-        set_fields = []
-        while some := tuple(islice(pairs, _FIELDS_AT_A_TIME)):
-            set_fields.append(("HSET", KEYS_KEY, *chain.from_iterable(some)))
+        pairs = list(fields.items())
+        set_fields = [
+            ("HSET", KEYS_KEY, *(part for pair in pairs[start : start + _FIELDS_AT_A_TIME] for part in pair))
+            for start in range(0, len(pairs), _FIELDS_AT_A_TIME)
+        ]
         await self._leader.write(
             ("DEL", KEYS_KEY),
             *set_fields,

@@ -120,7 +120,7 @@ def gateway_settings(redis_url: str) -> GatewaySettings:
         first_byte_timeout_s=20,
         chunk_timeout_s=20,
         store_timeout_s=5,
-        body_timeout_s=0.5,
+        body_timeout_s=2,
         max_body_bytes=1024 * 1024,
         drain_s=5,
     )
