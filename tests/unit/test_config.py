@@ -324,7 +324,7 @@ def test_unknown_fields(tmp_path: Path, old: str, new: str, said: str) -> None:
         (
             "    engines:\n      - {device: virtual, profile: h100-llama-3.1-8b, port: 8100}\n",
             "",
-            "2: pools[0]: has neither engines nor replicas nor discover; name one (count: 0 keeps a pool without running",
+            "2: pools[0]: has neither engines nor replicas nor discover; name one (count: 0 keeps a pool without",
         ),
         (
             "    engines:",
