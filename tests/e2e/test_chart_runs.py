@@ -225,13 +225,13 @@ def test_a_gateway_that_ends_lets_its_stream_finish(release: Release) -> None:
             stream=True,
             extra_body={"ignore_eos": True},
         )
-        first = next(iter(stream))
+        next(iter(stream))
         left_s = release.cluster.begin_end(gateway)
         eventually(lambda: not gateway.ask_ready(), left_s, "the gateway's unreadiness")
         assert not gateway.container.has_ended
         rest = list(stream)
 
-    assert first.choices[0].finish_reason is None
+    assert len(rest) > STREAM_TOKENS / 2
     assert rest[-1].choices[0].finish_reason == "length"
     assert gateway.container.wait(left_s) == 0, gateway.container.log()
 
