@@ -6,7 +6,9 @@ lines are read by vLLM's own parser.
 
 from __future__ import annotations
 
-import importlib
+import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from tests.support.chart import Manifest, Pod
 from tests.support.cluster import Cluster, RunningPod, images
 from tests.support.commands import read_page
 from tests.support.node import REPOSITORY, why_not
-from tests.support.pods import plan, stored
+from tests.support.pods import ContainerPlan, plan, stored
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -151,21 +153,26 @@ def test_vllm_that_is_there_already_is_found(folder: Path) -> None:
         check(cluster, gateway, [found])
 
 
-@pytest.mark.parametrize("file", GPU_FILES)
-def test_vllm_takes_the_gpu_engines_arguments(file: str) -> None:
+def test_vllm_takes_the_gpu_engines_arguments() -> None:
     """The parser of `vllm serve` reads every GPU engine's command line, and finds its profile's bounds in it."""
-    cli_args = importlib.import_module("vllm.entrypoints.launchers.cli_args")  # seconds, for this test alone
-    parser = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser()
-    read = cli_args.make_arg_parser(parser).parse_args
-    values = chart.values_of(file)
-    manifests = chart.render(values)
-    objects = stored(manifests).with_claim("models")
-    for group in values["engines"]:
-        container = plan(chart.pod(manifests, f"engine-{group['name']}"), "engine", images(), objects).container
-        assert container.argv[:2] == ("vllm", "serve")
-        parsed: Any = read(list(container.argv[2:]))
-        cli_args.validate_parsed_serve_args(parsed)
+    groups: list[tuple[dict[str, Any], ContainerPlan]] = []
+    for file in GPU_FILES:
+        values = chart.values_of(file)
+        manifests = chart.render(values)
+        objects = stored(manifests).with_claim("models")
+        for group in values["engines"]:
+            pod = chart.pod(manifests, f"engine-{group['name']}")
+            groups.append((group, plan(pod, "engine", images(), objects).container))
+    assert {container.argv[:2] for _, container in groups} == {("vllm", "serve")}
+    lines = [json.dumps(container.argv[2:]) for _, container in groups]
+    argv = [sys.executable, "-m", "tests.support.vllm_arguments"]
+    done = subprocess.run(argv, input="\n".join(lines), capture_output=True, text=True, timeout=120, check=False)
+
+    assert done.returncode == 0, done.stderr
+    for (group, container), line in zip(groups, done.stdout.splitlines()[-len(groups) :], strict=True):
+        parsed = json.loads(line)
         limits = load_profile(group["profile"]).limits
-        bounds = (parsed.max_num_seqs, parsed.max_num_batched_tokens, parsed.max_model_len)
-        assert bounds == (limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len)
-        assert (parsed.port, parsed.served_model_name) == (container.ports["http"], [group["model"]])
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            assert parsed[name] == getattr(limits, name)
+        assert (parsed["port"], parsed["served_model_name"]) == (container.ports["http"], [group["model"]])
+        assert (parsed["host"], parsed["scheduling_policy"]) == ("0.0.0.0", "priority")
