@@ -39,6 +39,34 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- end }}
 {{- end -}}
 
+{{/*
+Labels of a pod: nothing that changes with the chart's version or with labels of the release, which would restart every
+engine. Takes (list ROOT COMPONENT).
+*/}}
+{{- define "penstock.podLabels" -}}
+{{ include "penstock.selector" . }}
+app.kubernetes.io/part-of: penstock
+{{- end -}}
+
+{{/*
+How many replicas a Deployment that something else scales keeps: those that it has now, or the first ones. Left out, the
+API server would set 1 when the scaler is switched on. Takes (list ROOT NAME FIRST).
+*/}}
+{{- define "penstock.scaledReplicas" -}}
+{{- $root := index . 0 -}}
+{{- dig "spec" "replicas" (index . 2) (lookup "apps/v1" "Deployment" $root.Release.Namespace (index . 1) | default dict) | int -}}
+{{- end -}}
+
+{{/* How long the slowest engine group may load, in seconds; 0 where the chart has none. */}}
+{{- define "penstock.longestStartupSeconds" -}}
+{{- $longest := 0 -}}
+{{- range .Values.engines -}}
+{{- $defaults := ternary $.Values.engineDefaults.gpu $.Values.engineDefaults.virtual (eq .device "gpu") -}}
+{{- $longest = max $longest (int (default $defaults.startupSeconds .startupSeconds)) -}}
+{{- end -}}
+{{- $longest -}}
+{{- end -}}
+
 {{/* An image's full reference; a digest wins over a tag. Takes (list ROOT IMAGE). */}}
 {{- define "penstock.image" -}}
 {{- $root := index . 0 -}}{{- $image := index . 1 -}}

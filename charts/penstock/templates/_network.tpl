@@ -25,8 +25,10 @@
 
 {{- define "penstock.egress.dns" -}}
 - ports:
-    - {port: 53, protocol: UDP}
-    - {port: 53, protocol: TCP}
+    {{- range .Values.networkPolicy.egress.dnsPorts }}
+    - {port: {{ . }}, protocol: UDP}
+    - {port: {{ . }}, protocol: TCP}
+    {{- end }}
 {{- end -}}
 
 {{/* Where gateway and controller go: names, Redis, engines. Takes {root, ports}. */}}
