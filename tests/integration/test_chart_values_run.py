@@ -120,8 +120,11 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def test_the_trial_on_one_gpu_starts(folder: Path) -> None:
     """Redis with its append-only file on a claim, an engine's start as rendered, controller and gateway."""
     with Cluster(folder, chart.render(chart.values_of("trial-gpu"))) as cluster:
-        _, engine, _, gateway = start(cluster, "redis", "engine-h100", "controller", "gateway")
+        _, engine, controller, gateway = start(cluster, "redis", "engine-h100", "controller", "gateway")
         check(cluster, gateway, [engine])
+        words = ("keys", "create", "--org", "trial", "--tier", "pro", "--config", "/etc/penstock/penstock.yaml")
+        made = controller.container.execute("penstock", *words)
+        assert (made.returncode, made.stdout[:3]) == (0, "pn-"), made.stderr
 
 
 @needs_namespaces

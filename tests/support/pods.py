@@ -247,7 +247,7 @@ def _container(spec: Fields, pod_security: Fields, images: Mapping[str, Image], 
     if repository not in images:
         raise PodError(f"{where}: the image {spec['image']} cannot be pulled; there are {', '.join(images)}")
     image = images[repository]
-    environment = _environment(spec.get("env", ()), image, objects, where) | {"HOSTNAME": pod}
+    environment = _environment(spec.get("env") or (), image, objects, where) | {"HOSTNAME": pod}
     ports = {port["name"]: port["containerPort"] for port in spec.get("ports", ())}
     security = {**pod_security, **spec.get("securityContext", {})}
     uid = int(security.get("runAsUser", image.user.partition(":")[0]))
