@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -68,19 +69,31 @@ def merged(base: Values, changes: Values) -> dict[str, Any]:
     return result
 
 
-def render_text(values: Values, name: str = "penstock", namespace: str = "penstock") -> dict[str, str]:
+def with_setting(values: Values, setting: str) -> dict[str, Any]:
+    """As ``--set`` does it over values files: `list[0].field=…` changes one entry, anything else is put in its place."""
+    path = setting.partition("=")[0]
+    if "[" not in path:
+        return merged(values, helm_python.parse_set_string(setting))
+    root = path.partition("[")[0].partition(".")[0]
+    changed = helm_python.parse_set_json(f"{root}={json.dumps(values[root])},{setting}")
+    return dict(values) | changed
+
+
+def render_text(
+    values: Values, name: str = "penstock", namespace: str = "penstock", path: Path = CHART
+) -> dict[str, str]:
     """Every template's text by its path. Raises ``helm_python.HelmError`` for values that the chart refuses."""
-    with helm_python.Chart.load(CHART) as chart:
+    with helm_python.Chart.load(path) as chart:
         return chart.render(dict(values), name=name, namespace=namespace)
 
 
-def render(values: Values, name: str = "penstock", namespace: str = "penstock") -> list[Manifest]:
+def render(values: Values, name: str = "penstock", namespace: str = "penstock", path: Path = CHART) -> list[Manifest]:
     """What `helm install` would send to the API server, `helm test` and its like included."""
-    texts = render_text(values, name, namespace)
+    texts = render_text(values, name, namespace, path)
     return [
         manifest
-        for path, text in sorted(texts.items())
-        if path.endswith(".yaml")
+        for template, text in sorted(texts.items())
+        if template.endswith(".yaml")
         for manifest in yaml.load_all(text, yaml.CSafeLoader)  # in C: an example of a property is read in no time
         if manifest is not None
     ]

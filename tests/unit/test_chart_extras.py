@@ -29,6 +29,38 @@ def mixed() -> list[Manifest]:
     return chart.render(chart.merged(MIXED, {"engines": engines, "httpRoute": route}))
 
 
+def test_the_log_of_helm_test_is_there_to_be_read(mixed: list[Manifest]) -> None:
+    """`helm test --logs` reads it after the pod has succeeded: only the next test's start deletes the pod."""
+    annotations = chart.find(mixed, "Pod", "penstock-test")["metadata"]["annotations"]
+    assert annotations["helm.sh/hook-delete-policy"] == "before-hook-creation"
+
+
+def test_our_images_run_on_nodes_that_they_are_built_for() -> None:
+    """On a site with arm64 nodes every pod of an image for amd64 says so, those of the tests too."""
+    load_test = {"enabled": True, "model": "llama-3.1-70b", "apiKey": {"existingSecret": "key"}}
+    found = {
+        pod.labels["app.kubernetes.io/component"]: pod.spec["nodeSelector"].get("kubernetes.io/arch")
+        for pod in chart.pods(chart.render(chart.merged(MIXED, {"loadTest": load_test})))
+        if not pod.containers[0]["image"].startswith("vllm/")
+    }
+    assert found == dict.fromkeys(("gateway", "controller", "test", "loadtest"), "amd64")
+
+
+def test_rollouts_outlast_the_slowest_engine() -> None:
+    """A gateway is ready after an engine is, and an engine after its image and its weights are there."""
+    engines = [MIXED["engines"][0] | {"startupSeconds": 7200}, *MIXED["engines"][1:]]
+    manifests = chart.render(chart.merged(MIXED, {"engines": engines}))
+    deadlines = {
+        m["metadata"]["name"].removeprefix("penstock-"): m["spec"].get("progressDeadlineSeconds", 600)
+        for m in chart.of_kind(manifests, "Deployment")
+    }
+    assert deadlines["engine-h100"] >= 7200 + 1800
+    assert deadlines["engine-h200"] >= 1800 + 1800
+    assert deadlines["gateway"] > deadlines["engine-h100"]
+    existing = chart.find(chart.render(chart.values_of("existing-vllm")), "Deployment", "penstock-gateway")
+    assert existing["spec"]["progressDeadlineSeconds"] == 3600
+
+
 def test_prometheus_gets_the_rules_of_the_file(mixed: list[Manifest]) -> None:
     """The PrometheusRule holds what promtool checks, as it is, with the label that the operator selects by."""
     rule = chart.find(mixed, "PrometheusRule", "penstock")
@@ -55,7 +87,7 @@ def test_the_gateways_are_scraped_with_their_token(mixed: list[Manifest]) -> Non
 
 
 def test_a_group_scales_by_demand_as_the_example_does(mixed: list[Manifest]) -> None:
-    """The ScaledObject is the example's but for its names and numbers, and the Deployment leaves its count alone."""
+    """The ScaledObject is the example's but for its names and numbers, and the Deployment begins with its count."""
     found = chart.find(mixed, "ScaledObject", "penstock-engine-h100")["spec"]
     example = yaml.safe_load((chart.CHART / "examples" / "keda-scaledobject.yaml").read_text())["spec"]
     assert found["advanced"] == example["advanced"]
@@ -66,7 +98,7 @@ def test_a_group_scales_by_demand_as_the_example_does(mixed: list[Manifest]) -> 
     }
     assert (found["minReplicaCount"], found["maxReplicaCount"], found["fallback"]["replicas"]) == (2, 16, 8)
     deployment = chart.find(mixed, "Deployment", found["scaleTargetRef"]["name"])
-    assert "replicas" not in deployment["spec"]
+    assert deployment["spec"]["replicas"] == 8
 
 
 def test_only_v1_is_published_and_streams_are_let_through(mixed: list[Manifest]) -> None:
@@ -153,7 +185,7 @@ class _Answers(BaseHTTPRequestHandler):
 def gateway_url() -> Iterator[str]:
     """A server that answers as ``_Answers.answers`` says."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
-        thread = Thread(target=server.serve_forever)
+        thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

@@ -64,9 +64,13 @@ def test_everybody_calls_the_data_port_but_only_some_the_admin_port(release: Rel
 def test_what_penstock_needs_outside_stays_open(release: Release) -> None:
     """Names for all, the API server for the controller, a hub for engines that load weights."""
     for name in ("gateway", "controller", "engine-h100"):
-        assert reaches(release.policies, release.pods[name], DNS, 53, "UDP")
-    assert reaches(release.policies, release.pods["controller"], OUTSIDE, 443)
-    assert reaches(release.policies, release.pods["controller"], OUTSIDE, 6443)
+        # As plugins see it that look behind the Service: OpenShift's pods have 5353, others 8053.
+        for port in (53, 5353, 8053):
+            assert reaches(release.policies, release.pods[name], DNS, port, "UDP")
+            assert reaches(release.policies, release.pods[name], DNS, port, "TCP")
+    # And so the API server: kubeadm's, minikube's, MicroK8s'.
+    for port in (443, 6443, 8443, 16443):
+        assert reaches(release.policies, release.pods["controller"], OUTSIDE, port)
     for port in (443, 8000):
         assert not reaches(release.policies, release.pods["gateway"], OUTSIDE, port)
     assert reaches(release.policies, release.pods["engine-h100"], OUTSIDE, 443)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from json import dumps
 from re import MULTILINE, findall
 from typing import Any
 
@@ -128,6 +129,68 @@ def test_two_controllers_need_a_volume_that_both_can_mount() -> None:
         assert chart.find(chart.render(values), "Deployment", "penstock-controller")["spec"]["replicas"] == 2
     values = chart.merged(VIRTUAL, {"controller": {"replicas": 2, "persistence": {"existingClaim": "state"}}})
     assert "existingClaimIsShared: true" in _refused(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "policy", "message"),
+    [
+        ({}, {}, None),
+        ({"modelPath": "org/model"}, {}, "is fetched from a hub, but networkPolicy.egress.enginesToInternet is false"),
+        ({"modelPath": "s3://weights/model"}, {}, "is fetched from a hub, but networkPolicy"),
+        ({"modelPath": "org/model", "offline": True}, {}, None),
+        ({"modelPath": "org/model"}, {"egress": {"enginesToInternet": True}}, None),
+        ({"modelPath": "org/model"}, {"egress": {"enabled": False}}, None),
+        ({"modelPath": "org/model"}, {"enabled": False}, None),
+    ],
+)
+def test_weights_from_a_hub_need_the_way_to_it(
+    changes: dict[str, Any], policy: dict[str, Any], message: str | None
+) -> None:
+    """An engine that the policy cuts from where its weights are would load forever."""
+    group = {**MIXED["engines"][0], "offline": False} | changes
+    values = chart.merged(MIXED, {"engines": [group], "networkPolicy": policy})
+    if message is None:
+        chart.render(values)
+    else:
+        assert message in _refused(values)
+
+
+def test_a_claim_of_weights_is_mounted_read_only_where_that_is_said() -> None:
+    """vLLM's other files go to /tmp then, and only a claim that holds the weights can be so."""
+
+    def values(changes: dict[str, Any]) -> dict[str, Any]:
+        return chart.merged(MIXED, {"engines": [{**MIXED["engines"][0], "offline": False} | changes]})
+
+    pod = chart.pod(chart.render(values({"modelCache": {"existingClaim": "models", "readOnly": True}})), "engine-h100")
+    (container,) = pod.containers
+    assert {"name": "models", "mountPath": "/models", "readOnly": True} in container["volumeMounts"]
+    (volume,) = [volume for volume in pod.spec["volumes"] if volume["name"] == "models"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "models", "readOnly": True}
+    environment = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert environment["HF_HOME"].startswith("/tmp/")  # noqa: S108 - the container's own
+    assert environment["HF_HUB_CACHE"] == "/models/hub"
+    assert "at '/engines/0/modelCache'" in _refused(values({"modelCache": {"hostPath": "/data", "readOnly": True}}))
+    assert "at '/engines/0/modelCache'" in _refused(values({"modelCache": {"hostPath": "/a", "existingClaim": "b"}}))
+    hub = {"modelCache": {"existingClaim": "models", "readOnly": True}, "modelPath": "org/model"}
+    opened = chart.merged(values(hub), {"networkPolicy": {"egress": {"enginesToInternet": True}}})
+    assert "is fetched from a hub, but modelCache.readOnly is true" in _refused(opened)
+
+
+def test_no_replica_need_be_missing_while_engines_change() -> None:
+    """0 is a number of its own, not the default's place; both 0 would never change anything."""
+    values = _engine({"maxUnavailable": 0, "maxSurge": 1})
+    rolling = chart.find(chart.render(values), "Deployment", "penstock-engine-h100")["spec"]["strategy"]
+    assert rolling["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+    for nothing in (0, "0%"):
+        assert "maxUnavailable and maxSurge are both 0" in _refused(_engine({"maxUnavailable": nothing}))
+
+
+def test_a_gpu_type_that_is_no_label_is_refused() -> None:
+    """A profile may call its GPU anything; Kubernetes takes few characters."""
+    profile = {"name": "ours", "model": "m", "gpu": "H100 SXM", "gpus_per_replica": 1, "limits": {"max_num_seqs": 1}}
+    values = chart.merged(_engine({"profile": "ours.json"}), {"profiles": {"ours.json": dumps(profile)}})
+    del values["engines"][0]["gpu"]
+    assert 'the GPU type "H100 SXM" of its profile does not fit in a label' in _refused(values)
 
 
 def test_a_pool_is_found_in_one_way_alone() -> None:
