@@ -52,11 +52,12 @@ from ratelimit.gateway.formats.answers import answer_outcome
 from ratelimit.gateway.formats.streams import AnswerStream, answer_stream, stream_error
 from ratelimit.gateway.forward import BrokeOffError, Call, Forwarder, no_replica
 from ratelimit.gateway.headers import anthropic_limit_headers, rfc3339
-from ratelimit.gateway.hold import Usage, most_output
+from ratelimit.gateway.hold import most_output
 from ratelimit.gateway.metrics import GatewayMetrics
+from ratelimit.gateway.relay import Relay
 from ratelimit.gateway.settings import GatewaySettings
 from ratelimit.gateway.terms import Terms
-from ratelimit.gateway.upstream import AnswerTooLargeError, UpstreamError
+from ratelimit.gateway.upstream import AnswerTooLargeError
 from ratelimit.gateway.wire import PATHS, ParsedRequest, Route, parse_request, upstream_body, upstream_headers
 from ratelimit.keys import KeyRecord
 from ratelimit.meter import Denied
@@ -67,8 +68,6 @@ log = logging.getLogger(__name__)
 _SERVED = 200
 _CLIENT_LEFT_STATUS = 499
 _STORE_RETRY_US = 1_000_000
-#: Chunks between two looks at a stream's usage, for output beyond what was held.
-_CHUNKS_PER_LOOK = 128
 #: Room for this many bodies of the greatest size at a time.
 _LARGEST_BODIES = 64
 _UNKNOWN = ""
@@ -306,65 +305,17 @@ class Proxy:
         deadline: float,
     ) -> None:
         """Pass a stream on as it comes; its end is kept back until the account is settled."""
-        broken = ""
-        try:
-            start = {"type": "http.response.start", "status": _SERVED, "headers": headers}
-            await send_within(exchange.send, deadline - asyncio.get_running_loop().time(), start)
-            exchange.answered = True
-            async with self._drain.until(deadline):
-                await self._pump(account, call, stream, exchange.send)
-        except UpstreamError as error:
-            broken = error.reason
-        except TimeoutError:
-            broken = "gateway ended" if self._drain.is_over else "timeout"
-        except ClientLeftError:
-            raise
-        except Exception as error:  # whatever a replica sends: counted, and told to the client
-            log.warning("request %s: cannot read the stream: %r", exchange.reservation_id, error)
-            broken = "garbled"
-        finally:
-            account.settle_used(_usage_of(stream), stream.ended, stream.complete, stream.deltas)
-            call.close()  # before anything that waits for the client
+        relay = Relay(account, call, stream, exchange.send)
+        exchange.answered = True
+        head = {"type": "http.response.start", "status": _SERVED, "headers": headers}
+        await relay.run(head, self._drain, deadline, exchange.reservation_id)
         watch.stop()
-        last = self._ending(exchange, stream, broken)
-        await send_within(exchange.send, LAST_SEND_S, {"type": "http.response.body", "body": last, "more_body": False})
-
-    @staticmethod
-    async def _pump(account: Account, call: Call, stream: AnswerStream, send: Send) -> None:
-        read, feed = call.answer.read_some, stream.feed
-        data = call.first
-        look_in = 1
-        while data:
-            out = feed(data)
-            look_in -= 1
-            if not look_in:
-                look_in = _CHUNKS_PER_LOOK
-                if usage := stream.usage:
-                    account.correct(usage)
-            if out:
-                await send({"type": "http.response.body", "body": out, "more_body": True})
-            data = await read()
-
-    def _ending(self, exchange: _Exchange, stream: AnswerStream, broken: str) -> bytes:
-        """The last bytes of a stream: its end, or an error event and no end where it is not complete."""
-        rest = stream.flush()
-        if stream.error_seen:
-            self._metrics.broken_streams.labels(exchange.model, "engine error").inc()
-            return rest
-        if stream.complete:
-            return rest
-        reason = broken or "unfinished"
-        self._metrics.broken_streams.labels(exchange.model, reason).inc()
+        reason = relay.broke_off
+        if reason:
+            self._metrics.broken_streams.labels(exchange.model, reason).inc()
         message = f"The answer broke off before it was complete ({reason})."
-        return stream_error(exchange.route, message, exchange.request_id)
-
-
-def _usage_of(stream: AnswerStream) -> Usage | None:
-    """What a stream has told of its usage; ``None`` where that cannot be read."""
-    try:
-        return stream.usage
-    except (ValueError, RecursionError):  # msgspec's are ValueErrors too
-        return None
+        last = relay.ending(stream_error(exchange.route, message, exchange.request_id))
+        await send_within(exchange.send, LAST_SEND_S, {"type": "http.response.body", "body": last, "more_body": False})
 
 
 def priority_of(terms: Terms, green: bool) -> int | None:

@@ -22,8 +22,9 @@ from ratelimit.gateway.proxy import Proxy
 from ratelimit.gateway.settings import GatewaySettings
 from ratelimit.gateway.sse import StreamFilter
 from ratelimit.gateway.upstream import UpstreamError
+from ratelimit.gateway.wire import Route
 from serving.routing import Router
-from tests.support.fake_upstream import stream_events, whole_answer
+from tests.support.fake_upstream import events_of, stream_events, whole_answer
 from tests.support.gateway import MODEL, make_key, publication
 from tests.support.limiter import AwayLimiter
 
@@ -118,7 +119,10 @@ class Wired:
         directory._swap_keys({b"": msgspec.json.encode(record)})
         settings = GatewaySettings(redis_url="", request_timeout_s=request_timeout_s, max_body_bytes=2**26)
         forwarder = Forwarder(replica, self.metrics, 20.0, Router(0.0, lambda: 1))
-        self.proxy = Proxy(settings, directory, lambda _: self.limiter, forwarder, self.ledger, self.metrics, Drain())
+        self.drain = Drain()
+        self.proxy = Proxy(
+            settings, directory, lambda _: self.limiter, forwarder, self.ledger, self.metrics, self.drain
+        )
 
     async def serve(self, body: dict[str, Any], reads: int = 10**9) -> Client:
         """One request, to its end and its settlement."""
@@ -165,6 +169,60 @@ async def test_a_client_that_stops_reading_lets_go_at_the_deadline(monkeypatch: 
     assert wired.replica.closed
     assert [output <= 2 for _, output in wired.tokens()] == [True]
     assert wired.finished(499) == 1
+
+
+class SlowReader(Client):
+    """A client that reads a head and one part, and goes on to read when the time of its request is over."""
+
+    def __init__(self, body: dict[str, Any], secret: str) -> None:
+        super().__init__(body, secret)
+        self.waits = asyncio.Event()
+
+    async def send(self, message: Message) -> None:
+        """As uvicorn: the wait for room comes first, and a part whose wait is ended is lost."""
+        if len(self.got) == 2 and not self.waits.is_set():
+            self.waits.set()
+            await asyncio.Event().wait()
+        self.got.append(message)
+
+
+@pytest.mark.parametrize("is_cut_off", [True, False], ids=["drain", "deadline"])
+@pytest.mark.parametrize(
+    ("route", "path", "prompt"),
+    [
+        ("chat", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": OUTPUT}),
+        ("completions", "/v1/completions", {"prompt": "x", "max_tokens": OUTPUT}),
+        ("responses", "/v1/responses", {"input": "x", "max_output_tokens": OUTPUT}),
+        ("messages", "/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": OUTPUT}),
+    ],
+)
+async def test_a_slow_reader_is_told_that_its_answer_is_not_whole(
+    route: Route, path: str, prompt: dict[str, Any], is_cut_off: bool
+) -> None:
+    """An answer that came whole and could not be sent whole has no good end, and is recorded as cut."""
+    body = {"model": MODEL, "stream": True, **prompt}
+    told = {**body, "stream_options": OPTIONS} if route in ("chat", "completions") else body
+    events = events_of(path, told)
+    wired = Wired(Replica([events[0], b"".join(events[1:])]), request_timeout_s=20.0 if is_cut_off else 0.2)
+    client = SlowReader(body, wired.secret)
+    async with asyncio.timeout(20):
+        serving = asyncio.create_task(wired.proxy.serve(route, client.scope, client.receive, client.send))
+        await client.waits.wait()
+        if is_cut_off:
+            wired.drain.cut_off()
+        await serving
+        await wired.ledger.drain(20)
+    assert f"({'gateway ended' if is_cut_off else 'timeout'})" in client.text
+    assert not any(end in client.text for end in ("[DONE]", "response.completed", "message_stop"))
+    assert [record.outcome for record in wired.limiter.records] == ["cut"]
+
+
+async def test_what_was_lost_with_a_garbled_part_is_no_whole_answer() -> None:
+    """The last words of an answer, in one read with what cannot be read, are lost, and the client is told."""
+    wired = Wired(Replica([*EVENTS[:3], b"".join(EVENTS[3:-1]) + b"data: {garbled}\n\n"]))
+    client = await wired.serve(chat(stream=True))
+    assert "(garbled)" in client.text
+    assert "[DONE]" not in client.text
 
 
 async def test_the_replica_is_let_go_before_the_last_part_is_sent() -> None:
