@@ -11,17 +11,22 @@ import weakref
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.connection import SSLConnection, parse_url
+from redis.asyncio.connection import AbstractConnection, SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from ratelimit.link.endpoint import NodeUrls, parse_endpoint
+from ratelimit.link.pipeline import is_unusable
 from ratelimit.link.sentinel import Master
 
 #: Connections of one process; more callers than these wait their turn.
 MAX_CONNECTIONS = 64
+#: For a connect, and for each reply; a URL may say otherwise.
+SOCKET_TIMEOUT_S = 5.0
 _SENTINEL_TIMEOUT_S = 2.0
 _SENTINEL_PORT = 26379
 
@@ -34,12 +39,14 @@ def redis_client(url: str) -> Redis:
     """A client, which connects when it is first used; the caller closes it. Raises ``RedisUrlError``.
 
     A connection that broke while idle is replaced once; there is no other retry, since every caller has its own limit.
+    So is one whose server cannot serve any more, as a master that was demoted behind an address that has moved on.
     """
     try:
         _check(url)
         pool = _pool(url)
     except ValueError as error:
         raise RedisUrlError(f"redis: {error}") from None
+    pool.connection_class = _leaving(pool.connection_class)
     return Redis.from_pool(pool)
 
 
@@ -75,6 +82,8 @@ def _pool(url: str) -> BlockingConnectionPool:
     options = {
         "max_connections": MAX_CONNECTIONS,
         "retry": Retry(NoBackoff(), 1),
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": SOCKET_TIMEOUT_S,
         # Only one vendor's service knows it; a user of few rights would be refused it at every connect.
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),
     }
@@ -83,6 +92,23 @@ def _pool(url: str) -> BlockingConnectionPool:
     urls = NodeUrls.parse(url, _SENTINEL_PORT)
     master = Master(urls, _SENTINEL_TIMEOUT_S)
     return _MasterPool(master, **parse_url(urls.at(urls.seeds[0], master.db)), **options)
+
+
+class _Leaving(AbstractConnection):
+    """A connection that is given up where its server cannot serve us, so that the next command dials anew."""
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*args, **options)
+        except RedisError as error:
+            if not is_unusable(error):
+                raise
+            await self.disconnect()
+            raise RedisConnectionError(f"Redis cannot serve now: {type(error).__name__}: {error}") from error
+
+
+def _leaving(kind: type[AbstractConnection]) -> type[AbstractConnection]:
+    return type(f"Leaving{kind.__name__}", (_Leaving, kind), {})
 
 
 class _MasterPool(BlockingConnectionPool):

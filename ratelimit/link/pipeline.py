@@ -44,7 +44,9 @@ _INCOMPLETE: Final = object()
 #: Its stub takes tuples of one only.
 _PACK: Final = cast("Callable[[Command], bytes]", hiredis.pack_command)
 #: How Redis 6 wraps what a command said inside a script.
-_IN_SCRIPT: Final = re.compile(r"^ERR Error running script .*?: -?((?:READONLY|OOM|MISCONF|NOREPLICAS) .*)$", re.DOTALL)
+_IN_SCRIPT: Final = re.compile(
+    r"^(?:ERR )?Error running script .*?: -?((?:READONLY|OOM|MISCONF|NOREPLICAS) .*)$", re.DOTALL
+)
 
 
 class LinkOverloadedError(RedisError):
@@ -56,6 +58,13 @@ def reply_error(text: str) -> Exception:
     wrapped = _IN_SCRIPT.match(text)
     error: Exception = DefaultParser.parse_error(wrapped[1] if wrapped else text)  # type: ignore[no-untyped-call] # so in redis-py
     return error
+
+
+def is_unusable(error: object) -> bool:
+    """Whether a reply says that this server cannot serve us now, also one that redis-py made of it."""
+    if isinstance(error, _UNUSABLE):
+        return True
+    return isinstance(error, ResponseError) and isinstance(reply_error(str(error)), _UNUSABLE)
 
 
 class Pipeline(asyncio.Protocol):
@@ -143,7 +152,7 @@ class Pipeline(asyncio.Protocol):
                 waiting.set_exception(reply)
             else:
                 waiting.set_result(reply)
-        if isinstance(reply, _UNUSABLE):
+        if is_unusable(reply):
             self.end(f"Redis cannot serve now: {type(reply).__name__}: {reply}")
 
     def _flush(self) -> None:
