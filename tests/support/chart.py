@@ -70,7 +70,7 @@ def merged(base: Values, changes: Values) -> dict[str, Any]:
 
 
 def with_setting(values: Values, setting: str) -> dict[str, Any]:
-    """As ``--set`` does it over values files: `list[0].field=…` changes one entry, anything else is put in its place."""
+    """As ``--set`` does it over values files: `list[0].field=…` changes one entry, all else is put in its place."""
     path = setting.partition("=")[0]
     if "[" not in path:
         return merged(values, helm_python.parse_set_string(setting))

@@ -12,6 +12,8 @@ _BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _HEREDOC = re.compile(r"^cat > (\S+) <<('?)EOF'?\n(.*?)^EOF$", re.MULTILINE | re.DOTALL)
 #: What ends one command and begins another.
 _BETWEEN = {"&&", "||", "|", ";", "&"}
+#: What stands before a command without being part of it.
+_KEYWORDS = {"until", "while", "do", "done"}
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -51,8 +53,11 @@ def split(line: str) -> Iterator[list[str]]:
     while rest:
         word = rest.pop(0)
         if word in _BETWEEN:
-            yield command
+            if command:
+                yield command
             command = []
+        elif not command and word in _KEYWORDS:
+            continue
         elif set(word) <= {"<", ">"}:
             rest.pop(0)
         else:

@@ -156,7 +156,7 @@ def test_weights_from_a_hub_need_the_way_to_it(
 
 
 def test_a_claim_of_weights_is_mounted_read_only_where_that_is_said() -> None:
-    """vLLM's other files go to /tmp then, and only a claim that holds the weights can be so."""
+    """The other files of vLLM go to /tmp then, and only a claim that holds the weights can be so."""
 
     def values(changes: dict[str, Any]) -> dict[str, Any]:
         return chart.merged(MIXED, {"engines": [{**MIXED["engines"][0], "offline": False} | changes]})

@@ -22,6 +22,7 @@ from tests.support import chart
 from tests.support.chart import Manifest
 from tests.support.commands import options, read_page
 from tests.support.dockerfile import parse
+from tests.support.netpol import Peer, reaches
 
 REPOSITORY = Path(__file__).parents[2]
 TEXT = (REPOSITORY / "docs" / "deploy.md").read_text()
@@ -30,8 +31,9 @@ VARIABLES = {"KEY": "pn-key", "HF_TOKEN": "hf-token", "REDIS_PASSWORD": "passwor
 PAGE = read_page(TEXT, VARIABLES)
 JOB_FILE = "charts/penstock/examples/measure-job.yaml"
 JOB: Manifest = yaml.safe_load((REPOSITORY / JOB_FILE).read_text())
+STATE_POD: Manifest = yaml.safe_load((chart.CHART / "examples" / "state-pod.yaml").read_text())
 #: Files that the reader makes by the page's own commands, or has.
-MADE_BY_THE_READER = {"our-h200.json", "penstock-state.tar.gz", "january.csv", "ca.crt"}
+MADE_BY_THE_READER = {"our-h200.json", "penstock-state.tar.gz", "january.csv", "ca.crt", "tls.crt"}
 HELM_FLAGS = {
     "lint": {"--strict", "--values", "--set-file"},
     "template": {"--namespace", "--values", "--set-file", "--show-only"},
@@ -63,9 +65,9 @@ def _readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def values_of(command: Sequence[str]) -> dict[str, Any]:
     """The values that a helm command gives, files first, each as Helm's library reads it."""
     given = [helm_python.values_from_yaml(Path(name).read_text()) for name in options(command, "--values")]
-    given += [helm_python.parse_set_string(setting) for setting in options(command, "--set")]
-    given += [helm_python.parse_set_file(setting) for setting in options(command, "--set-file")]
-    return functools.reduce(chart.merged, given, {})
+    values = functools.reduce(chart.with_setting, options(command, "--set"), functools.reduce(chart.merged, given, {}))
+    from_files = [helm_python.parse_set_file(setting) for setting in options(command, "--set-file")]
+    return functools.reduce(chart.merged, from_files, values)
 
 
 def with_values() -> list[list[str]]:
@@ -93,7 +95,7 @@ def test_the_page_has_its_commands() -> None:
         "profiles",
         "usage",
     }
-    assert set(PAGE.files) == {"images.yaml", "site.yaml"}
+    assert set(PAGE.files) == {"images.yaml", "site.yaml", "shared-claim.yaml"}
 
 
 @pytest.mark.parametrize("command", with_values(), ids=lambda command: " ".join(command[1:9]))
@@ -174,12 +176,12 @@ def test_kubectl_speaks_of_objects_that_the_chart_makes() -> None:
         f"{manifest['kind'].lower()}/{manifest['metadata']['name']}"
         for command in with_values()
         for manifest in chart.render(values_of(command))
-    } | {f"job/{JOB['metadata']['name']}"}
+    } | {f"job/{JOB['metadata']['name']}", f"pod/{STATE_POD['metadata']['name']}"}
     named = {
         word
         for command in PAGE.of("kubectl")
         for word in command
-        if re.fullmatch(r"(deployment|service|job)/\S+", word)
+        if re.fullmatch(r"(deployment|service|job|pod)/\S+", word)
     }
     assert len(named) >= 5
     assert named <= rendered
@@ -209,10 +211,62 @@ def _secrets_of(value: object) -> set[str]:
 
 
 @pytest.mark.parametrize("version", chart.KUBERNETES_VERSIONS)
-def test_the_measuring_job_is_valid(version: str) -> None:
-    """Kubernetes takes the Job in every version that the chart is for."""
-    manifest = JOB | {"metadata": JOB["metadata"] | {"namespace": "penstock"}}
-    assert chart.schema_problems(manifest, version) == []
+def test_the_measuring_job_and_the_state_pod_are_valid(version: str) -> None:
+    """Kubernetes takes them in every version that the chart is for."""
+    for manifest in (JOB, STATE_POD, yaml.safe_load(PAGE.files["shared-claim.yaml"])):
+        placed = manifest | {"metadata": manifest["metadata"] | {"namespace": "penstock"}}
+        assert chart.schema_problems(placed, version) == []
+
+
+def test_a_restart_of_the_engine_does_not_end_the_measurement() -> None:
+    """Restarts of any container count against the Job's limit, which ends it with its pod."""
+    assert JOB["spec"]["backoffLimit"] >= 6
+
+
+def test_no_manifest_is_of_another_namespace_than_its_command() -> None:
+    """`kubectl apply` refuses a file that contradicts its `--namespace`."""
+    applied = [command for command in PAGE.of("kubectl") if "apply" in command and "-" not in command]
+    assert len(applied) >= 3
+    for command in applied:
+        (file,), (namespace,) = options(command, "--filename"), options(command, "--namespace")
+        for manifest in yaml.safe_load_all(Path(file).read_text()):
+            assert manifest["metadata"].get("namespace", namespace) == namespace
+            assert {"apiVersion", "kind"} <= manifest.keys()
+
+
+def test_the_state_is_restored_where_the_controller_looks_for_it() -> None:
+    """The pod has the claim and the user of the controller, and the folder that the archive is of."""
+    manifests = chart.render(chart.values_of("virtual"))
+    controller = chart.pod(manifests, "controller").spec
+    (mount,) = [mount for mount in controller["containers"][0]["volumeMounts"] if mount["name"] == "state"]
+    (container,) = STATE_POD["spec"]["containers"]
+    assert mount in container["volumeMounts"]
+    (state,) = [volume for volume in controller["volumes"] if volume["name"] == "state"]
+    assert state in STATE_POD["spec"]["volumes"]
+    assert STATE_POD["spec"]["securityContext"] == controller["securityContext"]
+    folders = [folder for command in PAGE.of("kubectl") for folder in options(command, "--directory")]
+    assert folders == [mount["mountPath"]] * 2
+
+
+def test_the_sites_engines_reach_the_hub() -> None:
+    """Production values keep engines from the internet; those of the page load their weights from there."""
+    (command,) = [command for command in PAGE.of("helm", "install") if "site.yaml" in command]
+    values = values_of(command)
+    paths = [group["modelPath"] for group in values["engines"]]
+    assert not any(path.startswith("/") for path in paths)
+    policies = chart.of_kind(chart.render(values), "NetworkPolicy")
+    engine = Peer("penstock", {"app.kubernetes.io/instance": "penstock", "penstock.io/role": "engine"}, {"http": 8000})
+    assert reaches(policies, engine, Peer("outside", {}, {}), 443)
+
+
+def test_a_setting_changes_one_entry_of_a_list() -> None:
+    """As Helm itself does it, so that the page's second load meets three replicas of the group that was there."""
+    (command,) = [
+        c for c in PAGE.of("helm", "upgrade") if "engines[0].replicas=3" in c and "loadTest.enabled=true" in c
+    ]
+    before, values = chart.values_of("virtual")["engines"], values_of(command)
+    assert values["engines"] == [before[0] | {"replicas": 3}, *before[1:]]
+    assert values["loadTest"]["extraArgs"] == ["--scale", "0.125"]
 
 
 def test_the_measured_engine_is_started_as_the_chart_starts_it() -> None:
