@@ -15,6 +15,8 @@ from tests.integration.gateway_bench import Bench
 from tests.support.callers import ask
 from tests.support.gateway import MODEL, make_key
 
+pytestmark = pytest.mark.slow
+
 PATH = "/v1/chat/completions"
 PROMPT_TOKENS = 11
 PRIOR = 64

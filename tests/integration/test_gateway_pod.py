@@ -10,6 +10,8 @@ import httpx
 from tests.support.stack import PENSTOCK, free_ports
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "a-token-that-was-mounted"
 LONG_S = 30.0
 

@@ -18,6 +18,8 @@ from loadtests.results import Fate, LoadRun
 from loadtests.runner import LoadError, run_load
 from loadtests.wire import Plan, PlannedCall
 
+pytestmark = pytest.mark.slow
+
 TOKENS_S = 0.3
 
 

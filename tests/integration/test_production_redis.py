@@ -20,6 +20,8 @@ from tests.support.stack import PENSTOCK
 from tests.support.tls import tls_in_front_of
 from tests.support.waiting import eventually_async
 
+pytestmark = pytest.mark.slow
+
 PASSWORD = "hunter2/&%@:#"
 ESCAPED = "hunter2%2F%26%25%40%3A%23"
 NOWHERE = "redis://127.0.0.1:1/0"

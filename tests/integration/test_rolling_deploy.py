@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import msgspec
+import pytest
 from redis.asyncio import Redis
 
 from ratelimit.publisher import KEYS_KEY, PUBLICATION_KEY
@@ -15,6 +16,8 @@ from tests.integration.gateway_bench import Bench
 from tests.support.books import end_leases
 from tests.support.callers import ask
 from tests.support.gateway import MODEL, GatewayProcess, gateway_settings, publication
+
+pytestmark = pytest.mark.slow
 
 #: Longer than any test: what this gateway is not told of, it never finds.
 NEVER_S = 3_600.0

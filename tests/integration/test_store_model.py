@@ -272,7 +272,10 @@ class Crowd(StoreModel):
         self.step(step_us)
 
 
-@pytest.mark.parametrize(("model", "examples"), [(AnyCalls, 80), (Crowd, 80)], ids=["any-calls", "crowd"])
+@pytest.mark.parametrize(
+    ("model", "examples"),
+    [pytest.param(AnyCalls, 80, id="any-calls"), pytest.param(Crowd, 80, id="crowd", marks=pytest.mark.slow)],
+)
 def test_obligation_05_the_scripts_equal_the_model(redis_url: str, model: type[StoreModel], examples: int) -> None:
     """Calls, retries, epochs, clock steps, crowds and lease ends leave Redis and the model the same to the bit."""
     ended: list[int] = []
