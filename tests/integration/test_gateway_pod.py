@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.support.stack import PENSTOCK, free_ports
 from tests.support.waiting import eventually
