@@ -133,9 +133,10 @@ class Leadership:
         """
         log.warning("standing by as %s", self.holder)
         while not is_cancelled():
-            await self._stand_by()
             try:
-                await self._lead(work)
+                await self._stand_by()
+                if not is_cancelled():  # it may have been, unheard, by the very asking that brought the lease
+                    await self._lead(work)
             finally:
                 await self._give_back()
 
@@ -186,14 +187,14 @@ class Leadership:
         """Renew the lease; returns when it is lost, which is said."""
         is_renewed = True
         while not is_cancelled():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(RENEW_S if is_renewed else RETRY_S):
-                    await self._refused.wait()
-            is_renewed = await self._ask()
             if self._refused.is_set() or not self.term:
                 log.error("leads no longer, what it did is left to whoever leads next: %s", self._why_lost())
                 self._standing = self._standing.stood_down()
                 return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RENEW_S if is_renewed else RETRY_S):
+                    await self._refused.wait()
+            is_renewed = await self._ask()
 
     def _why_lost(self) -> str:
         return self._failure or "its lease in Redis has ended or is another's"

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
+from typing import cast
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from redis.asyncio import Redis
 
-from ratelimit.leadership import ASK_TIMEOUT_S, LEASE_S, MARGIN_S, RENEW_S, RETRY_S, Answer, Standing
+from ratelimit.controllermetrics import ControllerMetrics
+from ratelimit.leadership import ASK_TIMEOUT_S, LEASE_S, MARGIN_S, RENEW_S, RETRY_S, Answer, Leadership, Standing
 
 HELD_S = LEASE_S - MARGIN_S
 
@@ -100,3 +107,57 @@ def test_never_do_two_lead_at_once(steps: list[tuple[str, float, float, float, b
         assert sum(standing.leads(now_s) for standing in standings.values()) <= 1
         assert sum(standing.leads(now_s + back_s) for standing in standings.values()) <= 1
     assert given_out == sorted(set(given_out))
+
+
+class _DeafScript:
+    """Answers after a turn, also to a caller that was cancelled meanwhile: Redis traffic may swallow that."""
+
+    def __init__(self, answers: list[object]) -> None:
+        self.asked = asyncio.Event()
+        self._answers = answers
+
+    async def __call__(self, keys: list[str], args: list[object]) -> object:
+        self.asked.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.05)
+        return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+
+
+class _DeafRedis:
+    def __init__(self, *scripts: _DeafScript) -> None:
+        self._scripts = list(scripts)
+
+    def register_script(self, _text: str) -> _DeafScript:
+        return self._scripts.pop(0)
+
+
+@pytest.mark.parametrize("is_ours", [0, 1])
+async def test_a_candidate_that_is_stopped_does_not_lead(is_ours: int) -> None:
+    """Though the cancellation is lost in the asking for the lease, which is granted then or by the next."""
+    asking, giving_back = _DeafScript([[5, is_ours], [6, 1]]), _DeafScript([1])
+    redis = cast("Redis", _DeafRedis(asking, giving_back))
+    led: list[bool] = []
+
+    async def work() -> None:
+        led.append(True)
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(Leadership(redis, ControllerMetrics()).run(work))
+    await asking.asked.wait()
+    task.cancel()
+    async with asyncio.timeout(10):
+        await asyncio.wait((task,))
+
+    assert led == []
+    assert giving_back.asked.is_set() == bool(is_ours)
+
+
+async def test_a_lease_that_is_lost_already_is_not_kept() -> None:
+    """Nothing is asked of Redis before the work is laid down."""
+    asking = _DeafScript([[6, 1]])
+    leadership = Leadership(cast("Redis", _DeafRedis(asking, _DeafScript([1]))), ControllerMetrics())
+
+    async with asyncio.timeout(10):
+        await leadership._keep()
+
+    assert not asking.asked.is_set()
