@@ -36,8 +36,8 @@ def render_over(values: Values, there: list[Manifest]) -> list[Manifest]:
             "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it"}}],
             "users": [{"name": "it", "user": {}}],
         }
-        settings = {"kubeconfig_content": json.dumps(kubeconfig), "namespace": "penstock", "storage_driver": "memory"}
-        with helm_python.Config(**settings) as config:
+        content = json.dumps(kubeconfig)
+        with helm_python.Config(kubeconfig_content=content, namespace="penstock", storage_driver="memory") as config:
             found = config.install(str(CHART), "penstock", dict(values), namespace="penstock", dry_run="server")
     return [manifest for manifest in yaml.safe_load_all(found["manifest"]) if manifest is not None]
 

@@ -64,10 +64,20 @@ def _readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def values_of(command: Sequence[str]) -> dict[str, Any]:
     """The values that a helm command gives, files first, each as Helm's library reads it."""
-    given = [helm_python.values_from_yaml(Path(name).read_text()) for name in options(command, "--values")]
-    values = functools.reduce(chart.with_setting, options(command, "--set"), functools.reduce(chart.merged, given, {}))
-    from_files = [helm_python.parse_set_file(setting) for setting in options(command, "--set-file")]
-    return functools.reduce(chart.merged, from_files, values)
+    values: dict[str, Any] = {}
+    for name in options(command, "--values"):
+        values = chart.merged(values, helm_python.values_from_yaml(Path(name).read_text()))
+    for setting in options(command, "--set"):
+        values = chart.with_setting(values, setting)
+    for setting in options(command, "--set-file"):
+        values = chart.merged(values, helm_python.parse_set_file(setting))
+    return values
+
+
+@functools.cache
+def rendered(*command: str) -> list[Manifest]:
+    """What a helm command gives; to be read, not changed."""
+    return chart.render(values_of(command))
 
 
 def with_values() -> list[list[str]]:
@@ -103,7 +113,7 @@ def test_the_chart_renders_with_the_pages_values(command: list[str]) -> None:
     """Each helm command's values lint without a finding and give objects that Kubernetes takes."""
     values = values_of(command)
     assert chart.lint_findings(values) == []
-    manifests = chart.render(values)
+    manifests = rendered(*command)
     newest = chart.KUBERNETES_VERSIONS[-1]
     assert [problem for manifest in manifests for problem in chart.schema_problems(manifest, newest)] == []
     images = {container["image"] for pod in chart.pods(manifests) for container in pod.containers}
@@ -172,10 +182,10 @@ def test_what_is_built_are_the_dockerfiles_targets() -> None:
 
 def test_kubectl_speaks_of_objects_that_the_chart_makes() -> None:
     """Each deployment, service, job and secret that a command names is rendered by some set of the page's values."""
-    rendered = {
+    known = {
         f"{manifest['kind'].lower()}/{manifest['metadata']['name']}"
         for command in with_values()
-        for manifest in chart.render(values_of(command))
+        for manifest in rendered(*command)
     } | {f"job/{JOB['metadata']['name']}", f"pod/{STATE_POD['metadata']['name']}"}
     named = {
         word
@@ -184,7 +194,7 @@ def test_kubectl_speaks_of_objects_that_the_chart_makes() -> None:
         if re.fullmatch(r"(deployment|service|job|pod)/\S+", word)
     }
     assert len(named) >= 5
-    assert named <= rendered
+    assert named <= known
     containers = {c["name"] for key in ("initContainers", "containers") for c in JOB["spec"]["template"]["spec"][key]}
     assert {name for command in PAGE.of("kubectl") for name in options(command, "--container")} <= containers
 
@@ -193,7 +203,7 @@ def test_secrets_that_values_refer_to_are_made_by_the_page() -> None:
     """Every Secret that a pod needs is made by a command of the page, or by the chart."""
     made = {command[command.index("generic") + 1] for command in PAGE.of("kubectl") if "generic" in command}
     for command in [*PAGE.of("helm", "install"), *PAGE.of("helm", "upgrade")]:
-        manifests = chart.render(values_of(command))
+        manifests = rendered(*command)
         ours = {manifest["metadata"]["name"] for manifest in chart.of_kind(manifests, "Secret")}
         assert _secrets_of([pod.spec for pod in chart.pods(manifests)]) <= made | ours
     assert _secrets_of(JOB) <= made
