@@ -228,7 +228,7 @@ def test_a_gateway_that_ends_lets_its_stream_finish(release: Release) -> None:
         next(iter(stream))
         left_s = release.cluster.begin_end(gateway)
         eventually(lambda: not gateway.ask_ready(), left_s, "the gateway's unreadiness")
-        assert not gateway.container.has_ended
+        assert not gateway.container.has_ended, gateway.container.log()
         rest = list(stream)
 
     assert len(rest) > STREAM_TOKENS / 2

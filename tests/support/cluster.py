@@ -7,6 +7,7 @@ up to date by ``settle``. Everything else is as rendered.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.support.waiting import eventually
 _SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 STAND_IN = Path(__file__).with_name("vllm_stand_in.py")
 _API_TIMEOUT_S = 10.0
+_KILL_S = 10.0
 _BASE_PATH = "/usr/local/bin:/usr/bin:/bin"
 _PROGRAMS = "/programs"
 _PATH = {"PATH": f"{_PROGRAMS}:{_BASE_PATH}"}
@@ -162,17 +164,21 @@ class Cluster:
         self._node.name_hosts(names)
 
     def begin_end(self, pod: RunningPod) -> float:
-        """Delete it as a kubelet does, up to SIGTERM; gives the seconds that it has left."""
+        """Delete it as a kubelet does, up to SIGTERM; gives the seconds that it has left before it is killed."""
         pod.is_ending = True
         self.settle()
         pre_stop_s = pod.plan.container.pre_stop_s
         time.sleep(pre_stop_s)  # the hook as rendered
+        left_s = float(max(pod.plan.grace_s - pre_stop_s, 0))
+        killed = threading.Timer(left_s, pod.container.signal, ("KILL",))
+        killed.daemon = True
+        killed.start()
         pod.container.signal("TERM")
-        return float(pod.plan.grace_s - pre_stop_s)
+        return left_s
 
     def end(self, pod: RunningPod) -> int:
-        """Delete it; its exit status. Raises ``AssertionError`` where it would be killed."""
-        status = pod.container.wait(self.begin_end(pod))
+        """Delete it; its exit status, -9 where it outlived its grace and was killed."""
+        status = pod.container.wait(self.begin_end(pod) + _KILL_S)
         self.settle()
         return status
 

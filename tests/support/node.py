@@ -104,6 +104,8 @@ class Container:
 
     def signal(self, name: str) -> None:
         """Send its first process a signal; nothing happens where it has ended."""
+        if self.has_ended:
+            return
         subprocess.run(
             [*self._enter, "kill", "-s", name, str(self.pid)], capture_output=True, check=False, timeout=_END_S
         )
