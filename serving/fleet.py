@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from random import uniform
 from time import monotonic
 
 import aiohttp
 import msgspec
 
-from serving.health import Observation, ReplicaHealth, found_again, lost, observe
+from serving.health import SILENT_PROBES_ALLOWED, Observation, ReplicaHealth, found_again, lost, observe
 from serving.signals import Counters, read_counters
 
 log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 0.5
 PROBE_TIMEOUT_S = 2.0
+#: Probes at a time. All of them share one core with the rounds, and what they wait for each other counts against their
+#: timeout, so it must stay far below that: some 0.2 s. Those of replicas that were silent or down have as many places
+#: of their own, so that a rack which hangs does not hold up the probes of all others.
+MOST_PROBES = 128
+#: More than any server's metrics; vLLM's are some 100 kB.
+MOST_ANSWER_BYTES = 4 << 20
 #: Replicas watched no longer whose losses are remembered, those lost last.
 MOST_LOST_KEPT = 10_000
 #: How often a replica's counters are read out of what its probes fetch.
@@ -60,11 +68,27 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
 def sum_metrics(exposition: str, names: Iterable[str]) -> float:
     """The sum over all label sets of the named metrics in a Prometheus text exposition; 0 where none is found.
 
+    Raises ``ValueError`` where a line has no number.
+
     vLLM exposes some 100 kB, mostly histograms, and every replica is read each probe: the lines wanted are picked
     by their beginning, which is some 50 times cheaper than parsing the whole exposition.
     """
     prefixes = tuple(f"{name}{sep}" for name in names for sep in ("{", " "))
-    return sum(float(line.rsplit(" ", 1)[1]) for line in exposition.splitlines() if line.startswith(prefixes))
+    return sum(float(line.rpartition(" ")[2]) for line in exposition.splitlines() if line.startswith(prefixes))
+
+
+class _Load(msgspec.Struct):
+    server_load: float | None = None
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """The body. Raises ``ValueError`` where it is longer than any answer to a probe."""
+    body = bytearray()
+    async for part in response.content.iter_any():
+        body += part
+        if len(body) > MOST_ANSWER_BYTES:
+            raise ValueError(f"{response.url.path} answers more than {MOST_ANSWER_BYTES} bytes")
+    return bytes(body)
 
 
 def probe_session() -> aiohttp.ClientSession:
@@ -92,6 +116,9 @@ class Fleet:
         self._counters: dict[str, Counters] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._probed: dict[str, asyncio.Event] = {}
+        self._places, self._places_of_silent = asyncio.Semaphore(MOST_PROBES), asyncio.Semaphore(MOST_PROBES)
+        #: Probes that ended in a way nobody foresaw, by the type of the exception.
+        self.unforeseen: Counter[str] = Counter()
         #: Another number whenever the replicas watched, or the phase of one, are others than before.
         self.version = 0
 
@@ -112,8 +139,8 @@ class Fleet:
             known = self._statuses.get(url)
             self._statuses[url] = ReplicaStatus(spec, known.health if known else self._new_health(spec))
             if url not in self._tasks:
-                self._probed[url] = asyncio.Event()
-                self._tasks[url] = asyncio.create_task(self._probe_forever(url), name=f"probe {url}")
+                self._probed[url] = probed = asyncio.Event()
+                self._tasks[url] = asyncio.create_task(self._probe_forever(url, probed), name=f"probe {url}")
 
     def _lose(self, status: ReplicaStatus) -> None:
         """Keep how often it was lost: whoever is taken off and put back again and again flaps."""
@@ -134,9 +161,9 @@ class Fleet:
         return known is not None and not is_same_engine(known.spec, spec)
 
     async def probed_once(self) -> None:
-        """Wait until every watched replica has been probed; each probe is bounded in time.
+        """Wait until every watched replica has answered or refused a probe, or was silent as often as makes it down.
 
-        Until then a fleet that has just begun to watch would look smaller than it is.
+        Until then a fleet that has just begun to watch would look smaller than it is. Each probe is bounded in time.
         """
         await asyncio.gather(*(probed.wait() for probed in self._probed.values()))
 
@@ -148,33 +175,59 @@ class Fleet:
         """The newest reading of every watched replica that was ever read, by URL; it says how old it is."""
         return dict(self._counters)
 
-    async def _probe_forever(self, url: str) -> None:
-        while True:
-            seen = await self._probe(url)
-            status = self._statuses[url]
-            health = observe(status.health, seen, status.spec.stuck_after_s)
-            self._statuses[url] = ReplicaStatus(status.spec, health)
-            self._probed[url].set()
-            if health.phase != status.health.phase:
-                self.version += 1
-                _log_change(status, health)
-                self._on_change(self._statuses[url])
-            await asyncio.sleep(PROBE_INTERVAL_S)
+    async def _probe_forever(self, url: str, probed: asyncio.Event) -> None:
+        try:
+            while True:
+                before = self._statuses[url].health
+                async with self._place(before):
+                    seen = await self._probe(url)
+                self._note(url, seen)
+                if seen.answer != "silent" or before.silent_probes >= SILENT_PROBES_ALLOWED:
+                    probed.set()
+                # Jittered, so that those that were added together are not probed together for ever.
+                await asyncio.sleep(PROBE_INTERVAL_S * uniform(0.9, 1.1))  # noqa: S311
+        finally:
+            probed.set()
+
+    def _place(self, health: ReplicaHealth) -> asyncio.Semaphore:
+        is_silent = health.silent_probes > 0 or health.phase == "down"
+        return self._places_of_silent if is_silent else self._places
+
+    def _note(self, url: str, seen: Observation) -> None:
+        status = self._statuses[url]
+        health = observe(status.health, seen, status.spec.stuck_after_s)
+        self._statuses[url] = ReplicaStatus(status.spec, health)
+        if health.phase != status.health.phase:
+            self.version += 1
+            _log_change(status, health)
+            self._on_change(self._statuses[url])
 
     async def _probe(self, url: str) -> Observation:
+        """One look at a replica. An answer that nobody can make sense of is none: it counts as refused."""
         try:
-            async with self._session.get(f"{url}/health") as response:
-                if response.status != 200:
-                    return Observation(monotonic(), "refused")
-            async with self._session.get(f"{url}/metrics") as response:
-                exposition = await response.text()
-            held, progress = sum_metrics(exposition, HELD_METRICS), sum_metrics(exposition, PROGRESS_METRICS)
-            self._read_counters(url, exposition)
-            held = max(held, await self._server_load(url))
+            return await self._look_at(url)
         except TimeoutError:
             return Observation(monotonic(), "silent")
         except (aiohttp.ClientError, OSError, ValueError):
-            return Observation(monotonic(), "refused")
+            pass
+        except Exception as error:
+            # Of no replica may the probes end, or it would keep its health for ever.
+            kind = type(error).__name__
+            if not self.unforeseen[kind]:
+                log.exception("a probe of %s failed by %s; it counts as refused, as all like it do", url, kind)
+            self.unforeseen[kind] += 1
+        return Observation(monotonic(), "refused")
+
+    async def _look_at(self, url: str) -> Observation:
+        """Ask a replica for its health, its metrics and its load. Any error of the session or of reading passes."""
+        async with self._session.get(f"{url}/health") as response:
+            if response.status != 200:
+                return Observation(monotonic(), "refused")
+        async with self._session.get(f"{url}/metrics") as response:
+            exposition = (await _read(response)).decode(errors="replace")
+        held, progress = sum_metrics(exposition, HELD_METRICS), sum_metrics(exposition, PROGRESS_METRICS)
+        self._read_counters(url, exposition)
+        held = max(held, await self._server_load(url))
         return Observation(monotonic(), "healthy", held, progress)
 
     def _read_counters(self, url: str, exposition: str) -> None:
@@ -193,6 +246,4 @@ class Fleet:
         async with self._session.get(f"{url}/load") as response:
             if response.status != 200:
                 return 0.0
-            body = msgspec.json.decode(await response.read())
-        load = body.get("server_load", 0) if isinstance(body, dict) else 0
-        return float(load or 0)
+            return msgspec.json.decode(await _read(response), type=_Load).server_load or 0.0

@@ -50,7 +50,7 @@ class Observation(msgspec.Struct, frozen=True):
 class ReplicaHealth(msgspec.Struct, frozen=True):
     """The phase a replica is in since ``since_s``, and what the next observation is compared with.
 
-    ``losses`` counts how often it was lost without a quiet time in between.
+    ``losses`` counts how often it was lost without a quiet time in between; ``held_work``: when it was last seen.
     """
 
     phase: ReplicaPhase = "starting"
@@ -59,6 +59,7 @@ class ReplicaHealth(msgspec.Struct, frozen=True):
     progress: float = -1.0
     progress_at_s: float = 0.0
     losses: int = 0
+    held_work: bool = False
 
     def healthy_for_s(self, now_s: float) -> float:
         """How long the replica has been healthy without a break; 0 if it is not."""
@@ -96,10 +97,13 @@ def observe(health: ReplicaHealth, seen: Observation, stuck_after_s: float) -> R
     if seen.answer != "healthy":
         phase: ReplicaPhase = "starting" if health.phase == "starting" else "down"
         return _enter(health, phase, seen.at_s, silent_probes=health.silent_probes)
-    progressed = seen.requests_held == 0 or seen.progress != health.progress
+    # In a large fleet probes are further apart than stuck_after_s: work that was not there yet has not waited so long.
+    progressed = seen.requests_held == 0 or not health.held_work or seen.progress != health.progress
     progress_at_s = seen.at_s if progressed else health.progress_at_s
     stuck = seen.at_s - progress_at_s >= stuck_after_s
-    moved = msgspec.structs.replace(health, progress=seen.progress, progress_at_s=progress_at_s, silent_probes=0)
+    moved = msgspec.structs.replace(
+        health, progress=seen.progress, progress_at_s=progress_at_s, held_work=seen.requests_held > 0
+    )
     return _enter(moved, "stuck" if stuck else "healthy", seen.at_s, silent_probes=0)
 
 

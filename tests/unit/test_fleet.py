@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from time import monotonic
+from typing import cast
 
+import aiohttp
 import pytest
 from aiohttp import web
 
+from serving import fleet as fleet_module
 from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus, probe_session
+from serving.health import Observation
 
 WAIT_S = 20.0
 
@@ -19,25 +24,36 @@ class FakeReplica:
     generated = 0
     kv_usage = 0.25
     held = 1
+    odd_metrics = ""
+    load = '{"server_load": 0}'
+    silent_for = 0
 
     async def metrics(self, _request: web.Request) -> web.Response:
         return web.Response(
-            text=f'vllm:num_requests_running{{engine="0"}} {self.held}\n'
+            text=self.odd_metrics + f'vllm:num_requests_running{{engine="0"}} {self.held}\n'
             f'vllm:generation_tokens_total{{engine="0"}} {self.generated}\n'
             f'vllm:kv_cache_usage_perc{{engine="0"}} {self.kv_usage}\n'
         )
 
     async def healthy(self, _request: web.Request) -> web.Response:
+        if self.silent_for > 0:
+            self.silent_for -= 1
+            await asyncio.Event().wait()
         return web.Response()
+
+    async def server_load(self, _request: web.Request) -> web.Response:
+        return web.Response(text=self.load)
 
 
 @pytest.fixture
-async def replica() -> AsyncIterator[FakeReplica]:
-    """A fake replica that listens on a port of its own."""
+async def replica(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeReplica]:
+    """A fake replica that listens on a port of its own, and is probed often."""
+    monkeypatch.setattr(fleet_module, "PROBE_INTERVAL_S", 0.02)
     fake, app = FakeReplica(), web.Application()
     app.router.add_get("/health", fake.healthy)
     app.router.add_get("/metrics", fake.metrics)
-    runner = web.AppRunner(app)
+    app.router.add_get("/load", fake.server_load)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
@@ -142,3 +158,123 @@ async def test_a_replica_watched_in_another_way_keeps_its_health(
 
     status = watching.statuses()[replica.url]
     assert (status.health.phase, status.spec.stuck_after_s) == ("healthy", 90.0)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"odd_metrics": 'vllm:num_requests_running{engine="0"}\n'},
+        {"odd_metrics": "vllm:num_requests_running many\n"},
+        {"odd_metrics": "#" * (fleet_module.MOST_ANSWER_BYTES + 1)},
+        {"load": '{"server_load": [1]}'},
+        {"load": "[" * 10_000},
+    ],
+)
+async def test_an_answer_that_nobody_understands_is_a_refusal_and_the_probes_go_on(
+    replica: FakeReplica, fleet: tuple[Fleet, Changes], odd: dict[str, str]
+) -> None:
+    """Whatever a replica answers, a start does not wait for it for ever, and its health stays that of now."""
+    watching, changes = fleet
+    usual = {name: getattr(replica, name) for name in odd}
+    vars(replica).update(odd)
+    watching.watch([spec_of(replica.url)])
+    await asyncio.wait_for(watching.probed_once(), WAIT_S)
+    assert watching.statuses()[replica.url].health.phase == "starting"
+
+    vars(replica).update(usual)
+    assert await changes.next() == "healthy"
+    vars(replica).update(odd)
+    assert await changes.next() == "down"
+
+
+async def test_what_nobody_foresaw_is_counted_and_a_refusal(
+    replica: FakeReplica,
+    fleet: tuple[Fleet, Changes],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """No exception ends the probes of a replica; the log says each type once."""
+    watching, changes = fleet
+    times = iter(range(2))
+
+    def failing(_exposition: str, _at_s: float) -> None:
+        if next(times, None) is not None:
+            raise LookupError("a defect")
+
+    monkeypatch.setattr(fleet_module, "read_counters", failing)
+    with caplog.at_level(logging.ERROR, "serving.fleet"):
+        watching.watch([spec_of(replica.url)])
+        assert await changes.next() == "healthy"
+
+    assert watching.unforeseen == {"LookupError": 2}
+    assert caplog.text.count("failed by LookupError") == 1
+
+
+@pytest.mark.parametrize(("silences", "phase"), [(1, "healthy"), (2, "starting")])
+async def test_one_silent_probe_is_no_answer(
+    replica: FakeReplica, monkeypatch: pytest.MonkeyPatch, silences: int, phase: str
+) -> None:
+    """One packet that is lost as a leader starts takes no replica out of its first limits; a second one does."""
+    replica.silent_for = silences
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=0.3)) as session:
+        watching = Fleet(session, lambda _status: None)
+        watching.watch([spec_of(replica.url)])
+        await asyncio.wait_for(watching.probed_once(), WAIT_S)
+        assert watching.statuses()[replica.url].health.phase == phase
+        watching.watch(())
+
+
+class Looked(Fleet):
+    """A fleet that is looked at as the test says."""
+
+    def __init__(self, looks: Callable[[str], Awaitable[Observation]]) -> None:
+        super().__init__(cast("aiohttp.ClientSession", None), lambda _status: None)
+        self.looks = looks
+
+    async def _look_at(self, url: str) -> Observation:
+        return await self.looks(url)
+
+
+async def test_probes_are_bounded_and_a_large_fleet_is_found_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many replicas a controller starts with, no more are probed at a time than it can follow."""
+    monkeypatch.setattr(fleet_module, "MOST_PROBES", 3)
+    now, most = 0, 0
+
+    async def look(_url: str) -> Observation:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0)
+        now -= 1
+        return Observation(monotonic(), "healthy")
+
+    watching = Looked(look)
+    watching.watch([spec_of(f"http://r{i}") for i in range(50)])
+    await asyncio.wait_for(watching.probed_once(), WAIT_S)
+
+    assert most == 3
+    assert {each.health.phase for each in watching.statuses().values()} == {"healthy"}
+    watching.watch(())
+
+
+async def test_replicas_that_hang_hold_up_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were silent have places of their own: a rack that hangs must not slow what is told of all others."""
+    monkeypatch.setattr(fleet_module, "MOST_PROBES", 1)
+    monkeypatch.setattr(fleet_module, "PROBE_INTERVAL_S", 0.001)
+    hung, looks, seen = iter([TimeoutError]), 0, asyncio.Event()
+
+    async def look(url: str) -> Observation:
+        nonlocal looks
+        if url == "http://hung":
+            if error := next(hung, None):
+                raise error
+            await asyncio.Event().wait()
+        looks += 1
+        if looks == 20:
+            seen.set()
+        return Observation(monotonic(), "healthy")
+
+    watching = Looked(look)
+    watching.watch([spec_of("http://hung"), spec_of("http://well")])
+    await asyncio.wait_for(seen.wait(), WAIT_S)
+    watching.watch(())

@@ -65,6 +65,15 @@ def test_one_silent_probe_is_forgiven_and_a_second_is_not() -> None:
     assert after([*once, working(2.5, 2.0), Observation(4.5, "silent")]).phase == "healthy"
 
 
+def test_work_that_comes_to_an_idle_replica_has_not_waited_since_the_probe_before() -> None:
+    """In a large fleet probes are further apart than stuck_after_s; only what was seen at two of them has waited."""
+    idle = observe(ReplicaHealth(), Observation(0.0, "healthy", 0, 7), 5.0)
+    begun = observe(idle, Observation(20.0, "healthy", 1, 7), 5.0)
+    assert begun.phase == "healthy"
+    assert observe(begun, Observation(24.9, "healthy", 1, 7), 5.0).phase == "healthy"
+    assert observe(begun, Observation(25.0, "healthy", 1, 7), 5.0).phase == "stuck"
+
+
 def test_work_without_progress_is_stuck_only_after_the_stated_time() -> None:
     """Neither counter moving while requests are held makes a replica stuck at ``stuck_after_s``, not before."""
     history = [working(0.0, 7.0), working(0.5, 7.0), working(4.9, 7.0)]
