@@ -47,6 +47,7 @@ from ratelimit.replicasupply import gpu_supplies, possible_specs
 from ratelimit.roundinputs import RoundInputs
 from ratelimit.statefile import StateFileError
 from ratelimit.supply import SupplyBook
+from ratelimit.threads import to_its_end
 from serving.discovery import Discovery
 from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus
 from serving.profile import load_profile
@@ -211,7 +212,7 @@ class Controller:
     async def round(self) -> None:
         """Derive from everything as it is now; publish what differs from what is in force."""
         lost = await self._publisher.lost()
-        await asyncio.to_thread(self._publisher.save)
+        await to_its_end(self._publisher.save)
         records = self._keys.records()
         if records != self._published_keys or lost.keys:
             await self._publisher.publish_keys(records)
@@ -233,7 +234,7 @@ class Controller:
         if self._governor.is_unsure():
             self._governor.settle(await self._publisher.epoch_in_redis())
         if self._governor.has_unsaved:
-            await asyncio.to_thread(self._governor.save)
+            await to_its_end(self._governor.save)
         self._note_governed()
         wanted = await self._wanted(records, fleet)
         base = standing(self._decided, wanted, time()) if self._decided else wanted
@@ -273,7 +274,7 @@ class Controller:
         if candidate is None or is_lost or not same_limits(decision.publication, candidate):
             candidate = decision.publication
         self._publisher.check_leading()
-        await asyncio.to_thread(self._governor.taking_up, decision.inputs, candidate, decision.approved)
+        await to_its_end(self._governor.taking_up, decision.inputs, candidate, decision.approved)
         if candidate is not self._published:
             await self._publisher.publish(candidate)
             async with self._publishing:
@@ -282,7 +283,7 @@ class Controller:
             log.warning("epoch %d published: %s", candidate.epoch, candidate.reason)
             for warning in candidate.warnings:
                 log.warning("%s", warning)
-        await asyncio.to_thread(self._governor.in_force)
+        await to_its_end(self._governor.in_force)
         return candidate
 
     def _note_governed(self) -> None:

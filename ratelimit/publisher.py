@@ -27,6 +27,7 @@ from ratelimit.meter import THOUSANDTHS, Role
 from ratelimit.publication import Publication
 from ratelimit.statefile import StateFile, StateFileError
 from ratelimit.store import Store, StoreUnavailableError
+from ratelimit.threads import to_its_end
 from ratelimit.usereader import UseReader
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class Publisher:
         await self._leader.write(("SET", PUBLICATION_KEY, document), ("PUBLISH", CHANGED_CHANNEL, "publication"))
         self._document = document
         self._unsaved = publication
-        await asyncio.to_thread(self.save)
+        await to_its_end(self.save)
         await self._configure(publication)
 
     async def _configure(self, publication: Publication) -> None:
