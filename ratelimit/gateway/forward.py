@@ -2,8 +2,9 @@
 
 A request moves on to another replica as long as its client has seen nothing:
 
-- a replica that cannot be reached, or answers 503 (its own queue is full), was not asked to do anything, so every other
-  one is tried;
+- a replica that cannot be reached was not asked to do anything, so others are tried, up to ``MAX_TRIED``;
+- so it is with one that answers 503, since its own queue is full; but where ``MAX_BUSY`` say so, the pool is full, and
+  asking everybody for everybody would only make it busier;
 - a replica that broke off may have been brought down by this very request, so only one other is tried after it;
 - so it is with one that answers what no engine says: a page, nothing at all, or another address.
 """
@@ -23,6 +24,11 @@ from serving.routing import Load, Place, Router
 
 #: Replicas that one request may break off on.
 MAX_BROKEN = 2
+#: Replicas that one request may find busy.
+MAX_BUSY = 8
+#: Replicas that one request is sent to in all.
+MAX_TRIED = 64
+_BUSY = "busy"
 _RETRY_US = 1_000_000
 _SERVED, _LEAST_ERROR = 200, 400
 _EVENT_STREAM = b"text/event-stream"
@@ -95,9 +101,12 @@ class Forwarder:
         self, terms: Terms, path: str, body: bytes, headers: Mapping[str, str], load: Load, stream: bool
     ) -> Call:
         tried: set[str] = set()
-        broken = 0
+        broken = busy = 0
         model = terms.pool.model
-        while broken < MAX_BROKEN and (place := self._router.choose(terms.fleet, load, tried)):
+        while broken < MAX_BROKEN and busy < MAX_BUSY and len(tried) < MAX_TRIED:
+            place = self._router.choose(terms.fleet, load, tried)
+            if place is None:
+                break
             url = place.replica.url
             tried.add(url)
             call = Call(self._router, place)
@@ -108,6 +117,7 @@ class Forwarder:
                 call.close()
                 self._metrics.upstream_failures.labels(model, error.reason).inc()
                 broken += error.reached
+                busy += error.reason == _BUSY
             except BaseException:
                 call.close()
                 raise
@@ -141,7 +151,7 @@ class Forwarder:
     @staticmethod
     def _check_accepted(answer: UpstreamAnswer) -> None:
         if answer.status == 503:
-            raise UpstreamError("busy", reached=False)
+            raise UpstreamError(_BUSY, reached=False)
         if answer.status != _SERVED and answer.status < _LEAST_ERROR:
             raise UpstreamError("nonsense", reached=True)
 

@@ -1,6 +1,6 @@
 """How a mixed fleet fares by its routing, simulated, and what a choice costs beside what a charge costs.
 
-``python -m tests.bench.routing`` prints both within a minute. ``for chat`` is the routing of a gateway that is not told
+``python -m tests.bench.routing`` prints both within two minutes. ``for chat`` is the routing of a gateway that is not told
 of which kind each replica is, and weighs them for one mix.
 """
 
@@ -47,13 +47,14 @@ def simulated(console: Console) -> None:
         (name, utilization, {}) for name in mixes() for utilization in (0.5, 0.8, 0.95, 1.0)
     ]
     cases += [(name, 0.85, {gpu: 1.25}) for name in ("chat", "a third of each") for gpu in ("h200", "gb200")]
+    cases += [("chat", 0.6, {"gb200": 2}), ("chat", 0.4, {"gb200": 4}), ("chat", 0.35, {"gb200": 10})]
+    cases += [("chat", 0.55, {"h100": 10}), ("decode-heavy", 0.4, {"gb200": 4}), ("decode-heavy", 0.35, {"gb200": 10})]
     for name, utilization, slower in cases:
         for weighed_for in (CHAT, None):
             fleet = RoutedFleet(kinds(), mixes()[name].shapes, weighed_for, slower)
             row = _row(fleet.run(utilization, REQUESTS))
-            table.add_row(
-                name, f"{utilization:g}", *slower, *[""] * (not slower), "for chat" if weighed_for else "by shape", *row
-            )
+            told = " ".join(f"{gpu} x{factor:g}" for gpu, factor in slower.items())
+            table.add_row(name, f"{utilization:g}", told, "for chat" if weighed_for else "by shape", *row)
     console.print(table)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from math import fsum
+from typing import Any
 
 import msgspec
 import pytest
@@ -178,7 +179,7 @@ def test_a_request_without_tokens_goes_to_any_kind() -> None:
     assert placed(router().choose(fleet, load(RequestShape(0, 0)))).share == 0
 
 
-@pytest.mark.parametrize(("senders", "held", "fullness"), [(1, 120, 1.0), (2, 60, 1.0), (1, 60, 0.5), (1, 30, 0.5)])
+@pytest.mark.parametrize(("senders", "held", "fullness"), [(1, 96, 0.8), (2, 48, 0.8), (1, 60, 0.5), (1, 30, 0.5)])
 def test_a_kind_that_is_fuller_than_half_gets_less(senders: int, held: int, fullness: float) -> None:
     """Its part shrinks as it fills beyond half, by what all gateways are taken to hold; below half it does not."""
     fleet = [alike(H100, ("a", 1.0)), alike(H200, ("b", 1.0))]
@@ -188,8 +189,101 @@ def test_a_kind_that_is_fuller_than_half_gets_less(senders: int, held: int, full
     sender.take(Place(among, among.replicas[0], 1.0, sequences * replica_share(H100, CHAT)[1]))
     got = Counter(placed(sender.choose(fleet, load())).replica.url for _ in range(1000))
 
-    left, other = 0.5 / fullness / replica_seconds(H100, CHAT), 1 / replica_seconds(H200, CHAT)
+    left, other = (0.5 / fullness) ** 3 / replica_seconds(H100, CHAT), 1 / replica_seconds(H200, CHAT)
     assert got["a"] / 1000 == pytest.approx(left / (left + other), abs=0.01)
+
+
+def fill(sender: Router, among: Alike[Named], fullness: float) -> None:
+    """Let a kind hold so much of what it may."""
+    sender.take(Place(among, among.replicas[0], 1.0, fullness * len(among.replicas)))
+
+
+def test_a_kind_that_is_full_gets_nothing_while_another_has_room() -> None:
+    """However slow a kind is against its profile, what waits there is bounded; where all are full, all get some."""
+    fleet = [alike(H100, ("a", 1.0)), alike(H200, ("b", 1.0))]
+    sender = router()
+    fill(sender, fleet[0], 1.0)
+    assert {placed(sender.choose(fleet, load())).replica.url for _ in range(1000)} == {"b"}
+    fill(sender, fleet[1], 1.0)
+    assert {placed(sender.choose(fleet, load())).replica.url for _ in range(1000)} == {"a", "b"}
+
+
+@pytest.mark.parametrize("period", [2, 13, 21, 34, 89])
+def test_large_requests_that_come_at_a_period_do_not_meet_on_one_kind(period: int) -> None:
+    """Every so many requests a large one: of two equal kinds no one gets more than a few of them in a row."""
+    other = msgspec.structs.replace(H100, slo=Slo(1.0, 0.0501))
+    fleet, sender = [alike(H100, ("a", 1.0)), alike(other, ("b", 1.0))], router()
+    row = list[str]()
+    for _ in range(60):
+        row.append(placed(sender.choose(fleet, load(RequestShape(20_000, 200)))).replica.url)
+        for _ in range(period - 1):
+            sender.choose(fleet, load())
+    assert not any(len(set(row[at : at + 5])) == 1 for at in range(len(row) - 4))
+
+
+class Looked(Sequence[Named]):
+    """Many replicas, and how many of them were looked at."""
+
+    def __init__(self, count: int) -> None:
+        self._all = [Named(str(n), 1.0) for n in range(count)]
+        self.looks = 0
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, at: Any) -> Any:
+        self.looks += 1
+        return self._all[at]
+
+
+def test_a_choice_among_many_looks_at_a_few() -> None:
+    """What a choice costs does not grow with the replicas of a kind, nor does a retry."""
+    many = Looked(10_000)
+    sender, tried = router(), set[str]()
+    for _ in range(8):
+        place = placed(sender.choose([Alike("pool", H100, many)], load(), tried))
+        tried.add(place.replica.url)
+    assert len(tried) == 8
+    assert many.looks <= 8 * 16
+
+
+@given(count=st.integers(60, 90), excluded=st.integers(0, 95), serving=st.integers(0, 3), turn=st.floats(0, 1))
+def test_of_many_too_one_that_is_open_is_found_where_there_is_one(
+    count: int, excluded: int, serving: int, turn: float
+) -> None:
+    """Never an excluded one, nor one that serves nothing, and None only where there is no other."""
+    replicas = [(str(n), 1.0 if n >= count - serving else 0.0) for n in range(count)]
+    exclude = {str(n) for n in range(excluded)}
+    place = router(turn).choose([alike(H100, *replicas)], load(), exclude)
+    if place is None:
+        assert excluded >= count or not serving
+    else:
+        assert place.replica.requests_per_s
+        assert place.replica.url not in exclude
+
+
+def test_of_many_the_load_stays_even() -> None:
+    """The best of a few is nearly the best of all: no replica gets twice its part."""
+    fleet, sender = [alike(H100, *((str(n), 1.0) for n in range(200)))], router()
+    taken: Counter[str] = Counter()
+    for _ in range(4000):
+        place = placed(sender.choose(fleet, load()))
+        sender.take(place)
+        taken[place.replica.url] += 1
+    assert len(taken) == 200
+    assert max(taken.values()) <= 25
+
+
+def test_among_many_of_which_half_are_dead_a_retry_finds_one_that_lives() -> None:
+    """Dead ones hold nothing, and so look least laden; the more tries were in vain, the less that counts."""
+    fleet, sender = [alike(H100, *((str(n), 1.0) for n in range(200)))], router()
+    for replica in fleet[0].replicas[100:]:
+        sender.take(Place(fleet[0], replica, 1.0, 0.0))
+    for _ in range(50):
+        tried = list[str]()
+        while (url := placed(sender.choose(fleet, load(), tried)).replica.url) < "100" or len(url) < 3:
+            tried.append(url)
+        assert len(tried) < 64
 
 
 def test_what_has_ended_leaves_nothing_behind() -> None:
@@ -249,3 +343,16 @@ def test_a_gpu_type_that_does_less_than_its_profile_says_gets_less() -> None:
     found = RoutedFleet(shipped(), CHATS, slower={"gb200": 1.25}).run(0.85, 6000)
     assert found.loads["gb200"] < 0.97
     assert found.in_time > 0.99
+
+
+@pytest.mark.parametrize(
+    ("slower", "utilization", "at_most"), [({"gb200": 10}, 0.35, 0.35), ({"h100": 10}, 0.55, 0.25)]
+)
+def test_a_gpu_type_that_is_sick_does_not_take_the_pool_with_it(
+    slower: dict[str, float], utilization: float, at_most: float
+) -> None:
+    """Ten times slower than told, it gets little of what its profile would give it, and the first tokens come."""
+    found = RoutedFleet(shipped(), CHATS, slower=slower).run(utilization, 3000)
+    [sick] = slower
+    assert found.loads[sick] < at_most
+    assert found.p95_ttft_s < 1.5
