@@ -151,7 +151,10 @@ def test_the_pages_commands_run_in_the_controllers_pod(release: Release) -> None
     page = read_page(
         (REPOSITORY / "docs" / "deploy.md").read_text(), dict.fromkeys(("KEY", "HF_TOKEN", "REDIS_PASSWORD"), "")
     )
-    inner = [words[words.index("--") + 1 :] for words in page.of("kubectl", "--namespace", "penstock", "exec")]
+    inner = [
+        words[words.index("--") + 1 :]
+        for words in page.of("kubectl", "--namespace", "penstock", "exec", "deployment/penstock-controller")
+    ]
     said = {}
     for words in inner:
         if "--extract" in words or "approve" in words:  # what they need is not there
