@@ -17,7 +17,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from importlib import import_module
 from pathlib import Path
 from random import uniform
@@ -29,6 +29,7 @@ import msgspec
 from yaml import YAMLError
 
 from serving.endpointslices import EndpointSlice, Listing
+from serving.execplugin import bounded
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ RESYNC_S = 300.0
 WATCH_S = 60
 #: From the moment a watch should have ended by itself until it is taken for dead; and for the answer to a request.
 ANSWER_TIMEOUT_S = 15.0
+#: For a credential plugin: it is ended before nobody waits for it any more.
+PLUGIN_TIMEOUT_S = 12.0
 LEAST_WAIT_S, MOST_WAIT_S = 0.2, 30.0
 #: A cycle that lasted for so long was a good one: the next failure is a first one again.
 GOOD_CYCLE_S = 10.0
@@ -99,6 +102,22 @@ def check_client() -> None:
         ) from error
 
 
+def _without_output(record: logging.LogRecord) -> bool:
+    """Cut what a credential plugin printed, which may be a token, from what the client logs of its failure."""
+    message, _, printed = record.getMessage().partition(". ")
+    if printed:
+        record.msg, record.args = f"{message}; run the plugin by hand to see what it prints", ()
+    return True
+
+
+def _bound_plugins(users: Iterable[Any]) -> None:
+    """Have the credential plugins of a kubeconfig's users ended where they hang."""
+    for node in users:
+        match node.value:
+            case {"user": {"exec": {"command": command} as plugin}}:
+                plugin["command"], *plugin["args"] = bounded([command, *(plugin.get("args") or ())], PLUGIN_TIMEOUT_S)
+
+
 @asynccontextmanager
 async def kubernetes_api() -> AsyncIterator[Api]:
     """The API server of KUBECONFIG where that is set, else the cluster's that this pod runs in, else of ~/.kube/config.
@@ -107,17 +126,19 @@ async def kubernetes_api() -> AsyncIterator[Api]:
     """
     await asyncio.to_thread(check_client)  # its import takes a second
     from kubernetes.aio import client, config  # noqa: PLC0415 - an optional extra
+    from kubernetes.aio.config import kube_config  # noqa: PLC0415 - as above
 
+    kube_config.logger.addFilter(_without_output)  # a filter that is there already is not added
     settings = client.Configuration()
     named = os.environ.get("KUBECONFIG")
     try:
         if not named and "KUBERNETES_SERVICE_HOST" in os.environ:
             config.load_incluster_config(settings)  # type: ignore[no-untyped-call] # the client's config has no types
         else:
-            path = named or "~/.kube/config"
-            await config.load_kube_config(  # type: ignore[no-untyped-call] # as above
-                path, client_configuration=settings, persist_config=False
-            )
+            merged = kube_config.KubeConfigMerger(named or "~/.kube/config").config  # type: ignore[no-untyped-call] # as above
+            _bound_plugins(merged.value["users"] if merged else ())
+            loader = kube_config.KubeConfigLoader(merged, config_base_path=None)  # type: ignore[no-untyped-call] # as above
+            await loader.load_and_set(settings)  # type: ignore[no-untyped-call] # as above
     except (config.ConfigException, OSError, ValueError, YAMLError) as error:
         raise DiscoveryError(
             f"the address of the Kubernetes API is not known: {error}; run in a pod with a service account, or set "
@@ -219,7 +240,8 @@ class Discovery:
         anything, and discovery must not end by it.
         """
         try:
-            async with self._connect() as api:
+            async with AsyncExitStack() as stack:
+                api = await self._connected(stack)
                 await self._list(api, listing, known)
                 await self._watch_until(api, listing, known, monotonic() + RESYNC_S * uniform(0.9, 1.1))  # noqa: S311
         except _Ended as ended:
@@ -227,6 +249,16 @@ class Discovery:
         except Exception as error:
             return _Ended(_in_words(error))
         return None
+
+    async def _connected(self, stack: AsyncExitStack) -> Api:
+        """The API, open as long as the stack is. To connect may be to run a credential plugin, or to import."""
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await stack.enter_async_context(self._connect())
+        except TimeoutError as error:
+            raise _Ended(
+                f"the client is not ready within {ANSWER_TIMEOUT_S:g} s; check the credential plugin in KUBECONFIG"
+            ) from error
 
     async def _list(self, api: Api, listing: Listing, known: _Known) -> None:
         slices: dict[str, EndpointSlice] = {}

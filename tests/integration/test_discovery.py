@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from serving import discovery
 from serving.discovery import Discovery, DiscoveryError, kubernetes_api, wait_s
 from serving.endpointslices import EndpointSlice, Listing
-from tests.support.kube_api import KubeApi, Slice, endpoint, endpoint_slice, recorded_slices
+from tests.support.kube_api import TOKEN, KubeApi, Slice, endpoint, endpoint_slice, recorded_slices
 from tests.support.waiting import eventually_async
 
 CHAT = Listing("inference", "penstock.io/pool=chat")
@@ -321,6 +322,68 @@ async def test_the_address_of_the_api_that_nobody_knows_is_told(
     with pytest.raises(DiscoveryError, match="run in a pod with a service account, or set KUBECONFIG"):
         async with kubernetes_api():
             pass
+
+
+PLUGIN = """
+calls=$(ls {folder}/call-* 2>/dev/null | wc -l)
+touch {folder}/call-$calls
+case $calls in
+0) echo the-plugins-secret >&2; exit 3 ;;
+1) sleep 600 & echo $! > {folder}/slept; wait ;;
+*) cat {folder}/credential ;;
+esac
+"""
+
+
+async def test_a_credential_plugin_that_fails_or_hangs_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that hangs is ended with what it started; what one prints as it fails may be a secret and is not logged."""
+    monkeypatch.setattr(discovery, "PLUGIN_TIMEOUT_S", 0.5)
+    async with KubeApi([chat("a", "10.0.0.1")]) as api:
+        api_version = {"apiVersion": "client.authentication.k8s.io/v1"}
+        described = api_version | {"command": "sh", "args": ["-c", PLUGIN.format(folder=tmp_path)]}
+        credential = api_version | {"kind": "ExecCredential", "status": {"token": TOKEN}}
+        (tmp_path / "credential").write_text(json.dumps(credential))
+        config = json.loads(api.kubeconfig.read_text())
+        config["users"][0]["user"] = {"exec": described}
+        (tmp_path / "kubeconfig").write_text(json.dumps(config))
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+        found = Discovery(lambda: None)
+        found.watch([CHAT])
+        try:
+            assert await found.listed_once(WAIT_S)
+        finally:
+            await found.stop()
+
+    slept = Path("/proc", (tmp_path / "slept").read_text().strip(), "stat")
+    assert not slept.exists() or " Z " in slept.read_text()
+    assert "exec: process returned 3; run the plugin by hand" in caplog.text
+    assert "the-plugins-secret" not in caplog.text
+
+
+async def test_a_client_that_does_not_get_ready_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To connect is bounded in time like every other wait, and tried again."""
+    monkeypatch.setattr(discovery, "ANSWER_TIMEOUT_S", 0.01)
+
+    @asynccontextmanager
+    async def hanging() -> AsyncIterator[discovery.Api]:
+        await asyncio.Event().wait()
+        yield list
+
+    found = Discovery(lambda: None, hanging)
+    found.watch([CHAT])
+    try:
+
+        async def failed_twice() -> bool:
+            return found.failures >= 2
+
+        await eventually_async(failed_twice, WAIT_S, "two failures")
+    finally:
+        await found.stop()
+    assert "the client is not ready within 0.01 s; check the credential plugin in KUBECONFIG" in caplog.text
 
 
 async def test_a_pod_without_a_service_account_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
