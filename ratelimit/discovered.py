@@ -76,9 +76,9 @@ def discovered(
 def _published_before(
     pool: PoolDiscovery, known: Mapping[str, KnownProfile], published: Publication | None
 ) -> list[FoundReplica]:
-    """Those that these rules could have found. Nobody says which node they are on."""
+    """Those that these rules could have found, on the nodes that they were on."""
     return [
-        FoundReplica(replica.url, known[replica.profile], None)
+        FoundReplica(replica.url, known[replica.profile], replica.domain)
         for each in (published.pools if published else ())
         if each.model == pool.model
         for replica in each.replicas

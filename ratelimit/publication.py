@@ -75,14 +75,18 @@ class TierLimits(msgspec.Struct, frozen=True):
     note: str = ""
 
 
-class PublishedReplica(msgspec.Struct, frozen=True):
-    """A replica that takes requests; ``requests_per_s`` is its supply for the pool's mix, its weight among its kind."""
+class PublishedReplica(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A replica that takes requests; ``requests_per_s`` is its supply for the pool's mix, its weight among its kind.
+
+    ``domain`` is what it fails together with, such as its node, for a leader that takes over while nobody tells it.
+    """
 
     url: str
     gpu: str
     profile: str
     slowdown: float
     requests_per_s: float
+    domain: str | None = None
 
 
 class PublishedPool(msgspec.Struct, frozen=True):

@@ -184,6 +184,7 @@ def _published(spec: ReplicaSpec, profile: Profile, own: Knee | None) -> Publish
         profile=profile.name,
         slowdown=spec.slowdown,
         requests_per_s=own.requests_per_s / spec.slowdown if own else 0.0,
+        domain=spec.domain,
     )
 
 

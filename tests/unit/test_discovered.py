@@ -8,16 +8,19 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from ratelimit.config import Config, ConfigError, load_config, policy_of
 from ratelimit.decided import Adopted
 from ratelimit.discovered import Discovered, PoolDiscovery, discovered
 from ratelimit.fleetspecs import FleetSpecs
+from ratelimit.publication import Publication
 from ratelimit.replicaspecs import check_can_discover, pool_discoveries, replica_specs
 from serving import discovery
 from serving.discovery import Discovery, DiscoveryError
 from serving.endpointslices import EndpointSlice, Listing
 from serving.profile import load_profile
+from tests.support.gateway import publication
 from tests.support.kube_api import Slice, endpoint, endpoint_slice
 
 CHAT = Listing("inference", "penstock.io/pool=chat")
@@ -59,6 +62,20 @@ def test_a_replica_that_two_pools_find_is_the_first_ones_and_is_told() -> None:
     assert [(each.what, "is a replica of m too" in each.why) for each in result.refused] == [
         ("http://10.0.0.1:8000 of n", True)
     ]
+
+
+def test_a_replica_that_is_taken_to_be_there_still_is_where_it_was() -> None:
+    """Without its node it would fail with others of its kind for all that is known, and more would be kept spare."""
+    before = publication(["http://10.0.0.1:8000", "http://10.0.0.2:8000"])
+    (served,) = before.pools
+    one, two = (replace(each, profile="h100-llama-3.1-8b") for each in served.replicas)
+    known = replace(before, pools=(replace(served, replicas=(replace(one, domain="gpu-7"), two)),))
+    read = msgspec.json.decode(msgspec.json.encode(known), type=Publication)
+
+    found = discovered([pool(served.model)], PROFILES, {}, {CHAT: read}, ()).specs
+
+    assert [(spec.url, spec.domain) for spec in found] == [(one.url, "gpu-7"), (two.url, None)]
+    assert "domain" not in msgspec.to_builtins(two)
 
 
 def test_what_was_kept_before_discovery_existed_can_still_be_read() -> None:
