@@ -88,7 +88,7 @@ class Router:
 
     def __init__(self, turn: float, senders: Callable[[], int]) -> None:
         self._start = turn
-        self._turns: dict[tuple[str, int, int], float] = {}
+        self._turns: dict[tuple[str, int], float] = {}
         self._random = Random(turn).random  # noqa: S311 - what gets where is no secret
         self._senders = senders
         self._outstanding: defaultdict[str, float] = defaultdict(float)
@@ -141,8 +141,8 @@ class Router:
         return fleet[at], shares[at]
 
     def _turn(self, pool: str, shape: RequestShape) -> float:
-        """The next turn of such requests; sizes within a factor of two take turns together."""
-        size = pool, shape.input_tokens.bit_length(), shape.output_tokens.bit_length()
+        """The next turn of such requests; those of a size within a factor of four take turns together."""
+        size = pool, (shape.input_tokens + shape.output_tokens).bit_length() // 2
         last = self._turns.get(size)
         if last is None:  # each sequence starts where one that goes through them all would have it
             last = self._start + len(self._turns) * _GOLDEN

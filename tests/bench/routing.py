@@ -1,7 +1,7 @@
 """How a mixed fleet fares by its routing, simulated, and what a choice costs beside what a charge costs.
 
-``python -m tests.bench.routing`` prints both within two minutes. ``for chat`` is the routing of a gateway that is not told
-of which kind each replica is, and weighs them for one mix.
+``python -m tests.bench.routing`` prints both within two minutes. ``for chat`` is the routing of a gateway that is not
+told of which kind each replica is, and weighs them for one mix.
 """
 
 from __future__ import annotations

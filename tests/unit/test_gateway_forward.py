@@ -44,7 +44,7 @@ async def test_a_request_is_tried_a_bounded_number_of_times(error: UpstreamError
     """A full pool is told by few; of replicas that are gone many are tried, none of them twice."""
     upstream = Failing(error)
     terms = terms_by_tier(publication([f"http://replica:{n}" for n in range(replicas)]))["pro", MODEL]
-    forwarder = Forwarder(upstream, GatewayMetrics(), 1.0, Router(0.0, lambda: 1))  # type: ignore[arg-type]  # fails only
+    forwarder = Forwarder(upstream, GatewayMetrics(), 1.0, Router(0.0, lambda: 1))
     with pytest.raises((Rejection, BrokeOffError)):
         await forwarder.call(terms, "/v1/chat/completions", b"{}", {}, Load(RequestShape(10, 10), 1, 1.0), 5.0, False)
     assert len(upstream.asked) == len(set(upstream.asked)) == asked
