@@ -6,12 +6,13 @@ terminating; what says nothing of its readiness is ready, as the API has it. A s
 refused with a reason, and is as if it were not there.
 
 An endpoint may be in several slices while the cluster moves it, and a dual-stack Service has a slice for each address
-family: a pod counts once, by its IPv4 address where it has one.
+family: a pod counts once, by its IPv4 address where it has one. A pod to which two Services give different profiles is
+refused: the larger of two promises may be one that it cannot keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv6Address, ip_address
 from typing import NamedTuple
 
@@ -209,22 +210,34 @@ def _port(ports: Iterable[Port], name: str | None) -> int:
     raise _UnusableError(f"it has no TCP port named {name!r} (discover.port); there are {there}")
 
 
-def _each_once(candidates: Iterable[_Candidate]) -> tuple[list[FoundReplica], set[Refusal]]:
-    """Every pod and every URL once; two profiles for one are a conflict, which the slice first by name wins."""
+def _each_once(candidates: Sequence[_Candidate]) -> tuple[list[FoundReplica], set[Refusal]]:
+    """Every pod and every URL once. One that has two profiles is left out: nobody can tell which promise it keeps."""
     by_pod: dict[tuple[str, int], _Candidate] = {}
     by_url: dict[str, _Candidate] = {}
+    profiles = _profiles_of(candidates)
     conflicts: set[Refusal] = set()
 
     def rank(each: _Candidate) -> tuple[bool, str, str, str]:
         return each.is_ipv6, each.slice_name, each.replica.url, each.replica.domain or ""
 
     for each in sorted(candidates, key=rank):
-        first = by_pod.setdefault(each.pod, each)
-        kept = by_url.setdefault(each.replica.url, each) if first is each else first
-        if kept.replica.profile != each.replica.profile:
-            why = f"{each.replica.url} has another profile by slice {kept.slice_name}; give its Services the same label"
-            conflicts.add(Refusal(f"slice {each.slice_name}", why))
+        by = max(profiles[each.pod], profiles[each.replica.url], key=len)
+        if len(by) > 1:
+            told = " and ".join(f"{profile} by slice {name}" for profile, name in sorted(by.items()))
+            conflicts.add(Refusal(each.replica.url, f"its profile is {told}; give its Services the same label"))
+        elif by_pod.setdefault(each.pod, each) is each:
+            by_url.setdefault(each.replica.url, each)
     return sorted((each.replica for each in by_url.values()), key=lambda replica: replica.url), conflicts
+
+
+def _profiles_of(candidates: Iterable[_Candidate]) -> Mapping[tuple[str, int] | str, Mapping[str, str]]:
+    """By pod and by URL, the profiles that slices give it, each with the first by name of them."""
+    found: dict[tuple[str, int] | str, dict[str, str]] = {}
+    for each in candidates:
+        for known in (each.pod, each.replica.url):
+            by, reference = found.setdefault(known, {}), each.replica.profile.reference
+            by[reference] = min(by.get(reference, each.slice_name), each.slice_name)
+    return found
 
 
 def _called(each: EndpointSlice) -> str:

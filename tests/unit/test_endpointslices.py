@@ -86,15 +86,25 @@ def test_a_pod_of_a_dual_stack_service_counts_once() -> None:
     assert urls(v6) == ["http://[fd00::1]:8000"]
 
 
-def test_two_profiles_for_one_pod_are_told_and_the_first_slice_wins() -> None:
-    """Whatever the order in which slices come, the same one wins."""
-    one = endpoint_slice("a", [endpoint("10.0.0.1")])
+def test_a_pod_of_two_profiles_is_left_out_and_told() -> None:
+    """Nobody can tell which of two Services is right, and the faster profile may promise what the pod does not keep."""
+    one = endpoint_slice("a", [endpoint("10.0.0.1"), endpoint("10.0.0.2")])
     other = endpoint_slice("b", [endpoint("10.0.0.1")], profile="h200-llama-3.1-8b", gpu="H200")
 
     for result in (found(one, other), found(other, one)):
-        assert [replica.profile for replica in result.replicas] == [H100]
-        assert [each.what for each in result.refused] == ["slice b"]
-        assert "another profile by slice a" in result.refused[0].why
+        assert [replica.url for replica in result.replicas] == ["http://10.0.0.2:8000"]
+        assert [each.what for each in result.refused] == ["http://10.0.0.1:8000"]
+        assert "h100-llama-3.1-8b by slice a and profiles/our-h200.json by slice b" in result.refused[0].why
+
+
+def test_a_dual_stack_pod_of_two_profiles_is_left_out_by_both_addresses() -> None:
+    """The slice of the other address family is no way around it."""
+    pod = {"targetRef": {"kind": "Pod", "uid": "u-1"}}
+    v4 = endpoint_slice("a", [endpoint("10.0.0.1") | pod])
+    v6 = endpoint_slice("b", [endpoint("fd00::1") | pod], profile="h200-llama-3.1-8b", gpu="H200", address_type="IPv6")
+
+    assert not found(v4, v6).replicas
+    assert len(found(v4, v6).refused) == 2
 
 
 @pytest.mark.parametrize(
