@@ -25,6 +25,7 @@ class ControllerHealth:
         self._answered_s = float("-inf")
         self._rounds_s: float | None = None
         self._round_failed = "no round yet"
+        self._kept_out = ""
 
     def leads(self) -> None:
         """It leads from now on."""
@@ -39,6 +40,10 @@ class ControllerHealth:
         self._asked_s = self._clock()
         self._answered_s = self._asked_s if answered else self._answered_s
 
+    def kept_out(self, why: str) -> None:
+        """It may not lead, for this reason; empty where it may."""
+        self._kept_out = why
+
     def round_ended(self, good: bool) -> None:
         """A round of the leader has ended."""
         if self._rounds_s is not None:
@@ -48,7 +53,7 @@ class ControllerHealth:
         """Why it is not ready; empty where it is."""
         if self._rounds_s is not None:
             return self._round_failed
-        return "" if self._clock() - self._answered_s <= ANSWER_WITHIN_S else "Redis does not answer"
+        return self._kept_out if self._clock() - self._answered_s <= ANSWER_WITHIN_S else "Redis does not answer"
 
     def stuck(self) -> str:
         """Why it is to be started again; empty where it lives."""

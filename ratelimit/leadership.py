@@ -17,6 +17,11 @@ What is guaranteed, of one Redis (a primary, as long as it is the one that every
   greater. A lease that was forgotten is lost to its holder, and is taken anew by whoever asks first; one that came back
   out of a replica ends by itself. So nobody is without a leader for longer than ``LEASE_S`` and an asking.
 
+A Redis belongs to one *installation*, a state folder with its id: ``penstock:installation``, written with each lease.
+Who asks from another folder is not given the lease, says so once, and is unready: leading, it would put its own API
+keys, or none, in place of those in force. A Redis without an id takes that of the first who leads. Once it was told of
+the other installation, it leaves a Redis that has lost everything to that one too.
+
 What is not: two primaries (a partition before the old one steps down) are two Redises, and have a leader each. The
 files of the state folder are not behind this fence; each says what keeps it whole.
 """
@@ -40,11 +45,13 @@ from redis.exceptions import RedisError
 
 from ratelimit.cancellation import is_cancelled
 from ratelimit.controllermetrics import ControllerMetrics
+from ratelimit.installation import Installation
 
 log = logging.getLogger(__name__)
 
 LEADER_KEY: Final = "penstock:leader"
 TERM_KEY: Final = "penstock:leader:term"
+INSTALLATION_KEY: Final = "penstock:installation"
 LEASE_S: Final = 5.0
 RENEW_S: Final = 1.5
 #: After an asking that failed, and while another leads.
@@ -108,17 +115,25 @@ class Writes(Protocol):
 
 
 class Leadership:
-    """One candidate. ``clock`` is in steady seconds; ``metrics`` is told what happens."""
+    """One candidate, of one installation. ``clock`` is in steady seconds; ``metrics`` is told what happens."""
 
-    def __init__(self, redis: Redis, metrics: ControllerMetrics, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        metrics: ControllerMetrics,
+        installation: Installation,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{token_hex(4)}"
         self._ask_for = redis.register_script(_script("lead"))
         self._fenced = redis.register_script(_script("fenced"))
         self._metrics = metrics
+        self._installation = installation
         self._clock = clock
         self._standing = Standing()
         self._refused = asyncio.Event()
         self._failure = ""
+        self._other_installation = ""
 
     @property
     def term(self) -> int:
@@ -203,9 +218,10 @@ class Leadership:
         """Ask for the lease, or for more of it; whether Redis has answered. A failure is logged once."""
         standing, asked_s = self._standing, self._clock()
         asked: list[Word] = [self.holder, standing.term, standing.newest_term, round(LEASE_S * 1000)]
+        asked += [self._installation.id, self._other_installation]
         try:
             async with asyncio.timeout(standing.asking_timeout_s(asked_s)):
-                term, is_ours = await self._ask_for(keys=[LEADER_KEY, TERM_KEY], args=asked)
+                term, is_ours, other = await self._ask_for(keys=[LEADER_KEY, TERM_KEY, INSTALLATION_KEY], args=asked)
         except (RedisError, OSError) as error:  # OSError: TimeoutError too
             failure = f"Redis does not answer for the lease: {error or type(error).__name__}"
             if not self._failure:
@@ -215,8 +231,24 @@ class Leadership:
             return False
         self._failure = ""
         self._metrics.health.lease_asked(answered=True)
+        self._note_other(other.decode() if isinstance(other, bytes) else other)
         self._standing = standing.after(Answer(int(term), bool(is_ours)), asked_s)
         return True
+
+    def _note_other(self, installation: str) -> None:
+        """Whose Redis it is, if not ours; said when that is new."""
+        if installation and installation != self._other_installation:
+            log.error(
+                "this controller may not lead: Redis belongs to installation %s, and the state folder %s is "
+                "installation %s. Its API keys and limits would take the place of those in force. Give it the state "
+                "folder (on Kubernetes: the volume claim) of the controllers that led before, or a Redis of its own. "
+                "To have Redis belong to this folder on purpose, stop the other controllers and delete the key %s",
+                installation, self._installation.state_dir, self._installation.id, INSTALLATION_KEY,
+            )  # fmt: skip
+        self._other_installation = installation or self._other_installation
+        self._metrics.health.kept_out(
+            "Redis belongs to another state folder, the log says which" if installation else ""
+        )
 
     async def _give_back(self) -> None:
         """Let the next one lead at once; a failure leaves that to the lease's end."""

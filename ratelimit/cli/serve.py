@@ -18,6 +18,7 @@ from ratelimit.controllermetrics import ControllerMetrics, serve_metrics
 from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.gateway.server import GatewayStartError, run_gateway
 from ratelimit.housekeeping import housekeeping
+from ratelimit.installation import installation_of
 from ratelimit.leadership import Leadership
 from ratelimit.publisher import Publisher
 from ratelimit.replicaspecs import check_can_discover
@@ -70,7 +71,7 @@ async def _control(watch: ConfigWatch, redis_url: str) -> None:
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     redis = await connect(redis_url)
     metrics, shown = ControllerMetrics(), watch.config.controller
-    leadership = Leadership(redis, metrics)
+    leadership = Leadership(redis, metrics, installation_of(watch.config.state_dir))
     leading: list[Controller] = []
 
     def adopt(config: Config) -> None:

@@ -20,6 +20,7 @@ from ratelimit.controller import Controller
 from ratelimit.controllermetrics import ControllerMetrics, serve_metrics
 from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.housekeeping import housekeeping
+from ratelimit.installation import installation_of
 from ratelimit.keys import KeyFile
 from ratelimit.leadership import Leadership
 from ratelimit.publisher import Publisher
@@ -184,7 +185,7 @@ class _Starting:
         self._progress("deriving the limits")
         session = await self._stack.enter_async_context(probe_session())
         metrics = ControllerMetrics()
-        leadership = Leadership(redis, metrics)
+        leadership = Leadership(redis, metrics, installation_of(self._config.state_dir))
         publisher = Publisher(redis, self._config.state_dir, leadership)
         controller = Controller(self._config, lambda changed: Fleet(session, changed), publisher, metrics)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,8 +16,9 @@ from redis.exceptions import RedisError
 
 from ratelimit.controllermetrics import ControllerMetrics
 from ratelimit.embedded_redis import redis_server_executable
+from ratelimit.installation import Installation, installation_of
 from ratelimit.keys import KeyRecord
-from ratelimit.leadership import LEADER_KEY, LEASE_S, TERM_KEY, Leadership, NotLeadingError
+from ratelimit.leadership import INSTALLATION_KEY, LEADER_KEY, LEASE_S, TERM_KEY, Leadership, NotLeadingError
 from ratelimit.publication import Publication
 from ratelimit.publisher import KEYS_KEY, PUBLICATION_KEY, Publisher, published_file, read_published
 from tests.integration.test_publisher import VALID, limits
@@ -39,11 +41,11 @@ class Clock:
 class Candidate:
     """A candidate that runs; ``terms`` are those it has led."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, installation: str = "ours") -> None:
         self.redis = redis
         self.metrics = ControllerMetrics()
         self.clock = Clock()
-        self.leadership = Leadership(redis, self.metrics, self.clock)
+        self.leadership = Leadership(redis, self.metrics, Installation(installation, Path(installation)), self.clock)
         self.terms: list[int] = []
         self.working = 0
 
@@ -70,8 +72,8 @@ class Candidate:
 
 
 @asynccontextmanager
-async def running(redis: Redis) -> AsyncIterator[Candidate]:
-    candidate = Candidate(redis)
+async def running(redis: Redis, installation: str = "ours") -> AsyncIterator[Candidate]:
+    candidate = Candidate(redis, installation)
     task = asyncio.create_task(candidate.leadership.run(candidate.work))
     try:
         yield candidate
@@ -260,6 +262,75 @@ async def test_work_that_fails_ends_the_candidate_and_gives_the_lease_back(redis
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        await Leadership(redis_client, ControllerMetrics()).run(fail)
+        await Leadership(redis_client, ControllerMetrics(), Installation("ours", Path("ours"))).run(fail)
 
     assert await redis_client.get(LEADER_KEY) is None
+
+
+async def test_another_state_folder_does_not_lead(redis_client: Redis, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither beside the leader nor after it: it says once what to do, and is unready, until the key is deleted."""
+    async with running(redis_client, "ours") as ours:
+        await ours.until_it_leads()
+        assert await redis_client.get(INSTALLATION_KEY) == b"ours"
+        async with running(redis_client, "other") as other:
+
+            async def is_kept_out() -> bool:
+                return "another state folder" in other.metrics.health.unready()
+
+            await eventually_async(is_kept_out, WAIT_S, "its being kept out")
+            await redis_client.delete(INSTALLATION_KEY)  # while the leader lives, this changes nothing
+            await ours.leadership._ask()
+            assert await redis_client.get(INSTALLATION_KEY) == b"ours"
+            await ours.leadership.write(("DEL", LEADER_KEY))  # as if it had ended; it takes a term anew by and by
+            assert await other.leadership._ask()
+            assert other.leadership.term == 0
+    assert caplog.text.count("may not lead") == 1
+    assert "delete the key penstock:installation" in caplog.text
+
+    adopting = Candidate(redis_client, "other")
+    await adopting.leadership._ask()
+    assert adopting.leadership.term == 0
+    await redis_client.delete(INSTALLATION_KEY)
+    await adopting.leadership._ask()
+    assert adopting.leadership.term
+    assert adopting.metrics.health.unready() == ""
+    assert await redis_client.get(INSTALLATION_KEY) == b"other"
+
+
+async def test_a_redis_that_was_emptied_is_left_to_its_own_installation(redis_client: Redis) -> None:
+    """Whoever was kept out before does not take it, though it asks first; the one it belonged to takes it again."""
+    ours, other = Candidate(redis_client, "ours"), Candidate(redis_client, "other")
+    await ours.leadership._ask()
+    await other.leadership._ask()
+    await redis_client.flushall()
+
+    await other.leadership._ask()
+    assert other.leadership.term == 0
+    assert await redis_client.get(INSTALLATION_KEY) is None
+    await ours.leadership._ask()  # loses its term
+    await ours.leadership._ask()
+
+    assert ours.leadership.term
+    assert await redis_client.get(INSTALLATION_KEY) == b"ours"
+
+
+async def test_a_redis_from_before_installations_takes_the_id_of_who_leads(redis_client: Redis) -> None:
+    """An upgrade: there is a lease, a term and keys, and no id."""
+    await redis_client.set(TERM_KEY, 41)
+    await redis_client.hset(KEYS_KEY, "digest", "{}")
+    candidate = Candidate(redis_client)
+
+    await candidate.leadership._ask()
+
+    assert candidate.leadership.term == 42
+    assert await redis_client.get(INSTALLATION_KEY) == b"ours"
+
+
+def test_a_state_folder_keeps_its_id(tmp_path: Path) -> None:
+    """Whoever asks, and wherever a backup of it is restored to; another folder has another."""
+    first = installation_of(tmp_path / "state")
+
+    assert installation_of(tmp_path / "state") == first
+    shutil.copytree(tmp_path / "state", tmp_path / "restored")
+    assert installation_of(tmp_path / "restored").id == first.id
+    assert installation_of(tmp_path / "other").id != first.id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from ratelimit.controllermetrics import ControllerMetrics
+from ratelimit.installation import Installation
 from ratelimit.leadership import ASK_TIMEOUT_S, LEASE_S, MARGIN_S, RENEW_S, RETRY_S, Answer, Leadership, Standing
 
+OURS = Installation("ours", Path("ours"))
 HELD_S = LEASE_S - MARGIN_S
 
 
@@ -134,7 +137,7 @@ class _DeafRedis:
 @pytest.mark.parametrize("is_ours", [0, 1])
 async def test_a_candidate_that_is_stopped_does_not_lead(is_ours: int) -> None:
     """Though the cancellation is lost in the asking for the lease, which is granted then or by the next."""
-    asking, giving_back = _DeafScript([[5, is_ours], [6, 1]]), _DeafScript([1])
+    asking, giving_back = _DeafScript([[5, is_ours, b""], [6, 1, b""]]), _DeafScript([1])
     redis = cast("Redis", _DeafRedis(asking, giving_back))
     led: list[bool] = []
 
@@ -142,7 +145,7 @@ async def test_a_candidate_that_is_stopped_does_not_lead(is_ours: int) -> None:
         led.append(True)
         await asyncio.Event().wait()
 
-    task = asyncio.create_task(Leadership(redis, ControllerMetrics()).run(work))
+    task = asyncio.create_task(Leadership(redis, ControllerMetrics(), OURS).run(work))
     await asking.asked.wait()
     task.cancel()
     async with asyncio.timeout(10):
@@ -154,8 +157,8 @@ async def test_a_candidate_that_is_stopped_does_not_lead(is_ours: int) -> None:
 
 async def test_a_lease_that_is_lost_already_is_not_kept() -> None:
     """Nothing is asked of Redis before the work is laid down."""
-    asking = _DeafScript([[6, 1]])
-    leadership = Leadership(cast("Redis", _DeafRedis(asking, _DeafScript([1]))), ControllerMetrics())
+    asking = _DeafScript([[6, 1, b""]])
+    leadership = Leadership(cast("Redis", _DeafRedis(asking, _DeafScript([1]))), ControllerMetrics(), OURS)
 
     async with asyncio.timeout(10):
         await leadership._keep()
