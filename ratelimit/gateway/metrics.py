@@ -64,7 +64,7 @@ class GatewayMetrics:
         )
         self.demand = Counter(
             "penstock_offered_mix_requests",
-            "Demand, served or not, in requests of the pool's mix; retries that say so are not counted again.",
+            "Demand, served or not, in requests of the pool's mix; retries that say so count apart, where served.",
             [*tenant, "outcome"], registry=registry,
         )  # fmt: skip
         self.hold_error = Histogram(
@@ -147,6 +147,7 @@ class GatewayMetrics:
                 counter.labels(value)
         # Looking a child up by its labels costs a lock and a tuple of strings each time.
         self._request_child = lru_cache(4096)(self.requests.labels)
+        self._counted: set[tuple[str, str]] = set()  # models and tiers whose demand is shown
         self._demand_child = lru_cache(4096)(self.demand.labels)
         self._hold_child = lru_cache(1024)(self.hold_error.labels)
         self._tokens_child = lru_cache(4096)(self.tokens.labels)
@@ -218,7 +219,9 @@ class GatewayMetrics:
             self.capacity.labels(pool.model, "output_tokens").set(pool.usable_output_tokens_per_s)
         for terms in publication.tiers:
             self.assured.labels(terms.model, terms.tier).set(terms.assured)
-            for outcome in get_args(Outcome):
-                self.demand.labels(terms.model, terms.tier, outcome)
+            if (terms.model, terms.tier) not in self._counted:
+                self._counted.add((terms.model, terms.tier))
+                for outcome in get_args(Outcome):
+                    self.demand.labels(terms.model, terms.tier, outcome)
             for limit in terms.limits:
                 self.limits.labels(terms.model, terms.tier, limit.name).set(limit.per_minute or limit.burst)

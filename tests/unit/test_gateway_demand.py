@@ -87,23 +87,63 @@ def test_what_no_replica_took_and_what_an_operator_capped_are_told_apart() -> No
 
 @pytest.mark.parametrize(
     ("attempt", "is_repeated", "counts"),
-    [(0, False, 1), (0, True, 1), (1, False, 0), (7, True, 0), (None, False, 1), (None, True, 0)],
+    [(0, False, 1), (0, True, 0), (1, False, 0), (7, True, 0), (None, False, 1), (None, True, 0)],
 )
 def test_the_same_demand_counts_once(attempt: int | None, is_repeated: bool, counts: int) -> None:
-    """A retry that says so is none; of a client that does not say, neither is what is refused from memory."""
+    """A retry that says so is none; nor is what is refused from memory, whatever the client says."""
     counted = Counted()
     Demand(counted).refused(asked(attempt=attempt), is_repeated=is_repeated)
     assert sum(counted.by_outcome.values()) == pytest.approx(counts)
 
 
 def test_a_retry_that_is_served_was_counted_when_it_was_refused() -> None:
-    """Demand is 1 for a request that is refused twice and then served."""
+    """Of a request that is refused twice and then served, what was first asked for is 1, and what was served is 1."""
     counted = Counted()
     demand = Demand(counted)
     for attempt in range(2):
         demand.refused(asked(attempt=attempt))
     demand.ended(asked(attempt=2), spent(1))
-    assert sum(counted.by_outcome.values()) == pytest.approx(1)
+    assert rounded(counted) == {"throttled": 1, "retried": 1}
+
+
+def test_what_is_served_is_seen_whatever_attempt_it_is_said_to_be() -> None:
+    """A caller who calls everything a retry hides none of the load that it brings; of what no replica took, it may."""
+    counted = Counted()
+    demand = Demand(counted)
+    for _ in range(10):
+        demand.ended(asked(held=2, attempt=1), spent(1))
+    demand.ended(asked(attempt=1), None)
+    assert rounded(counted) == {"retried": 10}
+
+
+@pytest.mark.parametrize(
+    ("odd", "counts"),
+    [((2, 0), 1.0), ((200, 0.5), 0.6), ((200, 0), 1.0), ((0, 1), 1.0), ((2, 20), 1.2)],
+    ids=["refused by the engine", "held hugely", "held hugely, refused", "held nothing", "overran"],
+)
+def test_one_caller_does_not_make_what_others_are_refused_count_for_nothing(
+    odd: tuple[float, float], counts: float
+) -> None:
+    """After 1000 requests that cost half of what they held, 60 odd ones change the share within bounds."""
+    counted = Counted()
+    demand = Demand(counted)
+    for _ in range(1000):
+        demand.ended(asked(held=2), spent(1))
+    held, cost = odd
+    for _ in range(60):
+        demand.ended(asked(held=held), spent(cost))
+    demand.refused(asked(held=2))
+    assert counted.by_outcome["throttled"] == pytest.approx(counts, abs=0.15)
+
+
+def test_what_is_refused_counts_for_something() -> None:
+    """However little requests of a tier cost of what they hold."""
+    counted = Counted()
+    demand = Demand(counted)
+    for _ in range(1000):
+        demand.ended(asked(held=100), spent(0.1))
+    demand.refused(asked(held=100))
+    assert counted.by_outcome["throttled"] == pytest.approx(5)
 
 
 @pytest.mark.parametrize(
