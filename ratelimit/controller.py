@@ -46,7 +46,7 @@ from ratelimit.replicaspecs import pool_discoveries, replica_specs
 from ratelimit.replicasupply import gpu_supplies, possible_specs
 from ratelimit.roundinputs import RoundInputs
 from ratelimit.statefile import StateFileError
-from ratelimit.supply import SupplyBook
+from ratelimit.supply import Knees, SupplyBook
 from ratelimit.threads import to_its_end
 from serving.discovery import Discovery
 from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus
@@ -69,6 +69,7 @@ class Controller:
         publisher: Publisher,
         metrics: ControllerMetrics | None = None,
         discovery: StartDiscovery = Discovery,
+        knees: Knees | None = None,
     ) -> None:
         self.metrics = metrics or ControllerMetrics()
         self._wake = asyncio.Event()
@@ -78,7 +79,7 @@ class Controller:
         self._keys = KeysNow(config.state_dir)
         self._activity = KeyActivity(publisher.use_reader(), config.state_dir, config.controller.key_idle_s)
         self._overrides = OverrideFile(config.state_dir)
-        self._supplies = SupplyBook(self._knee_found)
+        self._supplies = SupplyBook(self._knee_found, knees)
         self._knees_found = 0
         self._fleet_seen: FleetNow | None = None
         self._fleet_stamp: tuple[object, ...] = ()

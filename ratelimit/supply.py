@@ -49,6 +49,10 @@ _Kind = tuple[str, str, str, float]
 _KneeKey = tuple[StepTimeModel, EngineLimits, Surface | None, ContextRange | None, WorkloadMix, Slo]
 
 
+class Knees(dict[_KneeKey, "OperatingPoint | _Infeasible"]):
+    """Knees by the numbers that they were found from, so that none is ever out of date: books may share them."""
+
+
 class SupplyBook:
     """Profiles by name, and knees by profile, mix and SLO.
 
@@ -57,10 +61,10 @@ class SupplyBook:
     by one entry per combination in use; of those out of use it forgets all but some when it reads profiles anew.
     """
 
-    def __init__(self, on_found: Callable[[], None]) -> None:
+    def __init__(self, on_found: Callable[[], None], knees: Knees | None = None) -> None:
         self._on_found = on_found
         self._profiles: dict[str, Profile] = {}
-        self._knees: dict[_KneeKey, OperatingPoint | _Infeasible] = {}
+        self._knees = Knees() if knees is None else knees
         self._wanted: dict[_KneeKey, tuple[ReplicaSpec, Profile, Promise]] = {}
         self._asked = asyncio.Event()
         self._groups: dict[_Kind, _Grouped] = {}
@@ -166,9 +170,18 @@ class SupplyBook:
             self._asked.clear()
             while self._wanted:
                 key, wanted = next(iter(self._wanted.items()))
-                self._knees[key] = await _find_knee(*wanted)
+                await self._find(*wanted)
                 del self._wanted[key]
                 self._on_found()
+
+    async def find(self, spec: ReplicaSpec, promise: Promise) -> None:
+        """Have a replica's knee known when this returns."""
+        await self._find(spec, self._profiles[spec.profile], promise)
+
+    async def _find(self, spec: ReplicaSpec, profile: Profile, promise: Promise) -> None:
+        key = _key(profile, promise)
+        if key not in self._knees:
+            self._knees[key] = await _find_knee(spec, profile, promise)
 
 
 def domain_replicas(profile: Profile) -> int:

@@ -19,12 +19,14 @@ from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.gateway.server import GatewayStartError, run_gateway
 from ratelimit.housekeeping import housekeeping
 from ratelimit.installation import installation_of
+from ratelimit.kneesahead import find_ahead
 from ratelimit.leadership import Leadership
 from ratelimit.publisher import Publisher
 from ratelimit.replicaspecs import check_can_discover
 from ratelimit.statefile import StateFileError
 from ratelimit.supervisor.gateways import gateway_settings
 from ratelimit.supervisor.tasks import background, until_stopped
+from ratelimit.supply import Knees
 from ratelimit.watch import ConfigWatch, follow
 from serving.discovery import DiscoveryError
 from serving.fleet import Fleet, probe_session
@@ -73,6 +75,7 @@ async def _control(watch: ConfigWatch, redis_url: str) -> None:
     metrics, shown = ControllerMetrics(), watch.config.controller
     leadership = Leadership(redis, metrics, installation_of(watch.config.state_dir))
     leading: list[Controller] = []
+    knees = Knees()
 
     def adopt(config: Config) -> None:
         for running in leading:
@@ -81,9 +84,9 @@ async def _control(watch: ConfigWatch, redis_url: str) -> None:
     async with contextlib.aclosing(redis), probe_session() as session:
 
         async def lead() -> None:
-            """One term: all state is read anew, for another may have led since."""
+            """One term: all state is read anew, for another may have led since; knees found are the same for ever."""
             publisher = Publisher(redis, watch.config.state_dir, leadership)
-            running = Controller(watch.config, lambda changed: Fleet(session, changed), publisher, metrics)
+            running = Controller(watch.config, lambda changed: Fleet(session, changed), publisher, metrics, knees=knees)
             leading[:] = [running]
             try:
                 async with background(running.run(), *housekeeping(redis, watch)) as tasks:
@@ -92,7 +95,8 @@ async def _control(watch: ConfigWatch, redis_url: str) -> None:
                 leading.clear()
 
         showing = serve_metrics(metrics, shown.metrics_host, shown.metrics_port)
-        async with background(leadership.run(lead), follow(watch, adopt), showing) as tasks:
+        ahead = find_ahead(lambda: watch.config, knees, lambda: bool(leading))
+        async with background(leadership.run(lead), follow(watch, adopt), showing, ahead) as tasks:
             await until_stopped(tasks, stop)
 
 

@@ -15,7 +15,7 @@ import pytest
 from redis.asyncio import Redis
 
 from ratelimit import controller as controller_module
-from ratelimit import livefeedback
+from ratelimit import livefeedback, supply
 from ratelimit.config import Config
 from ratelimit.controller import Controller, OnChange
 from ratelimit.keys import KeyFile
@@ -94,7 +94,7 @@ def knees(monkeypatch: pytest.MonkeyPatch) -> Iterator[Knees]:
 class Running:
     """A controller at work, its fleet, and what Redis holds."""
 
-    def __init__(self, config: Config, redis: Redis) -> None:
+    def __init__(self, config: Config, redis: Redis, found: supply.Knees | None = None) -> None:
         fleets: list[FakeFleet] = []
 
         def fleet(on_change: OnChange) -> Fleet:
@@ -102,7 +102,8 @@ class Running:
             return fleets[0]
 
         self.redis = redis
-        self.controller = Controller(config, fleet, Publisher(redis, config.state_dir, SoleLeader(redis)))
+        publisher = Publisher(redis, config.state_dir, SoleLeader(redis))
+        self.controller = Controller(config, fleet, publisher, knees=found)
         self.fleet = fleets[0]
 
     async def publication(self) -> Publication | None:
@@ -119,8 +120,8 @@ class Running:
 
 
 @asynccontextmanager
-async def running(config: Config, redis: Redis) -> AsyncIterator[Running]:
-    made = Running(config, redis)
+async def running(config: Config, redis: Redis, found: supply.Knees | None = None) -> AsyncIterator[Running]:
+    made = Running(config, redis, found)
     task = asyncio.create_task(made.controller.run())
     try:
         yield made
@@ -170,6 +171,19 @@ async def test_a_loss_is_published_while_a_knee_is_being_found(
 
         knees.gate.set()
         await stack.until(lambda seen: rates(seen) == [rates(before)[0] * 2])
+
+
+async def test_a_term_begins_with_the_knees_of_those_before_it(
+    redis_client: Redis, tmp_path: Path, knees: Knees
+) -> None:
+    """A leader that leads again, or stood by, lets limits fall at once: it waits for no knee that was ever found."""
+    found = supply.Knees()
+    async with running(config_of(tmp_path), redis_client, found) as first:
+        await first.until(lambda seen: urls(seen) == {A, B})
+    knees.gate.clear()
+    async with running(config_of(tmp_path), redis_client, found) as second:
+        second.fleet.turn(B, "down")
+        await second.until(lambda seen: urls(seen) == {A})
 
 
 async def test_a_restarted_controller_keeps_the_promise_of_the_one_before(
