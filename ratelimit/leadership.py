@@ -104,6 +104,13 @@ class Standing(msgspec.Struct, frozen=True):
         return min(ASK_TIMEOUT_S, left_s) if self.term and left_s > 0 else ASK_TIMEOUT_S
 
 
+class Draft(NamedTuple):
+    """A hash that is to take another's place: its key, and how many fields it has when it is whole."""
+
+    key: str
+    fields: int
+
+
 class Writes(Protocol):
     """A way to change what is in force in Redis."""
 
@@ -112,6 +119,12 @@ class Writes(Protocol):
 
     async def write(self, *commands: tuple[Word, ...]) -> None:
         """Execute all of these commands, or none. Raises ``NotLeadingError`` or ``RedisError``."""
+
+    async def replace(self, hash_key: str, draft: Draft, *commands: tuple[Word, ...]) -> None:
+        """As ``write``, and the hash becomes the draft, which is no key of its own then.
+
+        Nothing is done, with ``RedisError``, where the draft is not whole (any more).
+        """
 
 
 class Leadership:
@@ -165,10 +178,20 @@ class Leadership:
 
         Raises ``RedisError``, or ``NotLeadingError``; where Redis is why, the term is over.
         """
+        await self._write([], [], commands)
+
+    async def replace(self, hash_key: str, draft: Draft, *commands: tuple[Word, ...]) -> None:
+        """As ``write``, and the hash becomes the draft. Raises ``RedisError`` where that is not whole."""
+        await self._write([hash_key, draft.key], [draft.fields], commands)
+
+    async def _write(self, keys: list[str], first: list[Word], commands: tuple[tuple[Word, ...], ...]) -> None:
         self.check()
         fence = self._fence
-        words: list[Word] = [word for command in commands for word in (len(command), *command)]
-        if not await self._fenced(keys=[LEADER_KEY], args=(fence, *words)):
+        words = [*first, *(word for command in commands for word in (len(command), *command))]
+        done = int(await self._fenced(keys=[LEADER_KEY, *keys], args=(fence, *words)))
+        if done < 0:
+            raise RedisError(f"{keys[-1]} in Redis is not whole any more")
+        if not done:
             self._refused.set()
             raise NotLeadingError(f"the lease in Redis is no longer {fence!r}")
 

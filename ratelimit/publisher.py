@@ -3,9 +3,11 @@
 Redis names, shared with the gateways: ``penstock:publication`` (JSON), ``penstock:keys`` (hash: digest of the secret to
 JSON ``KeyRecord``), and the channel ``penstock:changed``, on which "publication" or "keys" is said after a write.
 ``penstock:keys:used`` is the gateways' (hash: key id to the second since 1970 of its last use).
-``penstock:keys:version`` is the publisher's own: which keys the hash holds. A Redis has one publisher at a time, the
-leader (see ``leadership``, which its writes go through): whatever else it is found to hold, for one restarted from an
-old dump or failed over to a lagging replica does, is not what is in force.
+``penstock:keys:version`` is the publisher's own: which keys the hash holds. So is ``penstock:keys:next:…``: keys that
+are about to take the place of those in force. They are written in slices, so that Redis stands still for nobody, then
+all of them change at once; what a publisher leaves of them when it dies expires. A Redis has one publisher at a time,
+the leader (see ``leadership``, which what it puts in force goes through): whatever else it is found to hold, for one
+restarted from an old dump or failed over to a lagging replica does, is not what is in force.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from secrets import token_hex
 from typing import NamedTuple
 
 import msgspec
@@ -22,7 +25,7 @@ from redis.asyncio import Redis
 
 from ratelimit.gateway.charges import work_charge
 from ratelimit.keys import KeyRecord
-from ratelimit.leadership import Writes
+from ratelimit.leadership import Draft, Writes
 from ratelimit.meter import THOUSANDTHS, Role
 from ratelimit.publication import Publication
 from ratelimit.statefile import StateFile, StateFileError
@@ -50,8 +53,10 @@ def read_published(state_dir: Path) -> Publication | None:
     return next(iter(published_file(state_dir).read()), None)
 
 
-#: Lua passes on some 8,000 words at a time.
-_FIELDS_AT_A_TIME = 1000
+#: Redis takes them in some milliseconds.
+KEYS_AT_A_TIME = 1000
+#: From one slice to the next, and to the change.
+DRAFT_KEPT_MS = 60_000
 
 
 class Lost(NamedTuple):
@@ -75,6 +80,7 @@ class Publisher:
         self._looked_for_epochs = False
         self._document: bytes | None = None
         self._keys: _KeysState | None = None
+        self._left_behind = ""
         self._unsaved: Publication | None = None
         self._save_failure = ""
 
@@ -159,21 +165,34 @@ class Publisher:
             self._unsaved, self._save_failure = None, ""
 
     async def publish_keys(self, records: Iterable[KeyRecord]) -> None:
-        """Make exactly these API keys the known ones."""
-        fields = {record.digest: msgspec.json.encode(record) for record in records}
-        version = hashlib.sha256(msgspec.json.encode(list(fields.values()))).hexdigest()
-        pairs = list(fields.items())
-        set_fields = [
-            ("HSET", KEYS_KEY, *(part for pair in pairs[start : start + _FIELDS_AT_A_TIME] for part in pair))
-            for start in range(0, len(pairs), _FIELDS_AT_A_TIME)
-        ]
-        await self._leader.write(
-            ("DEL", KEYS_KEY),
-            *set_fields,
-            ("SET", KEYS_VERSION_KEY, version),
-            ("PUBLISH", CHANGED_CHANNEL, "keys"),
+        """Make exactly these API keys the known ones, all at once."""
+        by_digest = await asyncio.to_thread(lambda: {record.digest: record for record in records})
+        draft = Draft(f"{KEYS_KEY}:next:{token_hex(8)}", len(by_digest))  # never again: a late slice harms no other
+        if self._left_behind:
+            await self._redis.unlink(self._left_behind)
+        self._left_behind = draft.key
+        version = await self._drafted(draft.key, list(by_digest.values()))
+        await self._leader.replace(
+            KEYS_KEY, draft, ("SET", KEYS_VERSION_KEY, version), ("PUBLISH", CHANGED_CHANNEL, "keys")
         )
-        self._keys = _KeysState(version.encode(), len(fields))
+        self._left_behind = ""
+        self._keys = _KeysState(version.encode(), draft.fields)
+
+    async def _drafted(self, key: str, records: Sequence[KeyRecord]) -> str:
+        """Write them there; their version. In slices and off the loop: there may be some 100,000, and leases to renew.
+
+        This needs no fence, for nobody reads it.
+        """
+        version = hashlib.sha256()
+        for start in range(0, len(records), KEYS_AT_A_TIME):
+            self._leader.check()
+            fields = await asyncio.to_thread(_fields, records[start : start + KEYS_AT_A_TIME])
+            version.update(b"".join(fields))
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.hset(key, items=fields)
+                pipe.pexpire(key, DRAFT_KEPT_MS)
+                await pipe.execute()
+        return version.hexdigest()
 
     async def lost(self) -> Lost:
         """What Redis no longer holds of what this publisher has published, as after a restart or a failover."""
@@ -194,6 +213,11 @@ class Publisher:
 class _KeysState(NamedTuple):
     version: bytes
     known: int
+
+
+def _fields(records: Sequence[KeyRecord]) -> list[bytes]:
+    """Field and value in turn."""
+    return [part for record in records for part in (record.digest.encode(), msgspec.json.encode(record))]
 
 
 class _EpochOnly(msgspec.Struct):

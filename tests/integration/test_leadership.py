@@ -18,9 +18,18 @@ from ratelimit.controllermetrics import ControllerMetrics
 from ratelimit.embedded_redis import redis_server_executable
 from ratelimit.installation import Installation, installation_of
 from ratelimit.keys import KeyRecord
-from ratelimit.leadership import INSTALLATION_KEY, LEADER_KEY, LEASE_S, TERM_KEY, Leadership, NotLeadingError
+from ratelimit.leadership import (
+    INSTALLATION_KEY,
+    LEADER_KEY,
+    LEASE_S,
+    TERM_KEY,
+    Draft,
+    Leadership,
+    NotLeadingError,
+    Word,
+)
 from ratelimit.publication import Publication
-from ratelimit.publisher import KEYS_KEY, PUBLICATION_KEY, Publisher, published_file, read_published
+from ratelimit.publisher import DRAFT_KEPT_MS, KEYS_KEY, PUBLICATION_KEY, Publisher, published_file, read_published
 from tests.integration.test_publisher import VALID, limits
 from tests.support.servers import Server
 from tests.support.waiting import eventually_async
@@ -242,17 +251,86 @@ async def test_the_disk_keeps_the_newest_of_two_leaders(redis_client: Redis, tmp
     assert on_disk.epoch == 4
 
 
-async def test_many_keys_are_one_write(redis_client: Redis, tmp_path: Path) -> None:
-    """More than Lua passes on at a time, and all of them or none."""
+RECORDS = [KeyRecord(f"k_{n}", f"digest-{n}", "acme", "pro", "", created_at=1.0) for n in range(2_500)]
+
+
+async def test_many_keys_change_at_once(redis_client: Redis, tmp_path: Path) -> None:
+    """Whatever the hash held is gone, it does not expire, and nothing else is left; so it is with none."""
     candidate = Candidate(redis_client)
     await candidate.leadership._ask()
     publisher = Publisher(redis_client, tmp_path, candidate.leadership)
-    records = [KeyRecord(f"k_{n}", f"digest-{n}", "acme", "pro", "", created_at=1.0) for n in range(9_500)]
+    await publisher.publish_keys([VALID])
 
-    await publisher.publish_keys(records)
-
-    assert await redis_client.hlen(KEYS_KEY) == 9_500
+    await publisher.publish_keys(RECORDS)
+    held = await redis_client.hgetall(KEYS_KEY)
+    assert set(held) == {record.digest.encode() for record in RECORDS}
+    assert await redis_client.pttl(KEYS_KEY) == -1
+    assert await drafts(redis_client) == []
     assert not (await publisher.lost()).keys
+
+    await publisher.publish_keys([])
+    assert await redis_client.exists(KEYS_KEY) == 0
+    assert not (await publisher.lost()).keys
+
+
+async def drafts(redis: Redis) -> list[bytes]:
+    return [key async for key in redis.scan_iter(f"{KEYS_KEY}:next:*")]
+
+
+class Dying:
+    """A leader that leads no more after so many checks."""
+
+    def __init__(self, leadership: Leadership, checks: int) -> None:
+        self._leadership = leadership
+        self.checks = checks
+
+    def check(self) -> None:
+        self.checks -= 1
+        if not self.checks:
+            raise NotLeadingError("it died")
+
+    async def write(self, *commands: tuple[Word, ...]) -> None:
+        await self._leadership.write(*commands)
+
+    async def replace(self, hash_key: str, draft: Draft, *commands: tuple[Word, ...]) -> None:
+        await self._leadership.replace(hash_key, draft, *commands)
+
+
+async def test_a_publisher_that_dies_in_the_middle_of_the_keys_changes_none(
+    redis_client: Redis, tmp_path: Path
+) -> None:
+    """Those in force stay; what it wrote expires, or goes with its next attempt, which is whole."""
+    candidate = Candidate(redis_client)
+    await candidate.leadership._ask()
+    leader = Dying(candidate.leadership, checks=3)
+    publisher = Publisher(redis_client, tmp_path, leader)
+    await publisher.publish_keys([VALID])
+
+    with pytest.raises(NotLeadingError, match="it died"):
+        await publisher.publish_keys(RECORDS)
+    assert await redis_client.hkeys(KEYS_KEY) == [VALID.digest.encode()]
+    (draft,) = await drafts(redis_client)
+    assert 0 < await redis_client.hlen(draft) < len(RECORDS)
+    assert 0 < await redis_client.pttl(draft) <= DRAFT_KEPT_MS
+
+    await publisher.publish_keys(RECORDS)
+    assert await redis_client.hlen(KEYS_KEY) == len(RECORDS)
+    assert await drafts(redis_client) == []
+
+
+async def test_keys_that_are_not_whole_are_not_taken(redis_client: Redis) -> None:
+    """As when the draft expired, or a part of it was lost; nothing else of that write happens."""
+    leadership = Candidate(redis_client).leadership
+    await leadership._ask()
+    await redis_client.hset(KEYS_KEY, "old", "1")
+    await redis_client.hset("draft", "new", "1")
+
+    for fields in (0, 2):
+        with pytest.raises(RedisError, match="not whole"):
+            await leadership.replace(KEYS_KEY, Draft("draft", fields), ("SET", "x", "1"))
+
+    assert await redis_client.hkeys(KEYS_KEY) == [b"old"]
+    assert await redis_client.get("x") is None
 
 
 async def test_work_that_fails_ends_the_candidate_and_gives_the_lease_back(redis_client: Redis) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from redis.asyncio import Redis
 
-from ratelimit.leadership import Word
+from ratelimit.leadership import Draft, Word
 
 
 class SoleLeader:
@@ -22,3 +22,8 @@ class SoleLeader:
             for command in commands:
                 pipe.execute_command(*command)
             await pipe.execute()
+
+    async def replace(self, hash_key: str, draft: Draft, *commands: tuple[Word, ...]) -> None:
+        """The hash becomes the draft, with all of the commands."""
+        change = [("RENAME", draft.key, hash_key), ("PERSIST", hash_key)] if draft.fields else []
+        await self.write(("DEL", hash_key), *change, *commands)
