@@ -184,7 +184,10 @@ class Controller:
             self._watch()
             await self._fleet.probed_once()
             while not is_cancelled():
+                began_s = monotonic()
                 await self._try_round()
+                # What changes without an end may not keep the probes from their turn, nor changes from coming together.
+                await asyncio.sleep(min(monotonic() - began_s, ROUND_INTERVAL_S))
                 with contextlib.suppress(TimeoutError):
                     # Not wait_for: in Python 3.11 it swallows a cancellation that meets the wake-up.
                     async with asyncio.timeout(ROUND_INTERVAL_S):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from random import uniform
@@ -89,6 +90,15 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
         if len(body) > MOST_ANSWER_BYTES:
             raise ValueError(f"{response.url.path} answers more than {MOST_ANSWER_BYTES} bytes")
     return bytes(body)
+
+
+def open_all_files() -> None:
+    """Let this process open as many files as it may: each replica that is probed has a connection.
+
+    The usual soft limit is 1,024; beyond it every other replica would look as if it refused.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def probe_session() -> aiohttp.ClientSession:

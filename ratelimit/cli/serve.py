@@ -29,7 +29,7 @@ from ratelimit.supervisor.tasks import background, until_stopped
 from ratelimit.supply import Knees
 from ratelimit.watch import ConfigWatch, follow
 from serving.discovery import DiscoveryError
-from serving.fleet import Fleet, probe_session
+from serving.fleet import Fleet, open_all_files, probe_session
 from serving.profile import ProfileError
 
 #: A password belongs into the variable: command lines can be read by every user of a machine.
@@ -64,6 +64,7 @@ def controller(config: ConfigOption = DEFAULT_CONFIG, redis: RedisOption = None)
     settings = read_config(config)
     with failing_clearly(EmbeddedRedisError, RedisError, ProfileError, StateFileError, DiscoveryError):
         check_can_discover(settings)
+        open_all_files()
         asyncio.run(_control(ConfigWatch(config), _redis_url(settings, redis)))
 
 

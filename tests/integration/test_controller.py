@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import msgspec
@@ -171,6 +172,30 @@ async def test_a_loss_is_published_while_a_knee_is_being_found(
 
         knees.gate.set()
         await stack.until(lambda seen: rates(seen) == [rates(before)[0] * 2])
+
+
+async def test_rounds_leave_as_much_time_as_they_take(
+    redis_client: Redis, tmp_path: Path, knees: Knees, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A storm of changes must not keep the probes of a large fleet from their turn."""
+    monkeypatch.setattr(controller_module, "ROUND_INTERVAL_S", 0.5)
+    times: list[tuple[float, float]] = []
+    enough = asyncio.Event()
+
+    async def slow(self: Controller) -> None:
+        began_s = monotonic()
+        await asyncio.sleep(0.03)
+        self._wake.set()  # as every change would
+        times.append((began_s, monotonic()))
+        if len(times) == 4:
+            enough.set()
+
+    monkeypatch.setattr(Controller, "round", slow)
+    async with running(config_of(tmp_path), redis_client):
+        await asyncio.wait_for(enough.wait(), WAIT_S)
+    assert all(
+        next_s - ended_s >= 0.9 * (ended_s - began_s) for (began_s, ended_s), (next_s, _) in itertools.pairwise(times)
+    )
 
 
 async def test_a_term_begins_with_the_knees_of_those_before_it(

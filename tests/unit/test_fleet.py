@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
 from time import monotonic
 from typing import cast
@@ -11,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from serving import fleet as fleet_module
-from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus, probe_session
+from serving.fleet import Fleet, ReplicaSpec, ReplicaStatus, open_all_files, probe_session
 from serving.health import Observation
 
 WAIT_S = 20.0
@@ -278,3 +279,14 @@ async def test_replicas_that_hang_hold_up_no_others(monkeypatch: pytest.MonkeyPa
     watching.watch([spec_of("http://hung"), spec_of("http://well")])
     await asyncio.wait_for(seen.wait(), WAIT_S)
     watching.watch(())
+
+
+def test_a_controller_may_open_a_connection_to_each_replica() -> None:
+    """The usual soft limit of open files would make every replica after the thousandth look as if it refused."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[1], 1024), before[1]))
+        open_all_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
