@@ -84,11 +84,11 @@ def admin_app(
     async def read_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         return health_answer(readiness())
 
-    @app.get("/live")
+    @app.api_route("/live", methods=["GET", "HEAD"])
     async def live() -> JSONResponse:
         return JSONResponse({"live": True})
 

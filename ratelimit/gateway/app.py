@@ -91,7 +91,7 @@ def _other_routes(
     add_error_answers(app)
     recent = RecentReadings()
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         return health_answer(readiness())
 

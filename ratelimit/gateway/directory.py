@@ -15,7 +15,14 @@ from time import time
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    MasterDownError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 
 from ratelimit.gateway.activity import Activity
 from ratelimit.gateway.charges import check_countable
@@ -32,7 +39,9 @@ log = logging.getLogger(__name__)
 
 _RETRY_WHILE_EMPTY_US = 1_000_000
 _REFRESH_TIMEOUT_S = 5.0
-_REFUSALS = (AuthenticationError, AuthorizationError, NoPermissionError)
+#: What Redis answers for a while, to everybody: by class where redis-py has one, else by its first word.
+_PASSING = (MasterDownError, ReadOnlyError)
+_PASSING_WORDS = frozenset({"BUSY", "UNKILLABLE", "LOADING", "MASTERDOWN", "READONLY", "MISCONF", "OOM", "NOREPLICAS"})
 
 
 class RedisRefusesError(RuntimeError):
@@ -64,6 +73,11 @@ class Directory:
     def redis_is_away(self) -> bool:
         """Whether the last attempt to read failed."""
         return "redis" in self._failed
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether what is published now cannot be read."""
+        return "publication" in self._failed
 
     @property
     def ready(self) -> bool:
@@ -165,7 +179,7 @@ class Directory:
         try:
             await self._refresh_within()
         except (RedisError, OSError) as error:
-            if isinstance(error, _REFUSALS) or isinstance(error.__cause__, _REFUSALS):  # redis-py wraps some
+            if _is_refusal(error) or _is_refusal(error.__cause__):  # redis-py wraps some
                 raise RedisRefusesError(str(error)) from error
             self._note_failure("redis", error)
 
@@ -198,3 +212,12 @@ class Directory:
             except (RedisError, OSError) as error:
                 self._note_failure("announcements", error)
                 await asyncio.sleep(self._poll_interval_s)
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether Redis is there and says no, and would say so again."""
+    if isinstance(error, AuthenticationError | AuthorizationError):
+        return True
+    if not isinstance(error, ResponseError) or isinstance(error, _PASSING):
+        return False
+    return str(error).partition(" ")[0] not in _PASSING_WORDS

@@ -158,6 +158,11 @@ class BoundedHttp(HttpToolsProtocol):
         if self._answering or not (is_expected or self._has_arrived()):
             super().shutdown()
 
+    def cut_off(self) -> None:
+        """Close the connection, unless a request is being answered: the time for all else is over."""
+        if not self._answering:
+            self.transport.close()
+
     def _has_arrived(self) -> bool:
         """Whether bytes are there that the event loop has not brought yet: closing would answer them with a reset."""
         connected = self.transport.get_extra_info("socket")

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from random import random
 from typing import TypeAlias
@@ -38,10 +38,12 @@ from serving.routing import Router
 
 log = logging.getLogger(__name__)
 
-#: The data port's app, the admin port's, and what runs beside them until it is cancelled.
-_Wired: TypeAlias = tuple[DataApp, object, asyncio.Task[None]]
+#: The data port's app, the admin port's, what runs beside them until it is cancelled, and what settles in the end.
+_Wired: TypeAlias = tuple[DataApp, object, asyncio.Task[None], Callable[[], Awaitable[None]]]
 
 _ADMIN_DRAIN_S = 1
+#: Of the time for settlements, what is kept for telling the stores what they are owed.
+_FLUSH_S = 1.0
 #: Longer than any call may take: the breaker judges first, and it looks at what the socket holds before it does.
 _STORE_TIMEOUT_S = 60.0
 
@@ -96,11 +98,12 @@ async def serve_gateway(settings: GatewaySettings) -> None:
         try:
             async with (
                 _limiter_link(settings) as link,
-                _wired(settings, redis, link, drain) as (data, admin, background),
+                _wired(settings, redis, link, drain) as (data, admin, background, settle),
             ):
                 data_server = GatewayServer(data, drain, settings.drain_s, settings.drain_delay_s)
                 with _watched(background, data_server):
-                    await _serve(data_server, data_socket, GatewayServer(admin, Drain(), _ADMIN_DRAIN_S), admin_socket)
+                    admin_server = GatewayServer(admin, Drain(), _ADMIN_DRAIN_S)
+                    await _serve(data_server, data_socket, admin_server, admin_socket, settle)
         finally:
             await redis.aclose()
 
@@ -131,9 +134,7 @@ async def _wired(settings: GatewaySettings, redis: Redis, link: Commands, drain:
         background = asyncio.create_task(_background(directory, ledger, local, stores))
         try:
             admin = admin_app(directory, metrics, settings.admin_token, partial(read_uses, redis), health)
-            yield DataApp(proxy, directory, stores, health), admin, background
-            await ledger.drain(SETTLE_DRAIN_S)
-            await local.flush(stores)
+            yield DataApp(proxy, directory, stores, health), admin, background, partial(_settle, ledger, local, stores)
         finally:
             if local.owes:
                 log.error("Redis is away at the end: %d buckets and usage records were not told to it", local.owes)
@@ -144,12 +145,21 @@ async def _wired(settings: GatewaySettings, redis: Redis, link: Commands, drain:
             raise GatewayBrokenError("the background work ended by itself")
 
 
+async def _settle(ledger: Ledger, local: LocalMode, stores: GuardedStores) -> None:
+    """Let settlements end, and tell each store what it is owed, within ``SETTLE_DRAIN_S``."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(SETTLE_DRAIN_S):
+            await ledger.drain(SETTLE_DRAIN_S - _FLUSH_S)
+            await local.flush(stores)
+
+
 def _readiness(directory: Directory, drain: Drain) -> Readiness:
     return readiness(
         draining=drain.has_begun,
         could_serve=directory.could_serve,
         has_limits=directory.ready,
         redis_is_away=directory.redis_is_away,
+        is_unreadable=directory.is_unreadable,
     )
 
 
@@ -208,9 +218,16 @@ def _upstream(settings: GatewaySettings) -> AiohttpUpstream:
 
 
 async def _serve(
-    data: GatewayServer, data_socket: socket.socket, admin: GatewayServer, admin_socket: socket.socket
+    data: GatewayServer,
+    data_socket: socket.socket,
+    admin: GatewayServer,
+    admin_socket: socket.socket,
+    settle: Callable[[], Awaitable[None]],
 ) -> None:
-    """Run both servers; a signal ends the data server first, and the admin port answers until it has drained."""
+    """Run both servers; a signal ends the data server first, and the admin port answers until it has drained.
+
+    The admin port's own end takes no time from the settlements, nor they from it.
+    """
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, data.leave)
@@ -219,6 +236,6 @@ async def _serve(
         await data.serve([data_socket])
     finally:
         admin.leave()
-        await admin_task
+        await asyncio.gather(admin_task, settle())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)

@@ -8,6 +8,7 @@ connections until then; a pooled client sends its next request on a connection t
 2. The listener closes, after all who are connected were accepted. Idle connections are closed, but for one that has
    just come, or whose next request has arrived. Open requests go on for ``drain_s``.
 3. What is then still open is cut off: streams end with an error event, other requests with a 503, and are settled.
+   Connections without a request, or with the beginning of one, are closed: there is nobody to tell.
 """
 
 from __future__ import annotations
@@ -68,6 +69,9 @@ class GatewayServer(uvicorn.Server):
                     "cutting off %d requests: they had %g s to end", len(self.server_state.tasks), self._drain_s
                 )
             self._drain.cut_off()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, BoundedHttp):
+                    connection.cut_off()
             if not await self._are_closed_within(LAST_WORDS_S):
                 await self._abort()
 

@@ -7,9 +7,9 @@ from time import time
 
 import pytest
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import BusyLoadingError, ReadOnlyError, RedisError, ResponseError
 
-from ratelimit.gateway.directory import Directory
+from ratelimit.gateway.directory import Directory, RedisRefusesError
 from ratelimit.gateway.errors import Rejection
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.presence import GATEWAYS_KEY, HEARTBEAT_S, LIVE_S, Presence
@@ -161,3 +161,41 @@ async def test_the_last_uses_of_keys_are_told(redis_client: Redis, directory: Di
     assert before_s <= told[0] <= int(time())
     assert told[1] == later_s
     assert directory.presence.used == {}
+
+
+async def test_a_redis_that_will_always_say_no_is_told_apart(redis_client: Redis, redis_url: str) -> None:
+    """A database that is not there, or another's data in our place, ends the start."""
+    no_such = f"{redis_url}{'&' if '?' in redis_url else '?'}db=99"
+    async with Redis.from_url(no_such) as other:
+        with pytest.raises(RedisRefusesError, match="out of range"):
+            await Directory(other, GatewayMetrics()).read_first()
+    await redis_client.delete(KEYS_KEY)
+    await redis_client.set(KEYS_KEY, "another's")
+    with pytest.raises(RedisRefusesError, match="WRONGTYPE"):
+        await Directory(redis_client, GatewayMetrics()).read_first()
+    await redis_client.delete(KEYS_KEY)
+
+
+@pytest.mark.parametrize("error", [BusyLoadingError("loading"), ReadOnlyError("x"), ResponseError("BUSY a script")])
+async def test_what_passes_is_waited_for(
+    redis_client: Redis, monkeypatch: pytest.MonkeyPatch, error: RedisError
+) -> None:
+    """A Redis that loads its data, or is about to be replaced, is away, and not refusing."""
+    directory = Directory(redis_client, GatewayMetrics())
+
+    async def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(directory, "refresh", fail)
+    await directory.read_first()
+    assert directory.redis_is_away
+
+
+async def test_a_publication_that_cannot_be_read_is_told_apart(redis_client: Redis, directory: Directory) -> None:
+    """Whoever asks why a gateway is not ready learns that there is something, until it can be read."""
+    await redis_client.set(PUBLICATION_KEY, "{")
+    await directory.refresh()
+    assert (directory.is_unreadable, directory.ready) == (True, False)
+    await publish(redis_client, publication(["http://a"]))
+    await directory.refresh()
+    assert (directory.is_unreadable, directory.ready) == (False, True)

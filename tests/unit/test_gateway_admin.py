@@ -11,10 +11,12 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from ratelimit.gateway.admin import TokenGuard, admin_app, known_keys
+from ratelimit.gateway.app import _other_routes
 from ratelimit.gateway.directory import Directory
 from ratelimit.gateway.metrics import GatewayMetrics
 from ratelimit.gateway.readiness import Readiness
 from ratelimit.keys import KeyRecord, digest
+from tests.support.limiter import AwayLimiter
 
 TOKEN = "a-token-of-our-own"
 SECRET = "pn-secret"
@@ -85,6 +87,15 @@ async def test_probes_need_no_token(directory: Directory) -> None:
     answers = [await get(app, path) for path in ("/health", "/live")]
     assert [answer.status_code for answer in answers] == [503, 200]
     assert answers[0].json() == {"ready": False, "why": "a reason"}
+
+
+async def test_probes_may_ask_for_the_head_alone(directory: Directory) -> None:
+    """Some load balancers probe so: on the admin port and on callers' port they are answered as with GET."""
+    app = admin_app(directory, GatewayMetrics(), TOKEN, no_uses, not_ready)
+    assert [(await get(app, path, method="HEAD")).status_code for path in ("/health", "/live")] == [503, 200]
+    callers = _other_routes(directory, lambda _: AwayLimiter(), not_ready)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(callers), base_url="http://gateway") as client:
+        assert (await client.head("/health")).status_code == 503
 
 
 @pytest.mark.parametrize("authorization", [f"Bearer {TOKEN}", f"bearer   {TOKEN}"])

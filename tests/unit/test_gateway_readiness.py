@@ -8,10 +8,10 @@ import pytest
 
 from ratelimit.gateway.readiness import readiness
 
-STATES = ("draining", "could_serve", "has_limits", "redis_is_away")
+STATES = ("draining", "could_serve", "has_limits", "redis_is_away", "is_unreadable")
 
 
-@pytest.mark.parametrize("values", list(product((False, True), repeat=4)))
+@pytest.mark.parametrize("values", list(product((False, True), repeat=5)))
 def test_only_draining_takes_readiness_away(values: tuple[bool, ...]) -> None:
     """Ready means: it could serve once and does not drain; Redis and what is in force now do not matter."""
     state = dict(zip(STATES, values, strict=True))
@@ -27,6 +27,8 @@ def test_only_draining_takes_readiness_away(values: tuple[bool, ...]) -> None:
         ({"has_limits": True}, "no pool has had a replica"),
         ({"redis_is_away": True}, "Redis has not answered"),
         ({"redis_is_away": True, "has_limits": True}, "no pool has had a replica"),
+        ({"is_unreadable": True}, "cannot read them"),
+        ({"is_unreadable": True, "redis_is_away": True}, "cannot read them"),
         ({}, "No limits have been published"),
     ],
 )

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from ratelimit.gateway import server as server_module
+from ratelimit.gateway import serving
 from ratelimit.gateway.drain import Drain
 from ratelimit.gateway.server import listening_socket
 from ratelimit.gateway.serving import GatewayServer
@@ -153,8 +155,9 @@ async def test_who_was_connected_is_served() -> None:
 
 
 @pytest.mark.parametrize("heeds_the_end", [True, False])
-async def test_what_does_not_end_in_time_is_cut_off(heeds_the_end: bool) -> None:
+async def test_what_does_not_end_in_time_is_cut_off(monkeypatch: pytest.MonkeyPatch, heeds_the_end: bool) -> None:
     """Requests still open are told so and may answer; one that does not heed it is cancelled, and the server ends."""
+    monkeypatch.setattr(serving, "LAST_WORDS_S", WITHIN_S if heeds_the_end else 0.1)
     bench = Bench(drain_s=0.1, delay_s=0)
     bench.heeds_the_end = heeds_the_end
     async with bench.running():
@@ -169,3 +172,42 @@ async def test_what_does_not_end_in_time_is_cut_off(heeds_the_end: bool) -> None
         assert heeds_the_end == bool(told)
         writer.close()
     assert not bench.server.server_state.tasks
+
+
+@pytest.mark.parametrize("begun", [b"", REQUEST[:20]], ids=["silent", "half a head"])
+async def test_connections_without_a_request_get_no_last_words(monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
+    """When the time of open requests is over, whoever has not asked for anything is not waited for."""
+    monkeypatch.setattr(serving, "LAST_WORDS_S", NEVER_S)
+    bench = Bench(drain_s=0.1, delay_s=0)
+    async with bench.running():
+        reader, writer = await bench.connect()
+        writer.write(REQUEST + begun)
+        await answer(reader)
+        bench.server.leave()
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_the_admin_port_ends_beside_the_settlements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scrape that does not end takes nothing from the time for settlements: they do not wait for it."""
+    monkeypatch.setattr(serving, "LAST_WORDS_S", WITHIN_S)
+    data, admin = Bench(drain_s=0.1, delay_s=0), Bench(drain_s=NEVER_S, delay_s=0)
+    admin.gate.clear()
+
+    async def settle() -> None:
+        admin.gate.set()
+
+    with listening_socket("127.0.0.1", 0, False) as data_socket, listening_socket("127.0.0.1", 0, False) as socket_:
+        admin.address = socket_.getsockname()
+        async with asyncio.timeout(WITHIN_S):
+            ending = asyncio.create_task(server_module._serve(data.server, data_socket, admin.server, socket_, settle))
+            while not (admin.server.started and data.server.started):  # noqa: ASYNC110 -- uvicorn has no event for it
+                await asyncio.sleep(0.01)
+            reader, writer = await admin.connect()
+            writer.write(REQUEST)
+            while not admin.entered:  # noqa: ASYNC110 -- the application has no event for it
+                await asyncio.sleep(0.01)
+            data.server.leave()
+            assert (await answer(reader)).startswith(b"HTTP/1.1 200")
+            await ending
+            writer.close()
