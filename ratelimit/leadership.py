@@ -41,7 +41,7 @@ from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError, RedisError
 
 from ratelimit.cancellation import is_cancelled
 from ratelimit.controllermetrics import ControllerMetrics
@@ -60,11 +60,17 @@ RETRY_S: Final = 0.5
 MARGIN_S: Final = 1.0
 ASK_TIMEOUT_S: Final = 1.0
 
+_REFUSALS: Final = (AuthenticationError, AuthorizationError, NoPermissionError)
+
 Word: TypeAlias = str | bytes | int
 
 
 class NotLeadingError(RuntimeError):
     """A controller that does not lead, or not any more, was to write; nothing was written."""
+
+
+class RefusedError(RuntimeError):
+    """Redis is there, and refuses this controller; nothing was ever answered to it. The message says what to do."""
 
 
 class Answer(NamedTuple):
@@ -146,6 +152,7 @@ class Leadership:
         self._standing = Standing()
         self._refused = asyncio.Event()
         self._failure = ""
+        self._is_known = False
         self._other_installation = ""
 
     @property
@@ -155,6 +162,9 @@ class Leadership:
 
     async def run(self, work: Callable[[], Coroutine[None, None, object]]) -> None:
         """Stand by, do the work while leading, and stand by again, until cancelled.
+
+        A Redis that is away is waited for. One that refuses the first asking ends this with ``RefusedError``: a wrong
+        password is not mended by time, but one that is changed later may be.
 
         The work is begun anew in each term, cancelled when the term ends, and awaited before anything else is done. It
         is not to end by itself: its error, or a ``RuntimeError``, ends this too.
@@ -246,13 +256,18 @@ class Leadership:
             async with asyncio.timeout(standing.asking_timeout_s(asked_s)):
                 term, is_ours, other = await self._ask_for(keys=[LEADER_KEY, TERM_KEY, INSTALLATION_KEY], args=asked)
         except (RedisError, OSError) as error:  # OSError: TimeoutError too
+            if not self._is_known and (isinstance(error, _REFUSALS) or isinstance(error.__cause__, _REFUSALS)):
+                raise RefusedError(
+                    f"Redis refuses this controller: {error}. Check the user and the password in the URL, and that the "
+                    "user may do what docs/redis.md lists"
+                ) from error
             failure = f"Redis does not answer for the lease: {error or type(error).__name__}"
             if not self._failure:
                 log.warning("%s", failure)
             self._failure = failure
             self._metrics.health.lease_asked(answered=False)
             return False
-        self._failure = ""
+        self._failure, self._is_known = "", True
         self._metrics.health.lease_asked(answered=True)
         self._note_other(other.decode() if isinstance(other, bytes) else other)
         self._standing = standing.after(Answer(int(term), bool(is_ours)), asked_s)

@@ -15,13 +15,13 @@ from ratelimit.cli.common import DEFAULT_CONFIG, ConfigOption, failing_clearly, 
 from ratelimit.config import Config
 from ratelimit.controller import Controller
 from ratelimit.controllermetrics import ControllerMetrics, serve_metrics
-from ratelimit.embedded_redis import EmbeddedRedisError, connect
 from ratelimit.gateway.server import GatewayStartError, run_gateway
 from ratelimit.housekeeping import housekeeping
 from ratelimit.installation import installation_of
 from ratelimit.kneesahead import find_ahead
-from ratelimit.leadership import Leadership
+from ratelimit.leadership import Leadership, RefusedError
 from ratelimit.publisher import Publisher
+from ratelimit.redisclient import RedisUrlError, redis_client
 from ratelimit.replicaspecs import check_can_discover
 from ratelimit.statefile import StateFileError
 from ratelimit.supervisor.gateways import gateway_settings
@@ -58,11 +58,11 @@ def gateway(
 def controller(config: ConfigOption = DEFAULT_CONFIG, redis: RedisOption = None) -> None:
     """Watch the config's replicas, derive the limits and publish them, until SIGTERM.
 
-    Several may run on one Redis and one state folder: one leads, the others stand by.
+    Several may run on one Redis and one state folder: one leads, the others stand by. While Redis is away they wait.
     """
     log_to_stderr()
     settings = read_config(config)
-    with failing_clearly(EmbeddedRedisError, RedisError, ProfileError, StateFileError, DiscoveryError):
+    with failing_clearly(RedisUrlError, RefusedError, RedisError, ProfileError, StateFileError, DiscoveryError):
         check_can_discover(settings)
         open_all_files()
         asyncio.run(_control(ConfigWatch(config), _redis_url(settings, redis)))
@@ -72,7 +72,7 @@ async def _control(watch: ConfigWatch, redis_url: str) -> None:
     stop = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    redis = await connect(redis_url)
+    redis = redis_client(redis_url)
     metrics, shown = ControllerMetrics(), watch.config.controller
     leadership = Leadership(redis, metrics, installation_of(watch.config.state_dir))
     leading: list[Controller] = []
