@@ -8,15 +8,18 @@ reported and never overwritten.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import msgspec
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 LOCK_TIMEOUT_S = 5.0
@@ -106,14 +109,36 @@ def write_state(path: Path, content: bytes) -> None:
 
 
 def private_folder(path: Path) -> None:
-    """Make the folder for its owner alone (0700); one that others may write to is refused with ``StateFileError``."""
+    """Make the folder for its owner alone (0700). One that others may write to is made so, too, where it is ours.
+
+    Kubernetes gives a volume to a group at each mount (``fsGroup``). A folder that stays open to others is refused with
+    ``StateFileError``: whoever writes there gives out API keys.
+    """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mode = stat.S_IMODE(path.stat().st_mode)
+        if _others_may_write(path):
+            with suppress(PermissionError):  # it is another's: said below
+                path.chmod(0o700)
+                log.warning("others could write to the state folder %s until now: it is 0700 from now on", path)
+        found = path.stat()
     except OSError as error:
         raise StateFileError(f"cannot make the state folder {path}: {error.strerror}") from error
-    if mode & 0o022:
-        raise StateFileError(f"other users may write to the state folder {path} (mode {mode:04o}); chmod 700 it")
+    if not found.st_mode & 0o022:
+        return
+    mode = f"{stat.S_IMODE(found.st_mode):04o}"
+    if found.st_uid != os.geteuid():
+        raise StateFileError(
+            f"other users may write to the state folder {path} (mode {mode}), which belongs to user {found.st_uid}: "
+            f"as that user, chmod 700 it, or chown it to user {os.geteuid()}"
+        )
+    raise StateFileError(
+        f"other users may write to the state folder {path} (mode {mode}), and its filesystem keeps no other mode: use "
+        "a storage class whose volumes have Unix permissions (a disk, NFS 4, CephFS), or mount it with dir_mode=0700"
+    )
+
+
+def _others_may_write(path: Path) -> bool:
+    return bool(path.stat().st_mode & 0o022)
 
 
 def take_lock(descriptor: int, lock_path: Path, timeout_s: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import stat
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 
 from ratelimit import statefile
-from ratelimit.statefile import StateFile, StateFileError, write_state
+from ratelimit.statefile import StateFile, StateFileError, private_folder, write_state
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -64,3 +65,34 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
     notes = StateFile(tmp_path / "file" / "notes.json", Note)
     with pytest.raises(StateFileError, match="cannot make the state folder"), notes.changing():
         pass
+
+
+@pytest.mark.parametrize("mode", [0o2770, 0o777])
+def test_a_folder_of_ours_that_others_may_write_to_is_made_private(tmp_path: Path, mode: int) -> None:
+    """As a volume is that was given to a group when it was mounted."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state").chmod(mode)
+    with StateFile(tmp_path / "state" / "notes.json", Note).changing():
+        pass
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    ("uid", "told"), [(os.geteuid(), "storage class"), (4242, "chown it to user")], ids=["ours", "another's"]
+)
+def test_a_folder_that_stays_open_to_others_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uid: int, told: str
+) -> None:
+    """A filesystem that keeps no modes, or a folder of another user: each with what mends it."""
+
+    def refused(_path: Path, _mode: int) -> None:
+        if uid != os.geteuid():
+            raise PermissionError
+
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state").chmod(0o777)
+    monkeypatch.setattr(Path, "chmod", refused)
+    found = (tmp_path / "state").stat()
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: os.stat_result((*found[:4], uid, *found[5:])))
+    with pytest.raises(StateFileError, match=told):
+        private_folder(tmp_path / "state")
