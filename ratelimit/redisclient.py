@@ -44,13 +44,13 @@ def redis_client(url: str) -> Redis:
     try:
         _check(url)
         pool = _pool(url)
-        pool.make_connection()  # which connects to nothing, and says whether it knows the URL's options
+        pool.connection_class(**pool.connection_kwargs)  # connects to nothing, and says whether it knows the options
     except ValueError as error:
         raise RedisUrlError(f"redis: {error}") from None
     except TypeError:
         raise RedisUrlError(
-            "redis: the Redis URL has an option behind its ? that such a connection does not know. Those of redis-py are "
-            "known: db, socket_timeout, ssl_ca_certs and so on"
+            "redis: the Redis URL has an option behind its ? that such a connection does not know. Those of redis-py "
+            "are known: db, socket_timeout, ssl_ca_certs and so on"
         ) from None
     pool.connection_class = _leaving(pool.connection_class)
     return Redis.from_pool(pool)

@@ -12,7 +12,7 @@ import select
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from ratelimit.gateway.asgi import Receive, Scope, Send, new_request_id, request_id_for, send_rejection
@@ -144,6 +144,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_head = False
         self._await_no_head()
         super().on_headers_complete()
+        if self.cycle.scope["http_version"] == "1.0":
+            self.cycle.send = _without_chunks(self.cycle)  # type: ignore[assignment,method-assign]  # our wider types
         if self.server_state.leaving:
             self.cycle.keep_alive = False
 
@@ -191,6 +193,21 @@ class BoundedHttp(HttpToolsProtocol):
             self._await_head()  # a request sent ahead waits for the answer to the one before anyway
         else:
             self.transport.close()
+
+
+def _without_chunks(cycle: RequestResponseCycle) -> Send:
+    """Send as HTTP/1.0 has it, where there are no chunks: what has no length ends with its connection.
+
+    uvicorn closes such a connection after its answer; but it would chunk the answer, and take any other for too long.
+    """
+    as_told = cycle.send
+    cycle.chunked_encoding = False
+
+    async def send(message: Any) -> None:
+        cycle.expected_content_length = len(message.get("body", b""))
+        await as_told(message)
+
+    return send
 
 
 def _new_parser(connection: BoundedHttp) -> httptools.HttpRequestParser:

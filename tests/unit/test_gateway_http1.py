@@ -30,11 +30,9 @@ async def echo_length(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def connected() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def connected(app: Any = echo_length) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A connection to a server of the bounded protocol."""
-    config = uvicorn.Config(
-        echo_length, http=BoundedHttp, ws="none", lifespan="off", log_config=None, timeout_keep_alive=60
-    )
+    config = uvicorn.Config(app, http=BoundedHttp, ws="none", lifespan="off", log_config=None, timeout_keep_alive=60)
     config.load()
     state = ConnectionsState()
     loop = asyncio.get_running_loop()
@@ -184,3 +182,24 @@ async def test_connections_far_beyond_the_bound_are_closed(monkeypatch: pytest.M
     async with connected() as (reader, _):
         async with asyncio.timeout(10):
             assert await reader.read(-1) == b""
+
+
+async def two_parts(scope: Any, receive: Any, send: Any) -> None:
+    """Answer without a length, in parts."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for part in (b"one,", b"two;"):
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def test_a_client_of_http_1_0_gets_no_chunks() -> None:
+    """It knows none: a stream's end is the connection's, and what has a length is as ever."""
+    request = b"POST / HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nhi"
+    for app, body in ((two_parts, b"one,two;"), (echo_length, b"2;")):
+        async with connected(app) as (reader, writer):
+            writer.write(request)
+            async with asyncio.timeout(10):
+                head, _, told = (await reader.read(-1)).partition(b"\r\n\r\n")
+        assert told == body
+        assert b"chunked" not in head
+        assert b"connection: close" in head
