@@ -26,7 +26,7 @@ from serving.capacity import ReplicaGroup, RequestShape, replica_share
 HALF_FULL = 0.5
 #: A kind's part is divided by its fullness to this power, from half full on. Tried with kinds 1.25 to 10 times slower
 #: than told (``tests.bench.routing``): a lower one leaves them more, a higher one sends honest ones' requests away.
-_RELIEF = 3
+_RELIEF = 6
 #: What the part of a kind that is full is multiplied with: no turns in practice, where another has room.
 _LAST_RESORT = 1e-6
 #: Of more replicas than this of one kind, the least laden of a few is taken.

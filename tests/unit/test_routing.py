@@ -189,7 +189,7 @@ def test_a_kind_that_is_fuller_than_half_gets_less(senders: int, held: int, full
     sender.take(Place(among, among.replicas[0], 1.0, sequences * replica_share(H100, CHAT)[1]))
     got = Counter(placed(sender.choose(fleet, load())).replica.url for _ in range(1000))
 
-    left, other = (0.5 / fullness) ** 3 / replica_seconds(H100, CHAT), 1 / replica_seconds(H200, CHAT)
+    left, other = (0.5 / fullness) ** 6 / replica_seconds(H100, CHAT), 1 / replica_seconds(H200, CHAT)
     assert got["a"] / 1000 == pytest.approx(left / (left + other), abs=0.01)
 
 
@@ -335,7 +335,7 @@ def test_a_fast_gpu_type_is_not_filled_before_the_others() -> None:
     assert weighed.p95_ttft_s > 0.5
     assert weighed.loads["gb200"] > 1.05
     assert by_shape.p95_ttft_s < 0.1
-    assert max(by_shape.loads.values()) <= 1.03
+    assert max(by_shape.loads.values()) <= 1.04
 
 
 def test_a_gpu_type_that_does_less_than_its_profile_says_gets_less() -> None:
