@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -15,7 +16,7 @@ import pytest
 from ratelimit.policy import LimitRule
 from serving.capacity import RequestShape
 from tests.integration.gateway_bench import Bench
-from tests.support.gateway import MODEL
+from tests.support.gateway import MODEL, GatewayProcess, gateway_settings
 from tests.unit.test_gateway_demand import in_mix_requests
 
 PATH = "/v1/chat/completions"
@@ -25,6 +26,13 @@ ASKED: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content"
 PROMPT = 11
 CALLERS = 20
 NAME = "penstock_offered_mix_requests_total"
+
+
+@pytest.fixture
+def gateway(redis_url: str) -> Iterator[GatewayProcess]:
+    """A gateway of the test's own: one that served others before has learned what their holds cost in the end."""
+    with GatewayProcess(gateway_settings(redis_url)) as process:
+        yield process
 
 
 def demand(bench: Bench, *outcomes: str) -> float:
