@@ -37,11 +37,13 @@ def root_script(
         "chmod 1777 tmp",
         *_system_lines(root),
     ]
-    for source, target in shown:
-        lines += _bind(source, root, target, is_read_only=True)
-    for mount in sorted(container.mounts, key=lambda each: each.path):
+    binds = [(target, source, True) for source, target in shown]
+    for mount in container.mounts:
         place, is_fixed = volumes[mount.volume]
-        lines += _bind(place / mount.sub_path, root, mount.path, is_read_only=mount.is_read_only or is_fixed)
+        binds.append((mount.path, place / mount.sub_path, mount.is_read_only or is_fixed))
+    # A folder before what is in it: this repository may lie below a path that the pod has a volume at, such as /tmp.
+    for target, source, is_read_only in sorted(binds, key=lambda bind: Path(bind[0]).parts):
+        lines += _bind(source, root, target, is_read_only=is_read_only)
     if container.is_root_read_only:
         lines += [f"mount -o remount,bind,ro {root}"]
     return "\n".join([*lines, SAY_PID, 'echo "$pid" > "$0"', f'exec chroot {root} "$@"'])
