@@ -28,7 +28,7 @@ from tests.support.pods import (
 )
 
 IMAGES = {
-    "registry.example/app": Image(("serve",), ("--help",), {"PATH": "/bin", "HOME": "/home"}, "/work", "10001:10002")
+    "registry.example/app": Image(("serve",), ("--help",), {"PATH": "/bin", "HOME": "/home"}, "/srv/app", "10001:10002")
 }
 OBJECTS = Stored({"settings": {"a.yaml": b"a", "b.yaml": b"b"}}, {"token": {"key": b"secret"}}, frozenset({"state"}))
 CONTAINER: dict[str, Any] = {
@@ -231,8 +231,10 @@ def test_a_root_is_closed_after_its_mounts() -> None:
         },
         volumes=[{"name": "v", "emptyDir": {}}],
     ).container
-    lines = root_script(container, Path("/r"), [], {"v": (Path("/v"), False)}).splitlines()
+    shown = [(Path("/a/code"), "/a/code")]
+    lines = root_script(container, Path("/r"), shown, {"v": (Path("/v"), False)}).splitlines()
 
+    assert lines.index("mount --bind /v /r/a") < lines.index("mount --bind /a/code /r/a/code")
     closed = lines.index("mount -o remount,bind,ro /r")
     assert lines.index("mount --bind /v /r/a") < lines.index("mount --bind /v /r/a/b") < closed < len(lines) - 1
     assert "mount -o remount,bind,ro /r/a" in lines
